@@ -1,0 +1,270 @@
+"""The `selfnpo` command: train, sample, evaluate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from selfnpo_fast.console import quiet_libraries, setup_logging
+from selfnpo_fast.errors import UserError
+
+USAGE = """usage: selfnpo COMMAND [options]
+
+  train      make a negative model of a diffusion model          selfnpo train --config configs/digits.yaml
+  sample     draw pictures with a negative model                 selfnpo sample --negative runs/digits --prompt "..."
+  evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
+
+`selfnpo COMMAND --help` lists the options. guidance_scale everywhere is diffusers' (the paper's omega + 1).
+"""
+
+FULL_IMAGES = 1120
+FULL_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """Draw pictures, with or without a negative model."""
+
+    model: str = "digits"
+    """`digits`, a folder in diffusers format, or a Hub id."""
+    negative: str | None = None
+    """A training run's output folder, or its negative/ part; none for plain classifier-free guidance."""
+    prompt: str | None = None
+    """One prompt."""
+    prompts: str | None = None
+    """A file of prompts (.txt, .jsonl, .csv, .parquet), `digits` or `shipped`."""
+    limit: int = 64
+    """Use at most this many of `prompts`."""
+    images_per_prompt: int = 1
+    """Pictures of each prompt, with consecutive seeds."""
+    seed: int = 0
+    """Seed of the first picture; the next ones count up."""
+    steps: int = 20
+    """Solver steps."""
+    guidance_scale: float = 3.0
+    """diffusers' guidance_scale (omega + 1)."""
+    solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
+    """DPM-Solver++(2M), DDIM or Euler."""
+    negative_prompt: Literal["empty", "same"] = "empty"
+    """Prompt of the negative branch: empty, or the same as the positive's."""
+    resolution: int | None = None
+    """Picture height and width; the model's own by default."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the networks."""
+    batch_size: int = 16
+    """Pictures per forward."""
+    output: str = "samples"
+    """Folder for the PNG files and grid.png."""
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """Compare plain guidance with a negative model on the embedded digits model, over a sweep of guidance scales."""
+
+    model: str = "digits"
+    """A pipeline that draws the digits domain."""
+    negative: list[str] = field(default_factory=list)
+    """One or more runs' output folders (or their negative/ parts)."""
+    negative_prompt: list[Literal["empty", "same"]] = field(default_factory=lambda: ["empty"])
+    """Prompts of the negative branch; each is an arm of its own."""
+    images: int = 96
+    """Pictures per arm and scale."""
+    guidance_scales: list[float] = field(default_factory=lambda: [2.0, 3.0, 5.0])
+    """diffusers' guidance_scale (omega + 1) of both arms."""
+    steps: int = 10
+    """Solver steps."""
+    solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
+    """DPM-Solver++(2M), DDIM or Euler."""
+    batch_size: int = 64
+    """Pictures per forward."""
+    seed: int = 0
+    """Chooses prompts and noise."""
+    full: bool = False
+    """1,120 pictures per arm and ten scales instead."""
+    brief: bool = False
+    """Print the comparison in brief alone."""
+    output: str = "runs/report"
+    """Folder for report.json, report.md, the plots and the grid."""
+
+
+def parse_options(cls: type, argv: list[str], prog: str):
+    """An instance of the options dataclass `cls` from `--name value` words. Raises UserError for what cannot be."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=cls.__doc__, exit_on_error=False)
+    parser.add_class_arguments(cls, fail_untyped=True)
+    try:
+        return cls(**vars(parser.instantiate_classes(parser.parse_args(argv))))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def prepare_folder(path: str) -> Path:
+    """Create an output folder; an existing one is written into, file by file."""
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def sample(options: SampleOptions) -> None:
+    """Write one PNG per picture and grid.png; everything is checked before the folder is made."""
+    import torch
+
+    from selfnpo_fast.engine import DTYPES
+    from selfnpo_fast.guidance.negative import load_negative
+    from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
+    from selfnpo_fast.images import image_grid, to_pil
+    from selfnpo_fast.models import load_adapter
+    from selfnpo_fast.prompts import read_prompts
+
+    if (options.prompt is None) == (options.prompts is None):
+        raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
+    if options.images_per_prompt < 1:
+        raise UserError(f"images_per_prompt: {options.images_per_prompt} is not possible; expected at least 1")
+    settings = SamplerConfig(
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        solver=options.solver,
+        negative_prompt=options.negative_prompt,
+        batch_size=options.batch_size,
+    )
+    texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
+    prompts = [text for text in texts for _ in range(options.images_per_prompt)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[options.precision]
+    adapter = load_adapter(options.model, resolution=options.resolution)
+    denoiser = adapter.load_denoiser(dtype).to(device)
+    negative = load_negative(adapter, options.negative, dtype).to(device) if options.negative else None
+    rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
+    seeds = [options.seed + i for i in range(len(prompts))]
+    with _bar(len(seeds), "image") as done:
+        images = sample_images(adapter, denoiser, negative, rows, empty, seeds, settings, done)
+    folder = prepare_folder(options.output)
+    for i, (picture, seed) in enumerate(zip(to_pil(images), seeds, strict=True)):
+        picture.save(folder / f"{i:04d}-seed{seed}.png")
+    columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
+    image_grid(images, columns).save(folder / "grid.png")
+    print(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")
+
+
+def _bar(total: int, unit: str):
+    """A progress bar as a context manager that gives the callback `done(count)`."""
+    from contextlib import contextmanager
+
+    from tqdm import tqdm
+
+    @contextmanager
+    def run():
+        with tqdm(total=total, unit=unit, dynamic_ncols=True) as bar:
+            yield lambda count: bar.update(count - bar.n)
+
+    return run()
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Sweep, score, write the report and print it in brief."""
+    import torch
+
+    from selfnpo_fast.guidance.negative import load_negative
+    from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
+    from selfnpo_fast.models import load_adapter
+    from selfnpo_fast.scoring import evaluate as sweep
+    from selfnpo_fast.scoring import report
+    from selfnpo_fast.scoring.scorers import DigitsScorers
+
+    if options.full:
+        options.images, options.guidance_scales = FULL_IMAGES, list(FULL_SCALES)
+    for scale in options.guidance_scales:
+        SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
+    adapter = load_adapter(options.model)
+    denoiser = adapter.load_denoiser(torch.float32)
+    arms = {"base": (None, "empty")}
+    for path in options.negative:
+        module = load_negative(adapter, path, torch.float32)
+        label = "negative" if len(options.negative) == 1 else Path(path).name
+        for prompt in options.negative_prompt:
+            suffix = "" if prompt == "empty" else ", same prompt"
+            arms[f"base + {label}{suffix}"] = (module, prompt)
+    if len(arms) != 1 + len(options.negative) * len(options.negative_prompt):
+        raise UserError(f"negative: {options.negative} share a folder name; give folders of distinct names")
+    cases = sweep.make_cases(options.images, options.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    denoiser.to(device)
+    distinct = sorted({case.prompt for case in cases})
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    table, empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
+
+    def generate(arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        negative, negative_prompt = arms[arm]
+        settings = SamplerConfig(
+            steps=options.steps,
+            guidance_scale=guidance_scale,
+            solver=options.solver,
+            negative_prompt=negative_prompt,
+            batch_size=options.batch_size,
+        )
+        index = torch.tensor([place[prompt] for prompt in prompts], device=device)
+        rows = {name: value[index] for name, value in table.items()}
+        network = negative.to(device) if negative is not None else None
+        before = drawn.n
+
+        def done(count: int) -> None:
+            drawn.update(before + count - drawn.n)
+
+        return sample_images(adapter, denoiser, network, rows, empty, seeds, settings, done)
+
+    from tqdm import tqdm
+
+    scorers = DigitsScorers.load()
+    total = len(arms) * len(options.guidance_scales) * len(cases)
+    with tqdm(total=total, unit="image", dynamic_ncols=True) as drawn:
+        results = sweep.evaluate(generate, cases, list(arms), options.guidance_scales, scorers)
+    folder = prepare_folder(options.output)
+    from dataclasses import asdict
+
+    written = report.write_report(results, folder, asdict(options))
+    print(report.brief(results))
+    if not options.brief:
+        print(f"report: {written['report.md']}")
+    print(f"grid: {written['grid.png']}")
+
+
+def _train(argv: list[str]) -> None:
+    from selfnpo_fast.train import train
+
+    train(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "sample": lambda argv: sample(parse_options(SampleOptions, argv, "selfnpo sample")),
+    "evaluate": lambda argv: evaluate(parse_options(EvaluateOptions, argv, "selfnpo evaluate")),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line about bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    quiet_libraries()
+    setup_logging(0)
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

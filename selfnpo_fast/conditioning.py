@@ -1,0 +1,34 @@
+"""The text-embedding table: every prompt encoded once, gathered by row on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+EMPTY_ROW = 0
+
+
+@dataclass(frozen=True)
+class ConditioningTable:
+    """Named rows (N + 1, ...) of the denoiser's conditioning; row 0 is the empty prompt, row i + 1 is prompt i."""
+
+    rows: dict[str, torch.Tensor]
+
+    @classmethod
+    def build(cls, empty: dict[str, torch.Tensor], prompts: dict[str, torch.Tensor]) -> ConditioningTable:
+        """Joins the unconditional row (1, ...) and the prompts' rows (N, ...)."""
+        return cls({name: torch.cat([empty[name], prompts[name]]) for name in empty})
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are, not counting the empty one."""
+        return len(next(iter(self.rows.values()))) - 1
+
+    def gather(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rows (B, ...) at int64 table rows `index` (B,)."""
+        return {name: value[index] for name, value in self.rows.items()}
+
+    def empty(self, batch: int) -> dict[str, torch.Tensor]:
+        """The unconditional row, `batch` times."""
+        return {name: value[:1].expand(batch, *value.shape[1:]) for name, value in self.rows.items()}

@@ -1,0 +1,255 @@
+"""Every choice of a training run, typed and documented. YAML and `--section.field value` fill these dataclasses.
+
+A value that cannot work raises UserError here, with the field's name, before anything is loaded or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from selfnpo_fast.errors import UserError
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"{name}: {value!r} is not possible; expected {expected}")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The model to make a negative of."""
+
+    path: str = "digits"
+    """`digits` (the embedded model), a folder in diffusers format, or a Hub id."""
+    revision: str | None = None
+    """Hub revision."""
+    variant: str | None = None
+    """Weight variant such as fp16."""
+    resolution: int | None = None
+    """Picture height and width in pixels; the model's own by default."""
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How the reference makes training pairs."""
+
+    mode: Literal["lockstep", "continuous"] = "continuous"
+    """lockstep: the paper; continuous: every state of every trajectory gives a pair."""
+    start: Literal["noise", "data"] = "noise"
+    """From pure noise (Eq. 13) or from noised real data (Eq. 14)."""
+    grid_steps: int = 25
+    """Steps of the DDIM grid; a divisor of the model's training timesteps."""
+    k: int = 25
+    """Most steps that a rollout runs. From noise, grid_steps with `stop: fixed` is the paper's full-simulation baseline."""
+    w: float = -1.0
+    """Rollout guidance, the paper's omega: p = p_cond + w (p_cond - p_uncond); guidance_scale - 1."""
+    stop: Literal["uniform", "fixed"] = "uniform"
+    """Lockstep from noise: stop after a number of steps uniform in 1..k per sample, or always after k."""
+    noising: Literal["from_x_t", "naive"] = "from_x_t"
+    """Eq. 16, or the naive truncation of Eq. 15."""
+    pool: int = 4
+    """Continuous: slots per training pair of an update; 1/pool of the slots advance per update."""
+    pair_weight: Literal["uniform", "lockstep"] = "uniform"
+    """Continuous: weigh pairs so that noise levels count as often as in lockstep mode with the same start, stop and k."""
+
+    def __post_init__(self) -> None:
+        _check(self.grid_steps >= 2, "rollout.grid_steps", self.grid_steps, "at least 2")
+        _check(
+            1 <= self.k <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
+        )
+        _check(self.pool >= 1, "rollout.pool", self.pool, "at least 1")
+        _check(abs(self.w) <= 100, "rollout.w", self.w, "between -100 and 100 (-1 is the paper's choice for SD1.5)")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Distance between the student's x0 and the target."""
+
+    kind: Literal["l2", "huber"] = "l2"
+    """l2: Eq. 17; huber: the authors' pseudo-Huber."""
+    c: float = 1e-3
+    """Width of the pseudo-Huber loss."""
+
+    def __post_init__(self) -> None:
+        _check(self.c > 0, "loss.c", self.c, "a positive number")
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """Who runs the rollouts."""
+
+    kind: Literal["frozen", "ema"] = "ema"
+    """frozen: the original model (the paper); ema: a moving average of the student (the authors' code)."""
+    decay: float = 0.999
+    """EMA decay per update."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.decay < 1, "reference.decay", self.decay, "at least 0 and below 1")
+
+
+@dataclass(kw_only=True)
+class PromptConfig:
+    """What the pairs are conditioned on."""
+
+    source: str = "shipped"
+    """`shipped` (the package's own prompts), `digits`, a .txt/.jsonl/.csv/.parquet file, or a `datasets` id."""
+    column: str = "prompt"
+    """Column of .jsonl, .csv, .parquet and datasets."""
+    limit: int = 8192
+    """Use at most this many prompts; their text embeddings are held in memory."""
+    dropout: float = 0.0
+    """Share of pairs whose student sees the empty prompt."""
+
+    def __post_init__(self) -> None:
+        _check(self.limit >= 1, "prompts.limit", self.limit, "at least 1")
+        _check(0 <= self.dropout <= 1, "prompts.dropout", self.dropout, "between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Real images for `rollout.start: data`; their captions take the place of `prompts.source`."""
+
+    source: str | None = None
+    """`digits`, or a folder of images with metadata.jsonl (`file_name`, `text`) or a .txt caption beside each image."""
+    limit: int = 8192
+    """Use at most this many images; their latents are held in memory."""
+
+    def __post_init__(self) -> None:
+        _check(self.limit >= 1, "data.limit", self.limit, "at least 1")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """The student's optimiser."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """torch's AdamW, or the 8-bit one of bitsandbytes."""
+    lr: float = 1e-6
+    """Constant learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-3
+    """Decoupled weight decay."""
+    warmup: int = 0
+    """Updates over which the rate rises linearly."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        _check(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
+        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _check(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
+        _check(self.clip >= 0, "optimizer.clip", self.clip, "0 or more")
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank training; rank 0 trains all weights."""
+
+    rank: int = 0
+    """Rank of the update; 0 for full weights."""
+    alpha: float | None = None
+    """Scale is alpha / rank; alpha = rank by default."""
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """Names of the layers that get an update."""
+
+    def __post_init__(self) -> None:
+        _check(self.rank >= 0, "lora.rank", self.rank, "0 (full weights) or more")
+        _check(self.rank == 0 or bool(self.targets), "lora.targets", self.targets, "at least one layer name")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Precision, memory and the shape of an update."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Weights and activations; bf16 and fp16 keep fp32 masters in the optimiser."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    batch_size: int = 64
+    """Training pairs per update, over all ranks and accumulation steps."""
+    accumulation: int = 1
+    """Micro-batches per update."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, "engine.batch_size", self.batch_size, "at least 1")
+        _check(self.accumulation >= 1, "engine.accumulation", self.accumulation, "at least 1")
+
+    def micro_batch(self, world_size: int) -> int:
+        """Pairs per rank and micro-batch."""
+        parts = world_size * self.accumulation
+        if self.batch_size % parts:
+            raise UserError(
+                f"engine.batch_size: {self.batch_size} cannot be shared by {world_size} ranks x "
+                f"{self.accumulation} accumulation steps; use a multiple of {parts}"
+            )
+        return self.batch_size // parts
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Updates between two lines of metrics."""
+    sample_every: int = 0
+    """Updates between two sample grids, base beside Self-NPO; 0 for one grid at the end, -1 for none."""
+    sample_prompts: int = 8
+    """Pictures per grid row."""
+    sample_steps: int = 20
+    """DPM-Solver++ steps of the sample grids."""
+    sample_guidance_scale: float = 3.0
+    """diffusers' guidance_scale of the sample grids."""
+    negative_prompt: Literal["empty", "same"] = "empty"
+    """Prompt of the negative branch in the sample grids."""
+    checkpoint_every: int = 0
+    """Updates between two checkpoints; 0 for none before the end."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "log.every", self.every, "at least 1")
+        _check(self.sample_every >= -1, "log.sample_every", self.sample_every, "-1, 0 or more")
+        _check(self.sample_prompts >= 1, "log.sample_prompts", self.sample_prompts, "at least 1")
+        _check(self.sample_steps >= 1, "log.sample_steps", self.sample_steps, "at least 1")
+        _check(self.sample_guidance_scale >= 1, "log.sample_guidance_scale", self.sample_guidance_scale, "at least 1")
+        _check(self.checkpoint_every >= 0, "log.checkpoint_every", self.checkpoint_every, "0 or more")
+        _check(self.keep >= 1, "log.keep", self.keep, "at least 1")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One Self-NPO training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    updates: int = 1000
+    """Optimiser updates."""
+    seed: int = 0
+    """Seed of every random draw, 0 to 2^63 - 1."""
+    output: str = "runs/selfnpo"
+    """Folder that receives the negative model, config, metrics, logs and checkpoints."""
+
+    def __post_init__(self) -> None:
+        _check(self.updates >= 1, "updates", self.updates, "at least 1")
+        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        if self.rollout.start == "data" and not self.data.source:
+            raise UserError(
+                "data.source: none given, but rollout.start is 'data'; name a folder of captioned images, or train "
+                "from prompts alone with configs/sd15_fast.yaml"
+            )

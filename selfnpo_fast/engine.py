@@ -1,0 +1,167 @@
+"""The student under DeepSpeed: configuration, initialisation, and the few things the trainer asks of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from selfnpo_fast.config import OptimizerConfig, TrainConfig
+from selfnpo_fast.console import logger
+from selfnpo_fast.moving_reference import no_gather
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and draws the progress bar."""
+        return self.rank == 0
+
+
+def init_world() -> World:
+    """Join the process group that the launcher describes, or be a group of one."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Ranks on one machine share its cores; each rank takes its part, as torchrun would with one thread each.
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def zero_stage(config: TrainConfig) -> int:
+    """The ZeRO stage in force: half precision needs stage 1 at least, whose fp32 masters we can address by name."""
+    stage = config.engine.zero_stage
+    return max(stage, 1) if config.engine.precision != "fp32" else stage
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
+    """The DeepSpeed configuration of a run."""
+    engine = config.engine
+    micro = engine.micro_batch(world_size)
+    out = {
+        "train_batch_size": engine.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": engine.accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": {"stage": zero_stage(config), "overlap_comm": torch.cuda.is_available()},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if engine.precision == "bf16":
+        out["bf16"] = {"enabled": True}
+        out["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif engine.precision == "fp16":
+        out["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
+    return out
+
+
+def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """A factory that DeepSpeed calls with the parameters it manages."""
+    arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
+
+    def build(params):
+        params = list(params)
+        if config.name == "adamw8bit":
+            import bitsandbytes
+
+            return bitsandbytes.optim.AdamW8bit(params, **arguments)
+        return torch.optim.AdamW(params, **arguments)
+
+    return build
+
+
+def warmup_schedule(optimizer: torch.optim.Optimizer, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over `warmup` updates, then constant."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
+
+
+class StudentEngine:
+    """The trained network: a thin face over a DeepSpeed engine."""
+
+    def __init__(self, config: TrainConfig, student: nn.Module, world: World) -> None:
+        import deepspeed
+
+        self._deepspeed = deepspeed
+        self.stage = zero_stage(config)
+        if self.stage != config.engine.zero_stage:
+            logger.info("ZeRO: stage 1 instead of 0, since %s keeps fp32 masters", config.engine.precision)
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+        self.trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
+            model=student,
+            model_parameters=[p for _, p in self.trainable],
+            optimizer=make_optimizer(config.optimizer),
+            lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
+            config=deepspeed_config(config, world.size),
+            dist_init_required=False,
+        )
+        self.module = self.engine.module
+
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The network's parameters (their dtype tells its precision)."""
+        return self.module.parameters()
+
+    def gather(self, params: list[nn.Parameter]) -> AbstractContextManager:
+        """Makes ZeRO-3 parameters whole inside the context."""
+        return self._deepspeed.zero.GatheredParameters(params) if self.stage == 3 else no_gather(params)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of one micro-batch, reduced over ranks at the update's end."""
+        self.engine.backward(loss)
+
+    def step(self) -> torch.Tensor:
+        """Close a micro-batch; at the update's end clip, update and return the gradient norm (scalar tensor)."""
+        norm = None
+        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            # Without ZeRO, DeepSpeed clips but keeps no norm.
+            norm = nn.utils.get_total_norm([p.grad for _, p in self.trainable if p.grad is not None])
+        self.engine.step()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return torch.as_tensor(float("nan") if norm is None else norm)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update."""
+        return self.lr_scheduler.get_last_lr()[0]
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole float32 tensor) of every trainable parameter; all ranks have to iterate together."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, param in self.trainable:
+            whole = safe_get_full_fp32_param(param) if self.stage > 0 else None
+            yield name, (param if whole is None else whole).detach().float()
+
+    def frozen_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) of parameters that are not trained; all ranks have to iterate together."""
+        for name, param in self.module.named_parameters():
+            if not param.requires_grad:
+                with self.gather([param]):
+                    yield name, param.detach()

@@ -1,0 +1,116 @@
+"""Guided sampling with a negative model.
+
+p = p_neg + guidance_scale (p_pos - p_neg), diffusers' convention: guidance_scale = omega + 1. Without a negative model
+this is plain classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
+from torch import nn
+
+from selfnpo_fast.errors import UserError
+from selfnpo_fast.models import StableDiffusionAdapter
+
+SOLVERS = ("dpm++", "ddim", "euler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How pictures are drawn."""
+
+    steps: int = 20
+    """Solver steps."""
+    guidance_scale: float = 3.0
+    """diffusers' guidance_scale (omega + 1); 1 uses the positive model alone."""
+    solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
+    """DPM-Solver++(2M), DDIM (eta 0) or Euler."""
+    negative_prompt: Literal["empty", "same"] = "empty"
+    """Prompt of the negative branch: empty, or the positive's own, as in autoguidance."""
+    batch_size: int = 64
+    """Pictures per forward."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps: {self.steps} is not possible; expected at least 1")
+        if self.guidance_scale < 1:
+            raise UserError(f"guidance_scale: {self.guidance_scale} is not possible; expected at least 1")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: {self.batch_size} is not possible; expected at least 1")
+
+
+def make_scheduler(name: str, config: dict):
+    """The diffusers scheduler of a solver name, on the model's own noise schedule."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++", solver_order=2)
+    if name == "ddim":
+        return DDIMScheduler.from_config(config, clip_sample=False)
+    if name == "euler":
+        return EulerDiscreteScheduler.from_config(config)
+    raise UserError(f"solver: {name!r} is not supported; expected one of {', '.join(SOLVERS)}")
+
+
+def start_noise(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Standard normals (B, *shape) float32; a picture's noise depends on its own seed alone."""
+    ids = torch.tensor(seeds, dtype=torch.int64, device=device)
+    return normal(NoiseKey(0, ids, draw_id(Draw.START_NOISE)), shape)
+
+
+@torch.no_grad()
+def sample_latents(
+    adapter: StableDiffusionAdapter,
+    denoiser: nn.Module,
+    negative: nn.Module | None,
+    prompts: dict[str, torch.Tensor],
+    empty: dict[str, torch.Tensor],
+    seeds: list[int],
+    config: SamplerConfig,
+) -> torch.Tensor:
+    """Scaled latents (B, C, H, W) float32 for conditioning rows `prompts` (B, ...), `empty` (1, ...) and B seeds."""
+    device = next(denoiser.parameters()).device
+    scheduler = make_scheduler(config.solver, adapter.scheduler_config)
+    scheduler.set_timesteps(config.steps, device=device)
+    x = start_noise(seeds, adapter.latent_shape, device) * scheduler.init_noise_sigma
+    guided = config.guidance_scale != 1
+    negative_rows = {name: rows.expand(len(seeds), *rows.shape[1:]) for name, rows in empty.items()}
+    if negative is not None and config.negative_prompt == "same":
+        negative_rows = prompts
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(x, t)
+        steps = t.to(device).expand(len(seeds))
+        pred = adapter.predict(denoiser, model_input, steps, prompts).float()
+        if guided:
+            branch = denoiser if negative is None else negative
+            against = adapter.predict(branch, model_input, steps, negative_rows).float()
+            pred = against + config.guidance_scale * (pred - against)
+        x = scheduler.step(pred, t, x).prev_sample
+    return x
+
+
+def sample_images(
+    adapter: StableDiffusionAdapter,
+    denoiser: nn.Module,
+    negative: nn.Module | None,
+    prompts: dict[str, torch.Tensor],
+    empty: dict[str, torch.Tensor],
+    seeds: list[int],
+    config: SamplerConfig,
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Pictures (B, 3, height, width) float32 in [-1, 1] on the CPU; `progress` hears how many are done."""
+    images = []
+    for start in range(0, len(seeds), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        rows = {name: value[part] for name, value in prompts.items()}
+        latents = sample_latents(adapter, denoiser, negative, rows, empty, seeds[part], config)
+        images.append(adapter.decode(latents).cpu())
+        if progress is not None:
+            progress(min(start + config.batch_size, len(seeds)))
+    return torch.cat(images)

@@ -1,0 +1,189 @@
+"""Stable Diffusion 1.x / 2.x, and the base of its relatives: what a denoiser needs, nothing else.
+
+Shape letters: B samples, N prompts, L tokens, D embedding width, C H W latent channels, height and width.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from selfnpo_fast.errors import UserError
+from selfnpo_fast.schedule import NoiseSchedule
+
+Conditioning = dict[str, torch.Tensor]
+"""Named tensors with one row per prompt, as the denoiser's keyword arguments."""
+
+
+@contextmanager
+def _loading(path: str, part: str):
+    """Turn what a loader throws over a broken file into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a truncated file surfaces as any of a dozen types; the cause is chained
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.path: cannot load {part} from {path}: {reason}") from error
+
+
+class StableDiffusionAdapter:
+    """Loads the parts of a pipeline one by one and calls its denoiser.
+
+    No pickled weights are read: every part comes from safetensors.
+    """
+
+    pipeline_class = "StableDiffusionPipeline"
+    denoiser_name = "unet"
+    text_parts = ("tokenizer", "text_encoder")
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        resolution: int | None = None,
+    ) -> None:
+        self.path = path
+        self._hub = {"revision": revision, "variant": variant}
+        self._resolution = resolution
+
+    @functools.cached_property
+    def denoiser_config(self) -> dict:
+        """The denoiser's config.json."""
+        from diffusers import UNet2DConditionModel
+
+        with _loading(self.path, f"{self.denoiser_name}/config.json"):
+            return UNet2DConditionModel.load_config(self.path, subfolder=self.denoiser_name, revision=self._revision)
+
+    @property
+    def _revision(self) -> str | None:
+        return self._hub["revision"]
+
+    @functools.cached_property
+    def scheduler_config(self) -> dict:
+        """The scheduler's config, from which solvers for sampling are made."""
+        return dict(self._scheduler.config)
+
+    @functools.cached_property
+    def _scheduler(self):
+        import diffusers
+
+        with _loading(self.path, "scheduler"):
+            config = diffusers.DDIMScheduler.load_config(self.path, subfolder="scheduler", revision=self._revision)
+            named = getattr(diffusers, str(config.get("_class_name")), None)
+            if not (inspect.isclass(named) and issubclass(named, diffusers.SchedulerMixin)):
+                raise UserError(f"model.path: {self.path} names an unknown scheduler: {config.get('_class_name')!r}")
+            return named.from_config(config)
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        """Noise levels and prediction type, read from the pipeline's scheduler instance."""
+        return NoiseSchedule.from_scheduler(self._scheduler)
+
+    @functools.cached_property
+    def vae_scale(self) -> int:
+        """Pixels per latent cell along one axis."""
+        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+
+    @functools.cached_property
+    def _vae_config(self) -> dict:
+        from diffusers import AutoencoderKL
+
+        with _loading(self.path, "vae/config.json"):
+            return AutoencoderKL.load_config(self.path, subfolder="vae", revision=self._revision)
+
+    @property
+    def resolution(self) -> int:
+        """Picture height and width in pixels."""
+        return self._resolution or self.denoiser_config["sample_size"] * self.vae_scale
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        cells, rest = divmod(self.resolution, self.vae_scale)
+        if rest or cells < 1:
+            raise UserError(f"model.resolution: {self.resolution} is no multiple of {self.vae_scale}")
+        return (self.denoiser_config["in_channels"], cells, cells)
+
+    def load_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        """The denoising network with its weights in `dtype`, in evaluation mode."""
+        from diffusers import UNet2DConditionModel
+
+        with _loading(self.path, self.denoiser_name):
+            denoiser = UNet2DConditionModel.from_pretrained(
+                self.path, subfolder=self.denoiser_name, torch_dtype=dtype, use_safetensors=True, **self._hub
+            )
+        return denoiser.eval()
+
+    @functools.cached_property
+    def vae(self) -> nn.Module:
+        """The autoencoder, float32."""
+        from diffusers import AutoencoderKL
+
+        with _loading(self.path, "vae"):
+            vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", use_safetensors=True, **self._hub)
+        return vae.eval().requires_grad_(False)
+
+    def _text_pipeline(self, device: torch.device):
+        """The pipeline class with its text parts alone: its own encode_prompt is the truth about prompts."""
+        import diffusers
+
+        cls = getattr(diffusers, self.pipeline_class)
+        optional = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        known = inspect.signature(cls.__init__).parameters
+        absent = {name: None for name in ("unet", "vae", *optional) if name in known}
+        if "requires_safety_checker" in known:
+            absent["requires_safety_checker"] = False
+        with _loading(self.path, "text encoder"):
+            return cls.from_pretrained(self.path, use_safetensors=True, **absent, **self._hub).to(device)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], device: torch.device, batch_size: int = 64) -> Conditioning:
+        """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the text encoders."""
+        pipe = self._text_pipeline(device)
+        parts = [
+            self._encode(pipe, prompts[i : i + batch_size], device) for i in range(0, len(prompts), batch_size)
+        ]
+        return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+
+    def encode_empty(self, device: torch.device) -> Conditioning:
+        """The unconditional row (1, ...): the text encoder's answer to the empty prompt."""
+        return self.encode_prompts([""], device)
+
+    def _encode(self, pipe, prompts: list[str], device: torch.device) -> Conditioning:
+        embeds, _ = pipe.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds}
+
+    def predict(self, denoiser: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """The raw network output (B, C, H, W) at states x (B, C, H, W), timesteps t (B,) and conditioning rows (B, ...).
+
+        Inputs are cast to the network's dtype; the output keeps it.
+        """
+        dtype = next(denoiser.parameters()).dtype
+        cond = {name: rows.to(dtype) for name, rows in cond.items()}
+        return denoiser(x.to(dtype), t, **self._arguments(cond), return_dict=False)[0]
+
+    @staticmethod
+    def _arguments(cond: Conditioning) -> dict:
+        return cond
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+        """Pictures (B, 3, height, width) float32 in [-1, 1] from scaled latents (B, C, H, W)."""
+        vae = self.vae.to(latents.device)
+        scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in scaled.split(batch_size)])
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, seed: int) -> torch.Tensor:
+        """Scaled latents (B, C, H, W) sampled from the posterior of pictures (B, 3, height, width) in [-1, 1]."""
+        posterior = self.vae.to(images.device).encode(images.float()).latent_dist
+        generator = torch.Generator().manual_seed(seed)
+        sample = posterior.sample(generator=generator)
+        return (sample - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor

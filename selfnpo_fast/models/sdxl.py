@@ -1,0 +1,43 @@
+"""Stable Diffusion XL: two text encoders, pooled text embeddings and size conditioning."""
+
+from __future__ import annotations
+
+import torch
+
+from selfnpo_fast.models.sd import Conditioning, StableDiffusionAdapter
+
+
+class StableDiffusionXLAdapter(StableDiffusionAdapter):
+    """Adds `text_embeds` (N, P) and `time_ids` (N, 6) to the conditioning rows."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+
+    def _encode(self, pipe, prompts: list[str], device: torch.device) -> Conditioning:
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": self._time_ids(len(prompts), embeds)}
+
+    def _time_ids(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """Original size, crop corner and target size: an uncropped picture at the training resolution."""
+        size = (self.resolution, self.resolution)
+        return torch.tensor([[*size, 0, 0, *size]], device=like.device, dtype=torch.float32).expand(rows, 6)
+
+    def encode_empty(self, device: torch.device) -> Conditioning:
+        """Zeros for both text embeddings where the pipeline forces them (SDXL base does), size conditioning kept."""
+        row = self.encode_prompts([""], device)
+        if self._force_zeros:
+            row = {name: torch.zeros_like(value) if name != "time_ids" else value for name, value in row.items()}
+        return row
+
+    @property
+    def _force_zeros(self) -> bool:
+        from diffusers import DiffusionPipeline
+
+        index = DiffusionPipeline.load_config(self.path, revision=self._revision)
+        return bool(index.get("force_zeros_for_empty_prompt", True))
+
+    @staticmethod
+    def _arguments(cond: Conditioning) -> dict:
+        added = {name: cond[name] for name in ("text_embeds", "time_ids")}
+        return {"encoder_hidden_states": cond["encoder_hidden_states"], "added_cond_kwargs": added}

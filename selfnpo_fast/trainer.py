@@ -1,0 +1,193 @@
+"""One training run: pairs from the reference, the student's update, the reference's move, and the record of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from selfnpo_fast.checkpoint import load_checkpoint, read_state, save_checkpoint, save_negative
+from selfnpo_fast.conditioning import ConditioningTable
+from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.console import logger
+from selfnpo_fast.engine import DTYPES, StudentEngine, World
+from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
+from selfnpo_fast.images import image_grid
+from selfnpo_fast.latents import load_real_data
+from selfnpo_fast.lora import add_lora, share_frozen
+from selfnpo_fast.models import StableDiffusionAdapter, load_adapter
+from selfnpo_fast.moving_reference import MovingReference, Reference
+from selfnpo_fast.objective import Objective
+from selfnpo_fast.prompts import read_prompts
+from selfnpo_fast.recorder import NOISE_BINS, Recorder
+from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a run reads; made and checked before anything is written."""
+
+    adapter: StableDiffusionAdapter
+    table: ConditioningTable
+    prompts: list[str]
+    latents: torch.Tensor | None
+    student: nn.Module
+
+
+def load_inputs(config: TrainConfig, world: World) -> Inputs:
+    """Read model, prompts and data. Raises UserError for every mistake a user can make in them."""
+    model = config.model
+    config.engine.micro_batch(world.size)
+    adapter = load_adapter(
+        model.path, revision=model.revision, variant=model.variant, resolution=model.resolution
+    )
+    Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"))
+    latents = None
+    if config.rollout.start == "data":
+        data = load_real_data(
+            config.data.source, adapter, limit=config.data.limit, seed=config.seed, device=world.device
+        )
+        prompts, latents = data.captions, data.latents
+    else:
+        prompts = read_prompts(config.prompts.source, column=config.prompts.column, limit=config.prompts.limit)
+    distinct = list(dict.fromkeys(prompts))
+    rows = adapter.encode_prompts(distinct, world.device)
+    if len(distinct) < len(prompts):
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        index = torch.tensor([place[prompt] for prompt in prompts], device=world.device)
+        rows = {name: value[index] for name, value in rows.items()}
+    table = ConditioningTable.build(adapter.encode_empty(world.device), rows)
+    student = adapter.load_denoiser(DTYPES[config.engine.precision]).to(world.device)
+    return Inputs(adapter, table, prompts, latents, student)
+
+
+class Trainer:
+    """Holds the parts of a run; `run` is the loop."""
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, world: World, output: Path) -> None:
+        self.config, self.world, self.output = config, world, output
+        self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
+        student = inputs.student
+        lora = config.lora.rank > 0
+        if lora:
+            add_lora(student, config.lora, config.seed)
+        else:
+            student.requires_grad_(True)
+        # Copied before DeepSpeed touches the student. With LoRA the copy shares the backbone and starts equal (B = 0).
+        reference = share_frozen(student)
+        if config.engine.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        student.train()
+        self.engine = StudentEngine(config, student, world)
+        if config.reference.kind == "ema":
+            self.reference: Reference = MovingReference(
+                reference, self.engine.trainable, config.reference.decay, self.engine.gather
+            )
+        else:
+            self.reference = Reference(reference)
+        self.objective = Objective.build(config.loss, self.adapter.schedule, world.device)
+        self.rollout, self.predictor = self._make_rollout(inputs.latents)
+        self.update = 0
+
+    def _make_rollout(self, latents: torch.Tensor | None):
+        config, world = self.config, self.world
+        predictor = GuidedPredictor(
+            lambda x, t, cond: self.adapter.predict(self.reference.module, x, t, cond), self.table, config.rollout.w
+        )
+        maker = PairMaker(
+            predictor,
+            Grid.build(self.adapter.schedule, config.rollout.grid_steps, world.device),
+            config.rollout,
+            latent_shape=self.adapter.latent_shape,
+            items=self.table.prompts,
+            latents=latents,
+            seed=config.seed,
+            dropout=config.prompts.dropout,
+            device=world.device,
+        )
+        place = {"batch": config.engine.micro_batch(world.size), "rank": world.rank, "world_size": world.size}
+        if config.rollout.mode == "lockstep":
+            return LockstepRollout(maker, **place), predictor
+        groups = config.rollout.pool * config.engine.accumulation
+        return ContinuousRollout(maker, groups=groups, **place), predictor
+
+    def pair_loss(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of one micro-batch (scalar with gradient) and per pair (B,)."""
+        pred = self.adapter.predict(self.engine, pairs.x_s, pairs.s, self.table.gather(pairs.rows))
+        return self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
+
+    def train_update(self, recorder: Recorder) -> None:
+        """One optimiser update: pairs, loss, backward, step for every micro-batch, then the reference moves."""
+        for _ in range(self.config.engine.accumulation):
+            pairs = self.rollout.next_pairs()
+            loss, per_pair = self.pair_loss(pairs)
+            self.engine.backward(loss)
+            norm = self.engine.step()
+            recorder.add(pairs.s * NOISE_BINS // self.adapter.schedule.num_train_timesteps, per_pair)
+        self.reference.update()
+        self.update += 1
+        recorder.close_update(norm)
+
+    def run(self, recorder: Recorder) -> Path:
+        """Train to the configured number of updates, then write a checkpoint and the negative model; its folder."""
+        log = self.config.log
+        while self.update < self.config.updates:
+            self.train_update(recorder)
+            last = self.update == self.config.updates
+            if self.update % log.every == 0 or last:
+                recorder.flush(self.update, self.engine.lr, self.predictor.forwards)
+            if log.sample_every > 0 and self.update % log.sample_every == 0 or last and log.sample_every >= 0:
+                self.draw_samples(recorder)
+            if last or log.checkpoint_every and self.update % log.checkpoint_every == 0:
+                self.save_checkpoint()
+        dtype = DTYPES[self.config.engine.precision]
+        lora = self.config.lora.rank > 0
+        return save_negative(self.output / "negative", self.engine, self.adapter, dtype, self.world, lora)
+
+    def draw_samples(self, recorder: Recorder) -> None:
+        """A grid of base above base + negative on the first prompts; all ranks draw, since ZeRO 3 needs them all."""
+        log = self.config.log
+        index = torch.arange(min(log.sample_prompts, self.table.prompts), device=self.world.device)
+        index = index * (self.table.prompts // len(index)) + 1
+        # Whichever model moves, a fresh copy of the base is the honest comparison; it is dropped again right here.
+        base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
+        settings = SamplerConfig(
+            steps=log.sample_steps, guidance_scale=log.sample_guidance_scale, negative_prompt=log.negative_prompt
+        )
+        prompts, empty = self.table.gather(index), self.table.empty(1)
+        self.engine.module.eval()
+        arms = [
+            sample_images(self.adapter, base, negative, prompts, empty, list(range(len(index))), settings)
+            for negative in (None, self.engine)
+        ]
+        self.engine.module.train()
+        recorder.picture(self.update, "samples", image_grid(torch.cat(arms), columns=len(index)))
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the present state; all ranks take part."""
+        save_checkpoint(
+            self.output / "checkpoints",
+            self.update,
+            engine=self.engine,
+            reference=self.reference,
+            rollout_state=self.rollout.state_dict(),
+            fingerprint=asdict(self.config),
+            world=self.world,
+            keep=self.config.log.keep,
+        )
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of the same recipe."""
+        state = read_state(path)
+        load_checkpoint(
+            path,
+            engine=self.engine,
+            reference=self.reference,
+            rollout=self.rollout,
+            lr_updates=state["update"],
+            world=self.world,
+        )
+        self.update = state["update"]
+        logger.info("resumed from %s", path)

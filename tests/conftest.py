@@ -1,0 +1,42 @@
+"""Set up before any test module is imported: no network, few threads, a loud word about GPU tests that did not run."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+THREADS = 2  # the models under test are tiny, and sums come out the same on every machine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(THREADS)
+    # For the processes that tests start; DeepSpeed looks for an accelerator and warns on standard output otherwise.
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
+    if skipped:
+        terminalreporter.section("GPU TESTS DID NOT RUN", sep="!", red=True, bold=True)
+        terminalreporter.write_line(
+            f"{len(skipped)} tests marked gpu were skipped: torch {torch.__version__} sees no CUDA device here, "
+            "so nothing above says anything about CUDA."
+        )
+        for report in skipped:
+            terminalreporter.write_line(f"  {report.nodeid}")
