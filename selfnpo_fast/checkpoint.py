@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from selfnpo_fast.engine import StudentEngine, World
+from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.moving_reference import Reference
+from selfnpo_fast.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"update-(\d{7})$")

@@ -115,12 +115,12 @@ def sample(options: SampleOptions) -> None:
     """Write one PNG per picture and grid.png; everything is checked before the folder is made."""
     import torch
 
-    from selfnpo_fast.engine import DTYPES
     from selfnpo_fast.guidance.negative import load_negative
     from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
     from selfnpo_fast.images import image_grid, to_pil
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.prompts import read_prompts
+    from selfnpo_fast.world import DTYPES
 
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")

@@ -41,7 +41,7 @@ class RolloutConfig:
     grid_steps: int = 25
     """Steps of the DDIM grid; a divisor of the model's training timesteps."""
     k: int = 25
-    """Most steps that a rollout runs. From noise, grid_steps with `stop: fixed` is the paper's full-simulation baseline."""
+    """Most steps that a rollout runs. From noise, k = grid_steps with `stop: fixed` is the paper's baseline."""
     w: float = -1.0
     """Rollout guidance, the paper's omega: p = p_cond + w (p_cond - p_uncond); guidance_scale - 1."""
     stop: Literal["uniform", "fixed"] = "uniform"
@@ -51,7 +51,7 @@ class RolloutConfig:
     pool: int = 4
     """Continuous: slots per training pair of an update; 1/pool of the slots advance per update."""
     pair_weight: Literal["uniform", "lockstep"] = "uniform"
-    """Continuous: weigh pairs so that noise levels count as often as in lockstep mode with the same start, stop and k."""
+    """Continuous: weigh noise levels as often as lockstep mode with the same start, stop and k sees them."""
 
     def __post_init__(self) -> None:
         _check(self.grid_steps >= 2, "rollout.grid_steps", self.grid_steps, "at least 2")

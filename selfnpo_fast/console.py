@@ -20,14 +20,22 @@ def quiet_libraries() -> None:
     """
     if os.environ.get("SELFNPO_VERBOSE") == "1":
         return
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")  # DeepSpeed's use of old collectives
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed logs its guess of the accelerator on import; on a machine with a GPU the guess is left to it.
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Read by transformers and diffusers when they set up their own handlers.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def setup_logging(rank: int, log_file: Path | None = None) -> None:

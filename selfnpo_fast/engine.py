@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from selfnpo_fast.config import OptimizerConfig, TrainConfig
-from selfnpo_fast.console import logger
+from selfnpo_fast.console import logger, quiet_libraries
+from selfnpo_fast.errors import UserError
 from selfnpo_fast.moving_reference import no_gather
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among its peers."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and draws the progress bar."""
-        return self.rank == 0
-
-
-def init_world() -> World:
-    """Join the process group that the launcher describes, or be a group of one."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Ranks on one machine share its cores; each rank takes its part, as torchrun would with one thread each.
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+from selfnpo_fast.world import World
 
 
 def zero_stage(config: TrainConfig) -> int:
@@ -98,17 +63,27 @@ def warmup_schedule(optimizer: torch.optim.Optimizer, warmup: int) -> torch.opti
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
 
 
+def _import_deepspeed():
+    import deepspeed
+
+    quiet_libraries()  # DeepSpeed sets its logger's level while it is imported
+    # The shared-memory op takes a minute to compile and serves tensor-parallel inference alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 class StudentEngine:
     """The trained network: a thin face over a DeepSpeed engine."""
 
     def __init__(self, config: TrainConfig, student: nn.Module, world: World) -> None:
-        import deepspeed
-
-        self._deepspeed = deepspeed
+        deepspeed = self._deepspeed = _import_deepspeed()
+        if config.engine.precision == "fp16" and world.device.type == "cpu":
+            raise UserError("engine.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
         self.stage = zero_stage(config)
         if self.stage != config.engine.zero_stage:
             logger.info("ZeRO: stage 1 instead of 0, since %s keeps fp32 masters", config.engine.precision)
-        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
         self.trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
             model=student,

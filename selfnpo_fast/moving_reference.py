@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from selfnpo_kernels import ema_update
 from torch import nn
+
+from selfnpo_kernels import ema_update
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 """Makes sharded parameters whole inside the context (ZeRO 3); a null context otherwise."""

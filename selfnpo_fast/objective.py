@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from selfnpo_kernels import x0_loss
 
 from selfnpo_fast.config import LossConfig
 from selfnpo_fast.schedule import NoiseSchedule, x0_coefficients
+from selfnpo_kernels import x0_loss
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
-from selfnpo_fast.engine import World
+from selfnpo_fast.world import World
 
 NOISE_BINS = 4
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, guided_step, normal, permute, randint, uniform
 
 from selfnpo_fast.conditioning import EMPTY_ROW, ConditioningTable
 from selfnpo_fast.config import RolloutConfig
@@ -21,6 +20,7 @@ from selfnpo_fast.schedule import (
     forward_coefficients,
     renoise_coefficients,
 )
+from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, guided_step, normal, permute, randint, uniform
 
 Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 """(x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
@@ -204,7 +204,7 @@ def continuous_frequencies(config: RolloutConfig) -> torch.Tensor:
 
 
 def life_states(config: RolloutConfig) -> list[tuple[int, int, int]]:
-    """Every (start index, grid index, states left after this one) of a slot; in the long run each is equally frequent."""
+    """Every (start index, grid index, states left after this one) of a slot; all are equally frequent."""
     n = config.grid_steps
     if config.start == "noise":
         return [(n - 1, i, i) for i in range(n)]

@@ -76,9 +76,9 @@ def train(argv: list[str]) -> None:
     check_output(output, resume, overwrite)
 
     from selfnpo_fast.checkpoint import list_checkpoints
-    from selfnpo_fast.engine import init_world
     from selfnpo_fast.recorder import Recorder
     from selfnpo_fast.trainer import Trainer, load_inputs
+    from selfnpo_fast.world import init_world
 
     world = init_world()
     setup_logging(world.rank)

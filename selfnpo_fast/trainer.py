@@ -12,7 +12,7 @@ from selfnpo_fast.checkpoint import load_checkpoint, read_state, save_checkpoint
 from selfnpo_fast.conditioning import ConditioningTable
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
-from selfnpo_fast.engine import DTYPES, StudentEngine, World
+from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.latents import load_real_data
@@ -23,6 +23,7 @@ from selfnpo_fast.objective import Objective
 from selfnpo_fast.prompts import read_prompts
 from selfnpo_fast.recorder import NOISE_BINS, Recorder
 from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
+from selfnpo_fast.world import DTYPES, World
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,9 @@ class Trainer:
             last = self.update == self.config.updates
             if self.update % log.every == 0 or last:
                 recorder.flush(self.update, self.engine.lr, self.predictor.forwards)
-            if log.sample_every > 0 and self.update % log.sample_every == 0 or last and log.sample_every >= 0:
+            if (log.sample_every > 0 and self.update % log.sample_every == 0) or (last and log.sample_every >= 0):
                 self.draw_samples(recorder)
-            if last or log.checkpoint_every and self.update % log.checkpoint_every == 0:
+            if last or (log.checkpoint_every and self.update % log.checkpoint_every == 0):
                 self.save_checkpoint()
         dtype = DTYPES[self.config.engine.precision]
         lora = self.config.lora.rank > 0

@@ -24,12 +24,13 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 # design.md, "Arrows point one way": a unit (a module or package directly in selfnpo_fast) may import from earlier lines
 # alone. `__init__` is what `from selfnpo_fast import <name>` sees; cli's `train` command is train.py's main.
 LAYERS = [
-    {"errors", "console", "images"},
+    {"errors", "console", "images", "world"},
     {"schedule", "config"},
     {"models", "lora", "prompts", "latents", "conditioning", "objective"},
     {"rollout", "moving_reference", "guidance"},
     {"scoring"},
-    {"engine", "checkpoint", "recorder"},
+    {"engine"},
+    {"checkpoint", "recorder"},
     {"trainer"},
     {"__init__"},
     {"train"},

@@ -13,6 +13,7 @@ from selfnpo_fast.scoring.intervals import (
     Interval,
     mean_interval,
     paired_difference,
+    recall_gain,
     win_rate,
     win_rate_interval,
 )
@@ -96,6 +97,37 @@ def test_takes_boolean_tensors():
     right = torch.tensor([True, False, True, True])
     assert mean_interval(right).value == 0.75
     assert paired_difference(right, ~right).value == 0.5
+
+
+def terms(share: float, n: int = 1000) -> np.ndarray:
+    """(n,) of zeros and ones with the given mean."""
+    return (np.arange(n) < round(share * n)).astype(float)
+
+
+@pytest.mark.parametrize(
+    ("precision", "recall", "gain"),
+    [
+        (0.7, 0.9, 0.05),  # halfway along the first line, where recall is .85
+        (0.8, 0.8, 0.0),  # on a point of the base
+        (0.5, 0.85, -0.05),  # below all of the base: its highest recall has more precision
+        (0.85, 0.55, -0.05),  # halfway along the second line, where recall is .6
+        (0.95, 0.5, 0.1),  # beyond its highest precision: against that point
+    ],
+)
+def test_recall_gain_is_measured_from_the_lines_of_the_base(precision, recall, gain):
+    base_precision = [terms(0.6), terms(0.8), terms(0.9)]
+    base_recall = [terms(0.9), terms(0.8), terms(0.4)]
+    found = recall_gain(terms(precision), terms(recall), base_precision, base_recall)
+    assert found.value == pytest.approx(gain, abs=1e-12)
+    assert found.low <= found.value + 1e-12
+
+
+def test_recall_gain_knows_the_noise_of_both_axes():
+    # A thousandth more recall than a flat base is nothing; a tenth is something.
+    base_precision, base_recall = [terms(0.6, 96), terms(0.9, 96)], [terms(0.5), terms(0.5)]
+    flat = np.roll(terms(0.501), 250)
+    assert not recall_gain(terms(0.7, 96), flat, base_precision, base_recall).above(0)
+    assert recall_gain(terms(0.7, 96), terms(0.6), base_precision, base_recall).above(0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
+
 from selfnpo_fast.conditioning import ConditioningTable
 from selfnpo_fast.config import LossConfig
 from selfnpo_fast.models import StableDiffusionAdapter, StableDiffusionXLAdapter
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
 
 
 def network(tensors: dict[str, torch.Tensor], config: dict, prefix: str) -> UNet2DConditionModel:

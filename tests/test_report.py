@@ -139,7 +139,7 @@ def test_comparisons_cover_all_pairs_of_scales_and_count_wins(better):
 def test_a_better_arm_is_a_gain_and_dominates(better):
     verdict = better.verdict("negative")
     assert verdict.gain
-    assert verdict.frontier_gains
+    assert all(gain.recall.low > 0 for gain in verdict.gains)
     assert statements(better, "negative")[0] == "negative: a gain over plain guidance at all scales tried."
     assert any(point.dominated_by for point in better.frontier("negative") if point.arm == "base")
 
@@ -168,7 +168,17 @@ def test_an_arm_that_only_moves_along_the_frontier_is_no_gain():
     for scale in (1.0, 2.0, 4.0):
         pair = results.comparison("negative", scale, 2 * scale)
         assert pair.differences["precision"].value == pair.differences["recall"].value == 0
-    assert not results.verdict("negative").frontier_gains
+    assert not results.verdict("negative").gain
+    for gain in results.recall_gains[:3]:
+        assert gain.recall.value <= 0
+
+
+def test_a_shift_in_guidance_between_two_scales_is_no_gain():
+    # At scale s the arm is the base at 1.2 s, which the sweep of the base leaves out; it may win pairs, no more.
+    generate = toy_generate({"base": 0.6, "negative": 0.5}, {"base": 0.0, "negative": 0.0})
+    results = evaluate(generate, toy_cases(), ["base", "negative"], (1.0, 1.5, 2.0, 3.0), ToyScorers())
+    assert not results.verdict("negative").gain
+    assert "no gain" in statements(results, "negative")[0]
 
 
 def test_report_files_agree_with_the_results(better, tmp_path):

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
-from selfnpo_fast.scoring.domain import DIGITS_DIR, digits_domain
-from selfnpo_fast.scoring.scorers import DigitsScorers
 
 from benchmarks.digits import data, train_scorer, train_unet, train_vae
 from benchmarks.digits.checkpoints import Progress
+from selfnpo_fast.scoring.domain import DIGITS_DIR, digits_domain
+from selfnpo_fast.scoring.scorers import DigitsScorers
 
 LATENT_SEEDS = (10, 11, 12, 13)  # one colouring of the 5,000 digits each; the first is shipped for `start: data`
 TEST_SEED = 20

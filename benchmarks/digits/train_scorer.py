@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from selfnpo_fast.scoring.domain import digits_domain
-from selfnpo_fast.scoring.network import DigitScorer
 from torch.nn import functional as F
 
 from benchmarks.digits import data
 from benchmarks.digits.checkpoints import Progress
+from selfnpo_fast.scoring.domain import digits_domain
+from selfnpo_fast.scoring.network import DigitScorer
 
 STEPS, BATCH, RATE, SEED = 2500, 64, 2e-3, 3
 

@@ -6,12 +6,12 @@ import json
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from selfnpo_fast.scoring.domain import digits_domain
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.digits.checkpoints import Progress
+from selfnpo_fast.scoring.domain import digits_domain
 
 STEPS, BATCH, RATE, EMA, DROPOUT, SEED = 4000, 64, 1e-3, 0.997, 0.1, 2
 MAX_TOKENS = 16

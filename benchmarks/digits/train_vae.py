@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from selfnpo_fast.scoring.domain import digits_domain
 
 from benchmarks.digits import data
 from benchmarks.digits.checkpoints import Progress
+from selfnpo_fast.scoring.domain import digits_domain
 
 STEPS, BATCH, RATE, KL_WEIGHT, SEED = 2400, 32, 2e-3, 1e-7, 1
 
@@ -30,7 +30,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def train(work: Path, progress: Progress) -> AutoencoderKL:
-    """Fit the autoencoder (L1 + L2 + a small KL) on freshly coloured digits of the model split; resumes where it was."""
+    """Fit the autoencoder (L1 + L2 + a small KL) on freshly coloured digits of the model split; resumable."""
     torch.manual_seed(SEED)
     domain = digits_domain()
     coverage, digits = data.load_split(work, "model")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 from torch import nn
 
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.models import StableDiffusionAdapter
+from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
 SOLVERS = ("dpm++", "ddim", "euler")
 

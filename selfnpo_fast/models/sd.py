@@ -161,7 +161,7 @@ class StableDiffusionAdapter:
         return {"encoder_hidden_states": embeds}
 
     def predict(self, denoiser: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The raw network output (B, C, H, W) at states x (B, C, H, W), timesteps t (B,) and conditioning rows (B, ...).
+        """The raw network output (B, C, H, W) at states x (B, C, H, W), timesteps t (B,) and conditioning (B, ...).
 
         Inputs are cast to the network's dtype; the output keeps it.
         """

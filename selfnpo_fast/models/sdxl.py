@@ -16,7 +16,8 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": self._time_ids(len(prompts), embeds)}
+        time_ids = self._time_ids(len(prompts), embeds)
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": time_ids}
 
     def _time_ids(self, rows: int, like: torch.Tensor) -> torch.Tensor:
         """Original size, crop corner and target size: an uncropped picture at the training resolution."""

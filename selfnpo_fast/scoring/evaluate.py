@@ -228,6 +228,9 @@ class _Point:
     knn: KnnSamples
 
 
+_Points = dict[tuple[str, float], _Point]  # by (arm, guidance scale)
+
+
 def make_cases(n: int, seed: int = 0, domain: Domain | None = None) -> list[Case]:
     """n cases over all prompts of a domain (the digits by default), in a shuffled order that repeats when used up.
 
@@ -267,7 +270,7 @@ def evaluate(
     """
     _check_sweep(cases, arms, guidance_scales, baseline, k)
     rows: list[Row] = []
-    points: dict[tuple[str, float], _Point] = {}
+    points: _Points = {}
     pictures: dict[tuple[str, float], torch.Tensor] = {}
     for arm in arms:
         for scale in guidance_scales:
@@ -283,18 +286,12 @@ def evaluate(
         compared=tuple(scorers.compared),
         rows=rows,
         comparisons=[
-            _compare(arm, scale, base_scale, points, cases, baseline, scorers)
-            for arm in arms
-            if arm != baseline
-            for scale in guidance_scales
-            for base_scale in guidance_scales
-        ],
-        recall_gains=[
-            _recall_gain(arm, scale, points, cases, baseline)
-            for arm in arms
-            if arm != baseline
+            _compare(key, (baseline, scale), points, cases, scorers)
+            for key in points
+            if key[0] != baseline
             for scale in guidance_scales
         ],
+        recall_gains=[_recall_gain(key, baseline, points, cases) for key in points if key[0] != baseline],
         cases=list(cases[:keep]),
         pictures=pictures,
     )
@@ -346,16 +343,10 @@ def _row(arm: str, scale: float, point: _Point, cases: Sequence[Case], scorers: 
 
 
 def _compare(
-    arm: str,
-    scale: float,
-    base_scale: float,
-    points: dict[tuple[str, float], _Point],
-    cases: Sequence[Case],
-    baseline: str,
-    scorers: Scorers,
+    key: tuple[str, float], base: tuple[str, float], points: _Points, cases: Sequence[Case], scorers: Scorers
 ) -> Comparison:
     prompts = np.array([case.prompt for case in cases])
-    ours, theirs = points[arm, scale], points[baseline, base_scale]
+    ours, theirs = points[key], points[base]
     differences = {
         name: paired_difference(ours.measures[name], theirs.measures[name], prompts)
         for name in dict.fromkeys((scorers.accuracy, *scorers.compared))
@@ -363,9 +354,9 @@ def _compare(
     differences["precision"] = paired_difference(ours.knn.precision, theirs.knn.precision, prompts)
     differences["recall"] = paired_difference(ours.knn.recall, theirs.knn.recall)
     return Comparison(
-        arm=arm,
-        guidance_scale=scale,
-        baseline_guidance_scale=base_scale,
+        arm=key[0],
+        guidance_scale=key[1],
+        baseline_guidance_scale=base[1],
         wins={
             name: win_rate_interval(ours.measures[name], theirs.measures[name], prompts) for name in scorers.compared
         },
@@ -373,11 +364,9 @@ def _compare(
     )
 
 
-def _recall_gain(
-    arm: str, scale: float, points: dict[tuple[str, float], _Point], cases: Sequence[Case], baseline: str
-) -> RecallGain:
-    base = [points[name, at].knn for name, at in sorted(points) if name == baseline]
-    ours = points[arm, scale].knn
+def _recall_gain(key: tuple[str, float], baseline: str, points: _Points, cases: Sequence[Case]) -> RecallGain:
+    base = [points[other].knn for other in sorted(points) if other[0] == baseline]
+    ours = points[key].knn
     gain = recall_gain(
         ours.precision,
         ours.recall,
@@ -385,7 +374,7 @@ def _recall_gain(
         [knn.recall for knn in base],
         np.array([case.prompt for case in cases]),
     )
-    return RecallGain(arm=arm, guidance_scale=scale, recall=gain)
+    return RecallGain(arm=key[0], guidance_scale=key[1], recall=gain)
 
 
 def _check_sweep(

@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import make_image_grid
@@ -15,6 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from selfnpo_fast.scoring.evaluate import Comparison, Results, Row
 from selfnpo_fast.scoring.intervals import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SCALE_NOTE = "guidance_scale is diffusers' and equals omega + 1."
 INTERVAL_NOTE = (
@@ -24,6 +28,8 @@ INTERVAL_NOTE = (
 CAPTION_SIZE = 13  # pixels
 MARGIN = 8  # pixels around a tile of a grid
 MIN_TILE = 96  # pixels; smaller pictures are enlarged by a whole factor
+GAP = 3  # pixels between the arms' pictures of one prompt
+PAGE_WIDTH = 1000  # pixels, about
 BRIEF_ROWS = 6
 
 
@@ -89,8 +95,8 @@ def markdown(results: Results, config: Mapping[str, Any]) -> str:
             _table(*_comparison_table(results, arm)),
             "### Frontier",
             "A point is dominated by one that has no less precision and recall, and more of one (estimates, without "
-            f"intervals). The gain is recall over `{results.baseline}` of at least equal precision, its scales joined by "
-            "straight lines: sliding along these is what more guidance does anyway. Above the highest precision of "
+            f"intervals). The gain is recall over `{results.baseline}` of at least equal precision, its scales joined "
+            "by straight lines: sliding along these is what more guidance does anyway. Above the highest precision of "
             f"`{results.baseline}` it is taken over that point. A gain is claimed where its interval is above zero and "
             f"the point dominates one of `{results.baseline}`'s frontier.",
             _table(*_frontier_table(results, arm)),
@@ -111,7 +117,8 @@ def statements(results: Results, arm: str) -> list[str]:
     if verdict.gains:
         most = max(verdict.gains, key=lambda gain: gain.recall.value)
         lines.append(
-            f"Frontier: gain. At {most.guidance_scale:g} it has {_signed(most.recall)} recall over {base} at equal precision."
+            f"Frontier: gain. {_signed(most.recall)} recall over {base} at equal precision "
+            f"(at {most.guidance_scale:g})."
         )
     else:
         lines.append(
@@ -133,7 +140,7 @@ def statements(results: Results, arm: str) -> list[str]:
     )
     if verdict.unbeaten:
         scales = ", ".join(f"{scale:g}" for scale in verdict.unbeaten)
-        lines[-1] += f" Clear wins on neither measure against {base} at {scales}."
+        lines[-1] += f" No clear win against {base} at {scales}."
     return lines
 
 
@@ -161,17 +168,31 @@ def brief(results: Results) -> str:
     for arm in results.challengers:
         headline, frontier, *_, best = statements(results, arm)
         lines.append(headline)
-        lines += [line for text in (frontier, best) for line in textwrap.wrap(text, 110, initial_indent="  ")]
+        lines += [
+            line
+            for text in (frontier, best)
+            for line in textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
+        ]
     return "\n".join(lines)
 
 
-def plot_frontier(results: Results):
-    """A matplotlib Figure: precision against recall, one line per arm, guidance scales beside the points."""
-    figure, axes = _figure("Precision against recall, by guidance_scale")
+def plot_frontier(results: Results) -> Figure:
+    """Precision against recall: one line per arm, guidance scales beside the points, intervals in faint."""
+    figure, axes = _figure("Precision against recall by guidance_scale, with 95% intervals")
     for index, arm in enumerate(results.arms):
         rows = results.of(arm)
         recall, precision = [row.recall.value for row in rows], [row.precision.value for row in rows]
         (line,) = axes.plot(recall, precision, marker="o", markersize=5, linewidth=1.5, label=arm)
+        axes.errorbar(
+            recall,
+            precision,
+            xerr=_reach([row.recall for row in rows]),
+            yerr=_reach([row.precision for row in rows]),
+            fmt="none",
+            ecolor=line.get_color(),
+            elinewidth=0.8,
+            alpha=0.35,
+        )
         side = 1 if index % 2 == 0 else -1  # arms often nearly coincide: write on either side
         for row, x, y in zip(rows, recall, precision, strict=True):
             axes.annotate(
@@ -190,8 +211,8 @@ def plot_frontier(results: Results):
     return figure
 
 
-def plot_accuracy(results: Results):
-    """A matplotlib Figure: accuracy against guidance_scale, one line per arm, 95% intervals as bands."""
+def plot_accuracy(results: Results) -> Figure:
+    """Accuracy against guidance_scale: one line per arm, 95% intervals as bands."""
     figure, axes = _figure("Accuracy, with 95% intervals")
     for arm in results.arms:
         rows = sorted(results.of(arm), key=lambda row: row.guidance_scale)
@@ -208,8 +229,8 @@ def comparison_grid(results: Results) -> Image.Image:
     """The first cases: every arm side by side at its own best scale, from the same seed, over the prompt."""
     best = [results.best(arm) for arm in results.arms]
     stacks = [_to_pil(results.pictures[row.arm, row.guidance_scale]) for row in best]
-    tiles = [make_image_grid(list(side_by_side), 1, len(best)) for side_by_side in zip(*stacks, strict=True)]
-    columns = max(1, min(len(tiles), 1200 // (tiles[0].width + 2 * MARGIN)))
+    tiles = [_side_by_side(pictures) for pictures in zip(*stacks, strict=True)]
+    columns = max(1, min(len(tiles), PAGE_WIDTH // (tiles[0].width + 2 * MARGIN)))
     title = "   |   ".join(f"{row.arm}, guidance_scale {row.guidance_scale:g}" for row in best)
     return image_grid(tiles, columns, [case.prompt for case in results.cases], title=f"Left to right:   {title}")
 
@@ -263,13 +284,22 @@ def _to_pil(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture).resize(size, Image.Resampling.NEAREST) for picture in pixels]
 
 
+def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """PIL images of one size in a row, with a white gap so that equal backgrounds do not run together."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), "white")
+    for i, picture in enumerate(pictures):
+        row.paste(picture, (i * (width + GAP), 0))
+    return row
+
+
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Lines of `text` that fit into `width` pixels."""
     letter = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
     return textwrap.wrap(text, max(8, int(width / letter))) or [""]
 
 
-def _figure(title: str):
+def _figure(title: str) -> tuple[Figure, Axes]:
     # A Figure of its own, not pyplot: no global state, and no display is ever looked for.
     from matplotlib.figure import Figure
 
@@ -279,6 +309,14 @@ def _figure(title: str):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _reach(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Distances (2, n) from the estimates to the lower and upper ends, as matplotlib takes them."""
+    # The percentiles of a skewed sample may leave the estimate just outside.
+    below = [max(0.0, interval.value - interval.low) for interval in intervals]
+    above = [max(0.0, interval.high - interval.value) for interval in intervals]
+    return [below, above]
 
 
 def _rows_table(results: Results) -> tuple[list[str], list[list[str]]]:

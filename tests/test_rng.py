@@ -1,0 +1,98 @@
+"""The counter-based noise against Random123's known answers and against chance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from selfnpo_kernels import Draw, NoiseKey, draw_id, normal, permute, philox, randint, uniform
+
+MASK = 0xFFFFFFFF
+
+# kat_vectors of Random123: (counter, key) -> Philox4x32-10.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((MASK,) * 4, (MASK, MASK), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_known_answers(counter, key, expected):
+    out = philox(tuple(torch.tensor(c) for c in counter), key[0] | key[1] << 32)
+    assert tuple(int(word) for word in out) == expected
+
+
+def ids(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    first=st.integers(0, 2**62),
+    count=st.integers(1, 5),
+    size=st.integers(1, 13),
+)
+def test_noise_does_not_depend_on_the_batch(seed, first, count, size):
+    samples = torch.arange(first, first + count)
+    draws = draw_id(Draw.RENOISE, torch.arange(count))
+    whole = normal(NoiseKey(seed, samples, draws), (size,))
+    for i in range(count):
+        alone = normal(NoiseKey(seed, samples[i : i + 1], draws[i : i + 1]), (size,))
+        assert torch.equal(whole[i : i + 1], alone)
+
+
+def test_noise_does_not_depend_on_the_shape():
+    key = NoiseKey(7, ids(3), 0)
+    assert torch.equal(normal(key, (2, 3, 5)).flatten(), normal(key, (31,))[0, :30])
+
+
+def test_normals_are_normal():
+    draws = normal(NoiseKey(1, torch.arange(64), draw_id(Draw.START_NOISE)), (4096,))
+    assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 1e-3
+    assert abs(draws.mean().item()) < 0.01
+    assert abs(draws.var().item() - 1) < 0.01
+
+
+def test_seed_id_and_draw_all_matter():
+    base = normal(NoiseKey(5, ids(9), 0), (4096,))
+    for other in (NoiseKey(6, ids(9), 0), NoiseKey(5 + 2**32, ids(9), 0), NoiseKey(5, ids(9 + 2**32), 0)):
+        assert abs(torch.corrcoef(torch.cat([base, normal(other, (4096,))]))[0, 1].item()) < 0.08
+    for kind in Draw:
+        if kind is not Draw.START_NOISE:
+            other = normal(NoiseKey(5, ids(9), draw_id(kind)), (4096,))
+            assert abs(torch.corrcoef(torch.cat([base, other]))[0, 1].item()) < 0.08
+
+
+def test_draw_ids_are_distinct():
+    index = torch.arange(-1, 50)
+    every = torch.cat([draw_id(kind, index) for kind in Draw])
+    assert len(every.unique()) == len(every)
+
+
+def test_uniform_and_randint_cover_their_range_evenly():
+    samples = torch.arange(20_000)
+    u = uniform(NoiseKey(2, samples, draw_id(Draw.PROMPT_DROPOUT)))
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+    counts = randint(NoiseKey(2, samples, draw_id(Draw.RENOISE_TIME)), 7).bincount(minlength=7)
+    assert len(counts) == 7
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@given(size=st.integers(1, 300), key=st.integers(0, 2**63 - 1))
+def test_permute_is_a_permutation(size, key):
+    out = permute(torch.arange(size), size, key)
+    assert sorted(out.tolist()) == list(range(size))
+
+
+def test_permute_depends_on_its_key():
+    assert permute(torch.arange(100), 100, 1).tolist() != permute(torch.arange(100), 100, 2).tolist()
