@@ -97,7 +97,7 @@ def parse_options(cls: type, argv: list[str], prog: str):
     parser = ArgumentParser(prog=prog, description=cls.__doc__, exit_on_error=False)
     parser.add_class_arguments(cls, fail_untyped=True)
     try:
-        return cls(**vars(parser.instantiate_classes(parser.parse_args(argv))))
+        return cls(**vars(parser.instantiate(parser.parse_args(argv))))
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
 

@@ -52,7 +52,7 @@ def parse(argv: list[str]):
         resume, overwrite = namespace.pop("resume"), namespace.pop("overwrite")
         namespace.pop("config")
         text = parser.dump(Namespace(**namespace), skip_validation=True)
-        config = parser.instantiate_classes(namespace)
+        config = parser.instantiate(namespace)
         config = TrainConfig(**{key: value for key, value in vars(config).items() if not key.startswith("__")})
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from error

@@ -85,7 +85,7 @@ def export(work: Path, folder: Path) -> None:
 
     latents, labels = train_vae.encode_split(vae, work, LATENT_SEEDS[0])
     stored = {
-        "latents": (latents * vae.config.scaling_factor).half(),
+        "latents": (latents * vae.config.scaling_factor).half().contiguous(),
         "prompt_index": torch.tensor([domain.labels().index(label) for label in labels], dtype=torch.int16),
     }
     save_file(stored, folder / "latents.safetensors", metadata={"scaled": "true", "prompts": "prompts.txt"})
