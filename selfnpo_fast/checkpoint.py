@@ -34,6 +34,29 @@ def _contiguous(items: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | 
     return {name: value.to("cpu", dtype or value.dtype, copy=True).contiguous() for name, value in items}
 
 
+def _native_params(engine: StudentEngine) -> list[torch.Tensor]:
+    """This rank's optimiser parameters in their own order (flat partitions under ZeRO)."""
+    return [p for group in engine.engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def _native_state(engine: StudentEngine) -> dict[str, torch.Tensor]:
+    """The optimiser's own state on this rank, for optimisers whose moments are quantised in blocks (8-bit)."""
+    state = engine.engine.basic_optimizer.state
+    return {
+        f"{i}.{key}": torch.as_tensor(value)
+        for i, p in enumerate(_native_params(engine))
+        for key, value in state[p].items()
+    }
+
+
+def _restore_native(engine: StudentEngine, saved: dict[str, torch.Tensor]) -> None:
+    state = engine.engine.basic_optimizer.state
+    for i, p in enumerate(_native_params(engine)):
+        mine = {key.split(".", 1)[1]: value for key, value in saved.items() if key.split(".", 1)[0] == str(i)}
+        step = int(mine.pop("step"))
+        state[p] = {"step": step, **{key: value.to(p.device) for key, value in mine.items()}}
+
+
 def _optimizer_state(engine: StudentEngine) -> tuple[dict[str, torch.Tensor], int]:
     """Whole Adam moments by parameter name, and the optimiser's step count. Collective under ZeRO."""
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -87,7 +110,10 @@ def save_checkpoint(
         aside.mkdir(parents=True)
     _barrier(world)
     weights = _contiguous(engine.full_weights())
-    moments, step = _optimizer_state(engine)
+    native = engine.quantised_moments
+    moments, step = ({}, 0) if native else _optimizer_state(engine)
+    if native:
+        save_file(_contiguous(_native_state(engine).items()), aside / f"optimizer-rank{world.rank}.safetensors")
     save_file(_contiguous(rollout_state.items()), aside / f"rollout-rank{world.rank}.safetensors")
     if world.is_main:
         save_file(weights, aside / "student.safetensors")
@@ -126,7 +152,10 @@ def load_checkpoint(
     if state["world_size"] != world.size:
         raise UserError(f"--resume: {checkpoint} was written by {state['world_size']} ranks, not {world.size}")
     load_weights(engine, load_file(checkpoint / "student.safetensors"))
-    _restore_optimizer(engine, load_file(checkpoint / "optimizer.safetensors"), state["optimizer_step"])
+    if engine.quantised_moments:
+        _restore_native(engine, load_file(checkpoint / f"optimizer-rank{world.rank}.safetensors"))
+    else:
+        _restore_optimizer(engine, load_file(checkpoint / "optimizer.safetensors"), state["optimizer_step"])
     reference.load_state_dict(load_file(checkpoint / "reference.safetensors"))
     rollout.load_state_dict(load_file(checkpoint / f"rollout-rank{world.rank}.safetensors"))
     for _ in range(lr_updates):

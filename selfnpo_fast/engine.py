@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -85,14 +87,17 @@ class StudentEngine:
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
         self.trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
-            model=student,
-            model_parameters=[p for _, p in self.trainable],
-            optimizer=make_optimizer(config.optimizer),
-            lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
-            config=deepspeed_config(config, world.size),
-            dist_init_required=False,
-        )
+        # Its bf16 optimiser prints memory figures to standard output, whatever its log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
+                model=student,
+                model_parameters=[p for _, p in self.trainable],
+                optimizer=make_optimizer(config.optimizer),
+                lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
+                config=deepspeed_config(config, world.size),
+                dist_init_required=False,
+            )
+        self.quantised_moments = config.optimizer.name == "adamw8bit"
         self.module = self.engine.module
 
     def __call__(self, *args, **kwargs):

@@ -42,7 +42,8 @@ def read_prompts(source: str, *, column: str = "prompt", limit: int | None = Non
     """The prompts of `source`, stripped, blank ones left out, in their order, duplicates kept.
 
     `source` is `shipped`, `digits`, a file (.txt holds one prompt a line; .jsonl, .csv and .parquet hold them in
-    `column`), or the id or folder of a Hugging Face dataset, streamed from its split `train` or, as `id:split`, another.
+    `column`), or the id or folder of a Hugging Face dataset, streamed from its split `train` or, as `id:split`, from
+    another.
     Reading stops after `limit` prompts, which bounds memory. Text is UTF-8, with or without a byte order mark.
     Raises PromptError.
     """
@@ -178,6 +179,7 @@ def _jsonl_rows(path: Path, column: str) -> Rows:
     for number, text in _lines(path):
         text = text.strip()
         if not text:
+            yield number, text
             continue
         where = f"{path}, line {number}"
         try:
@@ -236,7 +238,7 @@ def _parquet_rows(path: Path, column: str) -> Rows:
             cells = chain.from_iterable(batch.column(0) for batch in batches)
             for number, cell in enumerate(cells, 1):
                 yield number, _cell_value(f"{path}, row {number}", cell)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last from damaged column names
         raise PromptError(f"prompts: {path}: no readable parquet file ({_one_line(error)}); write it again") from error
 
 

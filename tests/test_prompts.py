@@ -1,13 +1,11 @@
-"""Prompt sources: what is read, what is refused and in which words, and the prompts that the package ships."""
+"""Prompt sources: what is read, what is refused, and in which words."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import json
-import re
 import tracemalloc
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +18,7 @@ from selfnpo_fast.errors import UserError
 from selfnpo_fast.prompts import ASSETS, MAX_CHARACTERS, MAX_LINE_BYTES, PromptError, read_prompts
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-MIXED = ["a plain prompt", "ein Käfer, naß", "🦊 in the snow 👩‍🌾", "قطة على السطح", "חתול ישן, \u200fכן", "雨の街"]
+MIXED = ["a plain prompt", "ein Käfer, naß", "🦊 in the snow 👩‍🌾", "قطة على السطح", "חתול אפור, \u200fשמש", "雨の街"]
 
 
 def write(path: Path, prompts: list[str], *, column: str = "prompt", bom: bool = False, newline: str = "\n") -> str:
@@ -156,7 +154,7 @@ def test_limit_bounds_memory(tmp_path, kind):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 4e6  # measured: 0.6 to 1.1 MB
+    assert peak < 1.5e6  # measured: 0.45 to 0.48 MB, of which the thousand prompts are 0.4
 
 
 def test_one_huge_line_is_refused_in_bounded_memory(tmp_path):
@@ -185,12 +183,12 @@ def refuse(path: Path, content: str | bytes, *words: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-@pytest.mark.parametrize("content", [b"", codecs.BOM_UTF8, b"\n\n", b" \r\n\t\n"])
+@pytest.mark.parametrize("content", [b"", codecs.BOM_UTF8, b"\n\n", b"\r\n"])
 def test_empty_file(tmp_path, kind, content):
-    refuse(tmp_path / f"p{kind}", content, *([] if kind == ".csv" and b"\t" in content else ["empty", "put at least"]))
+    refuse(tmp_path / f"p{kind}", content, "empty", "put at least one prompt")
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", KINDS)
 def test_blank_rows_alone(tmp_path, kind):
     assert "blank" in message(write(tmp_path / f"p{kind}", ["", "  "]))
 
@@ -303,11 +301,12 @@ def test_bad_parquet(tmp_path):
     assert "row 2: not UTF-8, byte 0xff at offset 1" in message(path)
 
 
-def test_truncated_parquet(tmp_path):
+def test_damaged_parquet(tmp_path):
     path = tmp_path / "p.parquet"
     whole = Path(write(path, MIXED * 100)).read_bytes()
     for share in (0.1, 0.5, 0.99):
         refuse(path, whole[: int(share * len(whole))], "no readable parquet")
+    refuse(path, whole.replace(b"note", b"n\xe4te"), "no readable parquet")  # a column's name is not UTF-8
 
 
 def test_many_columns_are_not_all_listed(tmp_path):
@@ -321,7 +320,7 @@ def test_limit_below_one(tmp_path):
 def test_missing_files_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    for source in ("nope.txt", "nope.CSV", "/nope", "./nope", "../nope", "~/nope", "data/nope", "a/b/c", "owner/x.jsonl"):
+    for source in ("nope.txt", "owner/nope.CSV", "/nope", "./nope", "../nope", "~/nope", "data/nope", "a/b/c"):
         assert "no such file" in message(source)
 
 
@@ -354,9 +353,8 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path) -> Path:
     """A folder that `datasets` loads: splits train and test, of jsonl files."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", ["", *MIXED])
@@ -386,9 +384,6 @@ def test_hub_is_out_of_reach():
     assert "offline: HF_HUB_OFFLINE is set" in said
 
 
-# What the package ships
-
-
 def test_digits():
     domain = json.loads((ASSETS / "digits" / "domain.json").read_text())
     assert read_prompts("digits") == [
@@ -397,49 +392,3 @@ def test_digits():
         for ink in domain["inks"]
         for background in domain["backgrounds"]
     ]
-
-
-@pytest.fixture(scope="module")
-def shipped() -> list[str]:
-    return read_prompts("shipped")
-
-
-def test_shipped_prompts_are_many_and_distinct(shipped):
-    assert len(shipped) >= 2000
-    bare = Counter(re.sub(r"[^a-z0-9 ]", "", prompt.lower()) for prompt in shipped)
-    assert bare.most_common(1)[0][1] == 1
-    assert (ASSETS / "prompts.txt").read_text(encoding="ascii").splitlines() == shipped
-
-
-def test_shipped_prompts_have_every_length(shipped):
-    words = Counter(min(len(prompt.split()) // 10, 4) for prompt in shipped)
-    assert max(len(prompt.split()) for prompt in shipped) <= 60
-    assert min(len(prompt.split()) for prompt in shipped) == 2
-    assert all(words[tens] >= 40 for tens in range(4))
-
-
-def test_shipped_prompts_open_in_many_ways(shipped):
-    for length, share in ((1, 0.25), (2, 0.03), (3, 0.01)):
-        openings = Counter(tuple(prompt.lower().split()[:length]) for prompt in shipped)
-        opening, count = openings.most_common(1)[0]
-        assert count < share * len(shipped), f"{count} of {len(shipped)} prompts open with {' '.join(opening)!r}"
-
-
-def test_shipped_prompts_are_no_near_copies(shipped):
-    """No two share more than 80% of their distinct words."""
-    bags = [frozenset(re.findall(r"[a-z']+", prompt.lower())) for prompt in shipped]
-    close = [
-        (shipped[i], shipped[j])
-        for i, a in enumerate(bags)
-        for j in range(i)
-        if len(a & (b := bags[j])) > 0.8 * len(a | b)
-    ]
-    assert not close
-
-
-def test_shipped_prompts_say_a_and_an(shipped):
-    vowel_letter = re.compile(r"\ba (?!(?:one|once|uni[a-z]*|us[aeu][a-z]*|euro[a-z]*|ukulele|ewe)\b)[aeiou]", re.IGNORECASE)
-    consonant_letter = re.compile(r"\ban (?!(?:hour|honest|heir|LED|x-ray|fm|sf)\b)[^aeiou\W]", re.IGNORECASE)
-    wrong = [prompt for prompt in shipped if vowel_letter.search(prompt) or consonant_letter.search(prompt)]
-    assert not wrong
-    assert not [prompt for prompt in shipped if re.search(r"\b(\w+) \1\b|  | [,.;:]|[,.;:]{2}", prompt, re.IGNORECASE)]

@@ -1,0 +1,315 @@
+"""Whole training runs on tiny pipelines and on the embedded model: what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from selfnpo_fast import train
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory) -> Path:
+    return tiny.write_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory) -> Path:
+    return tiny.write_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\na blue dog\ntwo birds\na red house\n")
+    return path
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (80, 64), (60 * i, 100, 200)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def run(config: str, output: Path, *words: str) -> int:
+    return train.main(["--config", str(CONFIGS / config), "--output", str(output), *words])
+
+
+def small(model: Path, updates: int = 2) -> list[str]:
+    """Options that shrink any config to a tiny pipeline on this machine."""
+    return [
+        *("--model.path", str(model), "--updates", str(updates), "--engine.batch_size", "4"),
+        *("--rollout.grid_steps", "5", "--rollout.k", "2", "--rollout.pool", "2", "--log.sample_every", "-1"),
+    ]
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_digits_run_leaves_all_it_should(tmp_path):
+    output = tmp_path / "run"
+    words = ["--updates", "6", "--engine.batch_size", "8", "--log.every", "2", "--log.sample_steps", "2"]
+    assert run("digits.yaml", output, *words) == 0
+
+    negative = UNet2DConditionModel.from_pretrained(output / "negative", subfolder="unet", use_safetensors=True)
+    base = UNet2DConditionModel.from_pretrained(train._HERE / "assets" / "digits", subfolder="unet")
+    assert {n: p.shape for n, p in negative.named_parameters()} == {n: p.shape for n, p in base.named_parameters()}
+    assert any(not torch.equal(a, b) for a, b in zip(negative.parameters(), base.parameters(), strict=True))
+
+    rows = metrics(output)
+    assert [row["update"] for row in rows] == [2, 4, 6]
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["pairs_per_second"] > 0 for row in rows)
+    assert all(row["reference_forwards_per_pair"] == 1 for row in rows[1:])
+    stored = yaml.safe_load((output / "config.yaml").read_text())
+    assert stored["updates"] == 6
+    assert stored["engine"]["batch_size"] == 8
+    assert "negative model" in (output / "train.log").read_text()
+    assert Image.open(output / "samples" / "samples-000006.png").width > 100
+    assert list((output / "tensorboard").glob("events*"))
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["update-0000006"]
+
+    again = tmp_path / "again"
+    assert train.main(["--config", str(output / "config.yaml"), "--output", str(again)]) == 0
+    assert metrics(again)[-1]["loss"] == rows[-1]["loss"], "the resolved config makes the same run"
+
+
+def test_digits_negative_serves_in_a_stock_pipeline(tmp_path):
+    output = tmp_path / "run"
+    words = ["--updates", "1", "--engine.batch_size", "4", "--log.sample_every", "-1"]
+    assert run("digits.yaml", output, *words) == 0
+    unet = UNet2DConditionModel.from_pretrained(output / "negative", subfolder="unet")
+    pipe = StableDiffusionPipeline.from_pretrained(train._HERE / "assets" / "digits", unet=unet)
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a red handwritten seven on a yellow background", num_inference_steps=2).images[0]
+    assert picture.size == (32, 32)
+
+
+RECIPES = {
+    "lockstep noise": ["--rollout.mode", "lockstep"],
+    "lockstep noise fixed": ["--rollout.mode", "lockstep", "--rollout.stop", "fixed", "--rollout.k", "5"],
+    "naive": ["--rollout.mode", "lockstep", "--rollout.noising", "naive"],
+    "guided": ["--rollout.w", "-3", "--prompts.dropout", "0.5"],
+    "weighted": ["--rollout.pair_weight", "lockstep", "--loss.kind", "l2"],
+    "frozen": ["--reference.kind", "frozen"],
+    "accumulation": ["--engine.accumulation", "2"],
+    "lora": ["--lora.rank", "2"],
+    "lora frozen": ["--lora.rank", "2", "--reference.kind", "frozen", "--engine.gradient_checkpointing", "true"],
+    "fp32 adamw": ["--engine.precision", "fp32", "--engine.zero_stage", "0", "--optimizer.name", "adamw"],
+    "fp32 8 bit": ["--engine.precision", "fp32", "--engine.zero_stage", "0"],
+    "zero 2": ["--engine.zero_stage", "2", "--optimizer.name", "adamw"],
+    "zero 3": ["--engine.zero_stage", "3", "--optimizer.name", "adamw"],
+    "zero 3 fp32": ["--engine.zero_stage", "3", "--optimizer.name", "adamw", "--engine.precision", "fp32"],
+    "warm-up": ["--optimizer.warmup", "10", "--optimizer.clip", "0"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_choice_trains(name, sd, prompts, tmp_path):
+    """The recommended config with one choice changed: finite losses, a model of the right shapes that moved."""
+    output = tmp_path / "run"
+    words = [*small(sd), "--prompts.source", str(prompts), "--optimizer.lr", "1e-2"]
+    assert run("sd15_fast.yaml", output, *words, *RECIPES[name]) == 0
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in metrics(output))
+    if "lora" in name:
+        pipe = StableDiffusionPipeline.from_pretrained(sd)
+        pipe.load_lora_weights(output / "negative")
+        moved = [p for n, p in pipe.unet.named_parameters() if "lora_B" in n]
+        assert moved
+        assert any(p.abs().max() > 0 for p in moved)
+        return
+    base = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+    negative = UNet2DConditionModel.from_pretrained(output / "negative", subfolder="unet")
+    difference = [(a - b).abs().max() for a, b in zip(negative.parameters(), base.parameters(), strict=True)]
+    assert max(difference) > 1e-3
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_authors_config_trains_on_images(prediction_type, images, tmp_path):
+    model = tiny.write_sd(tmp_path / "model", prediction_type)
+    output = tmp_path / "run"
+    words = ["--data.source", str(images), "--engine.precision", "fp32"]
+    assert run("sd15.yaml", output, *small(model), *words) == 0
+    assert metrics(output)[-1]["reference_forwards_per_pair"] == 3, "k + 1 forwards at w = -1"
+
+
+def test_the_recommended_config_needs_a_model_alone(sd, tmp_path):
+    output = tmp_path / "run"
+    words = ["--prompts.limit", "32"]
+    assert run("sd15_fast.yaml", output, *small(sd), *words) == 0
+    assert metrics(output)[-1]["loss"] > 0
+
+
+def test_sdxl_trains(sdxl, prompts, tmp_path):
+    output = tmp_path / "run"
+    words = ["--prompts.source", str(prompts), "--rollout.w", "-5"]
+    assert run("sd15_fast.yaml", output, *small(sdxl), *words) == 0
+    assert metrics(output)[-1]["loss"] > 0
+
+
+@pytest.mark.parametrize("choice", [[], ["--rollout.mode", "lockstep"], ["--lora.rank", "2"]], ids=str)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(choice, stage, optimizer, sd, prompts, tmp_path):
+    words = [
+        *("--prompts.source", str(prompts), "--engine.precision", "fp32", "--optimizer.name", optimizer),
+        *("--engine.zero_stage", stage, "--optimizer.lr", "1e-3", "--optimizer.warmup", "5", *choice),
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run("sd15_fast.yaml", whole, *small(sd, 6), *words) == 0
+    assert run("sd15_fast.yaml", parts, *small(sd, 3), *words) == 0
+    assert run("sd15_fast.yaml", parts, *small(sd, 6), *words, "--resume") == 0
+    name = "checkpoints/update-0000006/student.safetensors"
+    expected, found = load_file(whole / name), load_file(parts / name)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_folder_that_is_not_empty_is_refused(sd, prompts, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    words = [*small(sd), "--prompts.source", str(prompts)]
+    assert run("sd15_fast.yaml", output, *words) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+    assert run("sd15_fast.yaml", output, *words, "--overwrite") == 0
+    assert not (output / "precious.txt").exists()
+
+
+def broken_weights(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def unknown_prediction(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"flow"'))
+
+
+def no_pipeline(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def other_family(folder: Path) -> None:
+    path = folder / "model_index.json"
+    path.write_text(path.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (broken_weights, "cannot load unet"),
+        (unknown_prediction, "prediction_type: 'flow'"),
+        (no_pipeline, "is no diffusers pipeline"),
+        (other_family, "FluxPipeline"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_broken_models_get_one_line(damage, message, sd, prompts, tmp_path, capsys):
+    model, output = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(sd, model)
+    damage(model)
+    assert run("sd15_fast.yaml", output, *small(model), "--prompts.source", str(prompts)) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert not output.exists()
+
+
+BAD_OPTIONS = {
+    "rollout.grid": ["--rollout.grid", "5"],
+    "rollout.k": ["--rollout.k", "26"],
+    "rollout.grid_steps": ["--rollout.grid_steps", "7", "--rollout.k", "7"],
+    "rollout.mode": ["--rollout.mode", "sideways"],
+    "loss.c": ["--loss.c", "-1"],
+    "optimizer.lr": ["--optimizer.lr", "fast"],
+    "reference.decay": ["--reference.decay", "1.5"],
+    "prompts.dropout": ["--prompts.dropout", "2"],
+    "engine.zero_stage": ["--engine.zero_stage", "4"],
+    "engine.batch_size": ["--engine.batch_size", "3", "--engine.accumulation", "2"],
+    "updates": ["--updates", "0"],
+    "data.source": ["--rollout.start", "data"],
+    "prompts.source": ["--prompts.source", "nowhere.txt"],
+    "--resume": ["--resume", "--overwrite"],
+    "lora.targets": ["--lora.rank", "2", "--lora.targets", "[nothing]"],
+}
+
+
+@pytest.mark.parametrize("field", BAD_OPTIONS)
+def test_bad_options_get_one_line_that_names_the_field(field, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run("digits.yaml", output, *BAD_OPTIONS[field]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert field in error
+    assert not output.exists()
+
+
+def test_an_unknown_key_in_a_config_file_is_named(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("rollout:\n  speed: 3\n")
+    assert train.main(["--config", str(path), "--output", str(tmp_path / "run")]) == 2
+    assert "speed" in capsys.readouterr().err
+
+
+def test_the_authors_config_without_images_names_the_other_one(tmp_path, capsys):
+    assert run("sd15.yaml", tmp_path / "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert "sd15_fast.yaml" in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "prompt"), (b"\n  \n", "prompt"), (b"good\nb\xffd\n", "UTF-8")]
+)
+def test_bad_prompt_files_get_one_line(content, message, tmp_path, capsys):
+    path, output = tmp_path / "prompts.txt", tmp_path / "run"
+    path.write_bytes(content)
+    assert run("digits.yaml", output, "--prompts.source", str(path)) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not output.exists()
+
+
+def launch(module: list[str], output: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [*module, "--config", str(CONFIGS / "digits.yaml"), "--output", str(output), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_two_ranks_train_like_one(stage, tmp_path):
+    """`deepspeed --num_gpus 2` on CPU: the same pairs, losses to rounding, weights to Adam's sign noise."""
+    words = ["--updates", "4", "--engine.batch_size", "8", "--log.every", "1", "--log.sample_every", "-1"]
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(29600 + os.getpid() % 300)]
+    two = launch([*deepspeed, "--num_gpus", "2", "selfnpo_fast/train.py"], tmp_path / "two", *words,
+                 "--engine.zero_stage", stage)  # fmt: skip
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert run("digits.yaml", tmp_path / "one", *words) == 0
+    pairs = list(zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True))
+    assert len(pairs) == 4
+    for one, both in pairs:
+        assert both["loss"] == pytest.approx(one["loss"], rel=2e-4)
+        assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-3)
+    name = "negative/unet/diffusion_pytorch_model.safetensors"
+    one, both = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+    assert all((one[key] - both[key]).abs().max() < 4 * 2e-4 for key in one)
