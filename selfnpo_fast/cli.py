@@ -145,7 +145,7 @@ def sample(options: SampleOptions) -> None:
     with _bar(len(seeds), "image") as done:
         images = sample_images(adapter, denoiser, negative, rows, empty, seeds, settings, done)
     folder = prepare_folder(options.output)
-    for i, (picture, seed) in enumerate(zip(to_pil(images), seeds, strict=True)):
+    for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
         picture.save(folder / f"{i:04d}-seed{seed}.png")
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
     image_grid(images, columns).save(folder / "grid.png")

@@ -1,24 +1,73 @@
-"""Tensors to pictures."""
+"""Tensors to pictures, and pages of them."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+CAPTION_SIZE = 13  # pixels
+MARGIN = 8  # pixels around a tile of a grid
+MIN_TILE = 96  # pixels; smaller pictures are enlarged by a whole factor
 
 
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Pictures (N, 3, H, W) in [-1, 1] as PIL images."""
-    array = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+def to_pil(images: torch.Tensor, least_side: int = MIN_TILE) -> list[Image.Image]:
+    """PIL images of (N, 3, H, W) in [-1, 1]; small ones are enlarged by a whole factor to at least `least_side` pixels.
+
+    0 keeps their size.
+    """
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    factor = max(1, -(-least_side // max(pixels.shape[1:3])))
+    size = (pixels.shape[2] * factor, pixels.shape[1] * factor)
+    return [Image.fromarray(picture).resize(size, Image.Resampling.NEAREST) for picture in pixels]
 
 
-def image_grid(images: torch.Tensor, columns: int, least_side: int = 96) -> Image.Image:
-    """One picture of all, row by row; small ones are enlarged by whole factors to `least_side` pixels."""
+def image_grid(
+    images: torch.Tensor | Sequence[Image.Image],
+    columns: int,
+    captions: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """A page of pictures, each with its caption wrapped below it.
+
+    `images` is (N, 3, H, W) float in [-1, 1] (small ones are enlarged without smoothing), or PIL images of one size.
+    """
+    tiles = to_pil(images) if isinstance(images, torch.Tensor) else list(images)
+    if not tiles or columns < 1:
+        raise ValueError(f"columns: {columns} for {len(tiles)} images is not possible; give at least one of each")
+    if captions is not None and len(captions) != len(tiles):
+        raise ValueError(f"captions: {len(captions)} of them for {len(tiles)} images; give one per image")
+    font = ImageFont.load_default(CAPTION_SIZE)
+    line_height = round(1.3 * CAPTION_SIZE)
+    width, height = tiles[0].size
+    texts = [_wrap(caption, font, width) for caption in captions or [""] * len(tiles)]
+    text_height = line_height * max(len(text) for text in texts)
     from diffusers.utils import make_image_grid
 
-    pictures = to_pil(images)
-    factor = max(1, -(-least_side // pictures[0].width))
-    pictures = [p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST) for p in pictures]
-    rows = -(-len(pictures) // columns)
-    pictures += [Image.new("RGB", pictures[0].size, "white")] * (rows * columns - len(pictures))
-    return make_image_grid(pictures, rows, columns)
+    cells = []
+    for tile, text in zip(tiles, texts, strict=True):
+        cell = Image.new("RGB", (width + 2 * MARGIN, height + text_height + 2 * MARGIN), "white")
+        cell.paste(tile, (MARGIN, MARGIN))
+        draw = ImageDraw.Draw(cell)
+        for i, line in enumerate(text):
+            draw.text((MARGIN, MARGIN + height + 2 + i * line_height), line, fill="black", font=font)
+        cells.append(cell)
+    blank = Image.new("RGB", cells[0].size, "white")
+    cells += [blank] * (-len(cells) % columns)
+    page = make_image_grid(cells, len(cells) // columns, columns)
+    if title is None:
+        return page
+    heading = _wrap(title, font, page.width - 2 * MARGIN)
+    titled = Image.new("RGB", (page.width, page.height + MARGIN + line_height * len(heading)), "white")
+    for i, line in enumerate(heading):
+        ImageDraw.Draw(titled).text((MARGIN, MARGIN + i * line_height), line, fill="black", font=font)
+    titled.paste(page, (0, titled.height - page.height))
+    return titled
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of `text` that fit into `width` pixels."""
+    letter = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
+    return textwrap.wrap(text, max(8, int(width / letter))) or [""]

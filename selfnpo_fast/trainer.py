@@ -158,13 +158,15 @@ class Trainer:
             steps=log.sample_steps, guidance_scale=log.sample_guidance_scale, negative_prompt=log.negative_prompt
         )
         prompts, empty = self.table.gather(index), self.table.empty(1)
+        texts = [self.prompts[i - 1] for i in index.tolist()]
         self.engine.module.eval()
         arms = [
             sample_images(self.adapter, base, negative, prompts, empty, list(range(len(index))), settings)
             for negative in (None, self.engine)
         ]
         self.engine.module.train()
-        recorder.picture(self.update, "samples", image_grid(torch.cat(arms), columns=len(index)))
+        captions = [f"{name}: {text}" for name in ("base", "base + negative") for text in texts]
+        recorder.picture(self.update, "samples", image_grid(torch.cat(arms), len(index), captions))
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present state; all ranks take part."""

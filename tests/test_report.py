@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from selfnpo_fast.errors import UserError
+from selfnpo_fast.images import image_grid
 from selfnpo_fast.scoring.domain import digits_domain
 from selfnpo_fast.scoring.evaluate import Case, Results, evaluate, make_cases
 from selfnpo_fast.scoring.intervals import win_rate
 from selfnpo_fast.scoring.network import DigitScorer
-from selfnpo_fast.scoring.report import brief, image_grid, statements, write_report
+from selfnpo_fast.scoring.report import brief, statements, write_report
 from selfnpo_fast.scoring.scorers import DigitsScorers
 
 SCALES = (1.0, 2.0, 3.0)

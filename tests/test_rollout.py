@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import DDIMScheduler
+
 from selfnpo_fast.conditioning import ConditioningTable
 from selfnpo_fast.config import RolloutConfig
 from selfnpo_fast.rollout import (
@@ -114,7 +115,8 @@ def test_continuous_pairs_lie_on_diffusers_trajectories(w):
         pairs = rollout.next_pairs()
         rows = rollout.maker.rows(pairs.sample_ids)
         assert torch.equal(rows, pairs.rows)
-        for i, (sample, t, s) in enumerate(zip(pairs.sample_ids.tolist(), pairs.t.tolist(), pairs.s.tolist())):
+        facts = zip(pairs.sample_ids.tolist(), pairs.t.tolist(), pairs.s.tolist(), strict=True)
+        for i, (sample, t, s) in enumerate(facts):
             states = diffusers_trajectory(sample, int(rows[i]), run.seed, 10, w)
             x_t = states[t]
             target = x_t if t == 0 else tweedie(x_t, t, int(rows[i]), w)

@@ -16,6 +16,7 @@ import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+
 from selfnpo_fast import train
 
 ROOT = Path(__file__).parents[1]

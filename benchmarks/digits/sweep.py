@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from selfnpo_fast.console import quiet_libraries
 from selfnpo_fast.guidance.negative import load_negative
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from selfnpo_fast.images import MARGIN, image_grid, to_pil
 from selfnpo_fast.scoring.evaluate import Comparison, Results, Row
 from selfnpo_fast.scoring.intervals import Interval
 
@@ -25,9 +24,6 @@ INTERVAL_NOTE = (
     "Brackets are 95% bootstrap intervals over prompts (recall and coverage: over real pictures), each for itself: "
     "among many comparisons some exclude zero by chance."
 )
-CAPTION_SIZE = 13  # pixels
-MARGIN = 8  # pixels around a tile of a grid
-MIN_TILE = 96  # pixels; smaller pictures are enlarged by a whole factor
 GAP = 3  # pixels between the arms' pictures of one prompt
 PAGE_WIDTH = 1000  # pixels, about
 BRIEF_ROWS = 6
@@ -228,60 +224,11 @@ def plot_accuracy(results: Results) -> Figure:
 def comparison_grid(results: Results) -> Image.Image:
     """The first cases: every arm side by side at its own best scale, from the same seed, over the prompt."""
     best = [results.best(arm) for arm in results.arms]
-    stacks = [_to_pil(results.pictures[row.arm, row.guidance_scale]) for row in best]
+    stacks = [to_pil(results.pictures[row.arm, row.guidance_scale]) for row in best]
     tiles = [_side_by_side(pictures) for pictures in zip(*stacks, strict=True)]
     columns = max(1, min(len(tiles), PAGE_WIDTH // (tiles[0].width + 2 * MARGIN)))
     title = "   |   ".join(f"{row.arm}, guidance_scale {row.guidance_scale:g}" for row in best)
     return image_grid(tiles, columns, [case.prompt for case in results.cases], title=f"Left to right:   {title}")
-
-
-def image_grid(
-    images: torch.Tensor | Sequence[Image.Image],
-    columns: int,
-    captions: Sequence[str] | None = None,
-    title: str | None = None,
-) -> Image.Image:
-    """A page of pictures, each with its caption wrapped below it.
-
-    `images` is (N, 3, H, W) float in [-1, 1] (small ones are enlarged without smoothing), or PIL images of one size.
-    """
-    tiles = _to_pil(images) if isinstance(images, torch.Tensor) else list(images)
-    if not tiles or columns < 1:
-        raise ValueError(f"columns: {columns} for {len(tiles)} images is not possible; give at least one of each")
-    if captions is not None and len(captions) != len(tiles):
-        raise ValueError(f"captions: {len(captions)} of them for {len(tiles)} images; give one per image")
-    font = ImageFont.load_default(CAPTION_SIZE)
-    line_height = round(1.3 * CAPTION_SIZE)
-    width, height = tiles[0].size
-    texts = [_wrap(caption, font, width) for caption in captions or [""] * len(tiles)]
-    text_height = line_height * max(len(text) for text in texts)
-    cells = []
-    for tile, text in zip(tiles, texts, strict=True):
-        cell = Image.new("RGB", (width + 2 * MARGIN, height + text_height + 2 * MARGIN), "white")
-        cell.paste(tile, (MARGIN, MARGIN))
-        draw = ImageDraw.Draw(cell)
-        for i, line in enumerate(text):
-            draw.text((MARGIN, MARGIN + height + 2 + i * line_height), line, fill="black", font=font)
-        cells.append(cell)
-    blank = Image.new("RGB", cells[0].size, "white")
-    cells += [blank] * (-len(cells) % columns)
-    page = make_image_grid(cells, len(cells) // columns, columns)
-    if title is None:
-        return page
-    heading = _wrap(title, font, page.width - 2 * MARGIN)
-    titled = Image.new("RGB", (page.width, page.height + MARGIN + line_height * len(heading)), "white")
-    for i, line in enumerate(heading):
-        ImageDraw.Draw(titled).text((MARGIN, MARGIN + i * line_height), line, fill="black", font=font)
-    titled.paste(page, (0, titled.height - page.height))
-    return titled
-
-
-def _to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """PIL images of (N, 3, H, W) float in [-1, 1], enlarged by a whole factor to at least MIN_TILE pixels."""
-    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    factor = -(-MIN_TILE // max(pixels.shape[1:3]))
-    size = (pixels.shape[2] * factor, pixels.shape[1] * factor)
-    return [Image.fromarray(picture).resize(size, Image.Resampling.NEAREST) for picture in pixels]
 
 
 def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -291,12 +238,6 @@ def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     for i, picture in enumerate(pictures):
         row.paste(picture, (i * (width + GAP), 0))
     return row
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of `text` that fit into `width` pixels."""
-    letter = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
-    return textwrap.wrap(text, max(8, int(width / letter))) or [""]
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:
