@@ -51,14 +51,15 @@ class Grid:
     @classmethod
     def build(cls, schedule: NoiseSchedule, grid_steps: int, device: torch.device) -> Grid:
         """The DDIM grid of `grid_steps` steps; the step from grid index 0 ends at timestep 0."""
-        grid = ddim_grid(schedule.num_train_timesteps, grid_steps)
-        timesteps = torch.cat([torch.zeros(1, dtype=torch.int64), grid])
-        previous = torch.cat([torch.zeros(1, dtype=torch.int64), timesteps[:-1]])
+        schedule = schedule.to(device)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        timesteps = torch.cat([zero, ddim_grid(schedule.num_train_timesteps, grid_steps).to(device)])
+        previous = torch.cat([zero, timesteps[:-1]])
         return cls(
             schedule,
-            timesteps.to(device),
-            ddim_coefficients(schedule, timesteps, previous).float().to(device),
-            forward_coefficients(schedule, timesteps).float().to(device),
+            timesteps,
+            ddim_coefficients(schedule, timesteps, previous).float(),
+            forward_coefficients(schedule, timesteps).float(),
         )
 
     @property
@@ -72,13 +73,11 @@ class Grid:
 
     def renoise(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, noise) -> torch.Tensor:
         """x_s from x_t (Eq. 16), both (B, ...)."""
-        k = renoise_coefficients(self.schedule, t.cpu(), s.cpu()).float().to(x.device)
-        return affine_noise(x, k, noise)
+        return affine_noise(x, renoise_coefficients(self.schedule, t, s).float(), noise)
 
     def diffuse(self, x0: torch.Tensor, s: torch.Tensor, noise) -> torch.Tensor:
         """x_s from a clean estimate (Eq. 15), both (B, ...)."""
-        k = forward_coefficients(self.schedule, s.cpu()).float().to(x0.device)
-        return affine_noise(x0, k, noise)
+        return affine_noise(x0, forward_coefficients(self.schedule, s).float(), noise)
 
 
 class GuidedPredictor:
@@ -235,12 +234,7 @@ class PairMaker:
 
     def item(self, sample_ids: torch.Tensor) -> torch.Tensor:
         """Prompt (or image) number of each sample id (B,): a keyed permutation of the items per epoch."""
-        epoch = sample_ids // self.items
-        out = torch.empty_like(sample_ids)
-        for e in epoch.unique().tolist():
-            here = epoch == e
-            out[here] = permute(sample_ids[here] % self.items, self.items, self.seed ^ (e * 0x9E3779B97F4A7C15))
-        return out
+        return permute(sample_ids % self.items, self.items, self.seed, sample_ids // self.items)
 
     def rows(self, sample_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the conditioning table, (B,)."""

@@ -43,6 +43,10 @@ class NoiseSchedule:
             )
         return cls(scheduler.alphas_cumprod.detach().double().cpu(), scheduler.config.prediction_type)
 
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """The same schedule with its table on `device`, where coefficients are then computed."""
+        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
+
     @property
     def num_train_timesteps(self) -> int:
         """T, usually 1000."""

@@ -88,11 +88,20 @@ def test_uniform_and_randint_cover_their_range_evenly():
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
-@given(size=st.integers(1, 300), key=st.integers(0, 2**63 - 1))
-def test_permute_is_a_permutation(size, key):
-    out = permute(torch.arange(size), size, key)
+@given(size=st.integers(1, 300), key=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))
+def test_permute_is_a_permutation(size, key, epoch):
+    out = permute(torch.arange(size), size, key, torch.full((size,), epoch))
     assert sorted(out.tolist()) == list(range(size))
 
 
-def test_permute_depends_on_its_key():
-    assert permute(torch.arange(100), 100, 1).tolist() != permute(torch.arange(100), 100, 2).tolist()
+def test_permute_mixes_well():
+    """Over many epochs every item lands everywhere equally often, and neighbours do not stay neighbours."""
+    size, epochs = 23, 2000
+    epoch = torch.arange(epochs).repeat_interleave(size)
+    table = permute(torch.arange(size).repeat(epochs), size, 99, epoch).view(epochs, size)
+    for place in (0, 7, 22):
+        assert stats.chisquare(table[:, place].bincount(minlength=size).numpy()).pvalue > 1e-3
+    follows = (table[:, 1:] - table[:, :-1] == 1).float().mean().item()
+    assert abs(follows - 1 / size) < 0.01
+    one = torch.zeros(100, dtype=torch.int64)
+    assert permute(torch.arange(100), 100, 1, one).tolist() != permute(torch.arange(100), 100, 2, one).tolist()

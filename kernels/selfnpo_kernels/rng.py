@@ -100,21 +100,25 @@ def randint(key: NoiseKey, high: torch.Tensor | int) -> torch.Tensor:
     return (_blocks(key, 1)[:, 0, 0] * high) >> 32
 
 
-def permute(index: torch.Tensor, size: int, key: int) -> torch.Tensor:
-    """A keyed permutation of {0, ..., size - 1}, applied to `index` (int64, any shape, values in that range).
+def permute(position: torch.Tensor, size: int, key: int, epoch: torch.Tensor) -> torch.Tensor:
+    """A keyed permutation of {0, ..., size - 1} per epoch, applied to `position`.
 
-    A four-round Feistel network over the next even power of two, walked until it lands inside the range.
+    position (B,) int64 in that range; epoch (B,) int64; returns (B,) int64. A four-round Feistel network over the next
+    even power of two, walked until it lands inside the range. Its rounds mix by multiplication (xxHash's primes):
+    shuffling needs less than noise does.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
-    out = index.to(torch.int64).clone()
+    salt = [(key >> (16 * r)) & 0xFFFF for r in range(4)]
+    turn = (epoch * 0x27D4EB2F) & _MASK
+    out = position.to(torch.int64)
     outside = torch.ones_like(out, dtype=torch.bool)
-    zero = torch.zeros_like(out)
     while outside.any():
         left, right = out >> half, out & low
         for r in range(4):
-            mixed = philox((right, zero + r, zero, zero), key)[0] & low
-            left, right = right, left ^ mixed
+            mixed = ((right + salt[r] + (r << 17)) * 0x85EBCA77 + turn) & _MASK
+            mixed = ((mixed ^ (mixed >> 15)) * 0x9E3779B1) & _MASK
+            left, right = right, left ^ ((mixed ^ (mixed >> 16)) & low)
         out = torch.where(outside, (left << half) | right, out)
         outside = out >= size
     return out

@@ -1,0 +1,203 @@
+"""The `selfnpo` command in process: what it writes, and that mistakes are one line, exit code 2 and nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from selfnpo_fast.cli import main
+from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images, start_noise
+from selfnpo_fast.models import load_adapter
+from selfnpo_fast.scoring.domain import DIGITS_DIR
+from selfnpo_fast.scoring.evaluate import make_cases
+from selfnpo_fast.scoring.scorers import DigitsScorers
+
+PROMPT = "a red handwritten seven on a yellow background"
+REPORT = {"report.json", "report.md", "frontier.png", "accuracy.png", "grid.png"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def negative(tmp_path_factory) -> Path:
+    """A run's output folder: the digits denoiser with disturbed weights."""
+    run = tmp_path_factory.mktemp("runs") / "disturbed"
+    unet = UNet2DConditionModel.from_pretrained(DIGITS_DIR, subfolder="unet")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    unet.save_pretrained(run / "negative" / "unet")
+    return run
+
+
+@pytest.fixture(scope="module")
+def misfit(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("misfit")
+    tiny.unet().save_pretrained(run / "negative" / "unet")
+    return run
+
+
+def sample(output: Path, *words: object) -> int:
+    return main(["sample", "--output", str(output), "--steps", "2", *map(str, words)])
+
+
+def evaluate(output: Path, *words: object) -> int:
+    options = ["--images", "12", "--guidance_scales", "[1,2]", "--steps", "2"]
+    return main(["evaluate", "--output", str(output), *options, *map(str, words)])
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_sample_draws_what_the_stock_pipeline_draws(tmp_path, capsys):
+    words = ["--prompt", PROMPT, "--images_per_prompt", 3, "--seed", 5, "--guidance_scale", 2.5]
+    assert sample(tmp_path, *words) == 0
+    names = ["0000-seed5.png", "0001-seed6.png", "0002-seed7.png"]
+    assert contents(tmp_path) == {*names, "grid.png"}
+    assert str(tmp_path / "grid.png") in capsys.readouterr().out
+
+    pipe = StableDiffusionPipeline.from_pretrained(DIGITS_DIR)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    latents = start_noise([5, 6, 7], (4, 8, 8), CPU)
+    pictures = pipe([PROMPT] * 3, num_inference_steps=2, guidance_scale=2.5, latents=latents).images
+    for name, picture in zip(names, pictures, strict=True):
+        ours = pixels(tmp_path / name)
+        assert ours.shape == (32, 32, 3)
+        assert abs(ours - np.asarray(picture)).max() <= 1
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width > 3 * 32 > grid.height / 2
+    assert grid.width > 2 * grid.height
+
+
+def test_sample_from_a_file_with_a_negative(tmp_path, negative):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\na teal handwritten two on a white background\na red handwritten one on a lime bac\n")
+    common = ["--prompts", prompts, "--limit", 2, "--guidance_scale", 3]
+    for name, words in {"with": ["--negative", negative], "again": ["--negative", negative], "plain": []}.items():
+        assert sample(tmp_path / name, *common, *words, "--batch_size", 1 if name == "again" else 16) == 0
+        assert contents(tmp_path / name) == {"0000-seed0.png", "0001-seed1.png", "grid.png"}
+    for name in ("0000-seed0.png", "0001-seed1.png"):
+        ours = pixels(tmp_path / "with" / name)
+        assert abs(ours - pixels(tmp_path / "again" / name)).max() <= 1
+        assert abs(ours - pixels(tmp_path / "plain" / name)).max() > 20
+
+
+def test_sample_seed_and_resolution(tmp_path):
+    """Another seed is another picture; the same seed at another place is the same one."""
+    assert sample(tmp_path / "a", "--prompt", PROMPT, "--seed", 3, "--images_per_prompt", 2) == 0
+    assert sample(tmp_path / "b", "--prompt", PROMPT, "--seed", 4) == 0
+    third, fourth = (pixels(tmp_path / "a" / f"000{i}-seed{i + 3}.png") for i in (0, 1))
+    assert abs(fourth - pixels(tmp_path / "b" / "0000-seed4.png")).max() <= 1
+    assert abs(fourth - third).max() > 20
+    assert sample(tmp_path / "large", "--prompt", PROMPT, "--resolution", 48, "--guidance_scale", 1) == 0
+    assert pixels(tmp_path / "large" / "0000-seed0.png").shape == (48, 48, 3)
+
+
+def read_report(folder: Path) -> dict:
+    assert contents(folder) == REPORT
+    for name in REPORT:
+        if name.endswith(".png"):
+            assert min(Image.open(folder / name).size) > 100, name
+    # allow_nan of json.loads: NaN and Infinity are no JSON.
+    return json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_evaluate_plain_guidance(tmp_path, capsys):
+    assert evaluate(tmp_path, "--seed", 3) == 0
+    report = read_report(tmp_path)
+    assert [(row["arm"], row["guidance_scale"], row["images"]) for row in report["rows"]] == [
+        ("base", 1, 12),
+        ("base", 2, 12),
+    ]
+    assert report["comparisons"] == []
+    assert report["config"]["seed"] == 3
+    out = capsys.readouterr().out
+    assert str(tmp_path / "grid.png") in out
+    assert str(tmp_path / "report.md") in out
+
+    adapter, cases = load_adapter("digits"), make_cases(12, 3)
+    rows = adapter.encode_prompts([case.prompt for case in cases], CPU)
+    denoiser, empty = adapter.load_denoiser(torch.float32), adapter.encode_empty(CPU)
+    for row in report["rows"]:
+        config = SamplerConfig(steps=2, guidance_scale=row["guidance_scale"])
+        images = sample_images(adapter, denoiser, None, rows, empty, [case.seed for case in cases], config)
+        scores = DigitsScorers.load().score(images, [case.label for case in cases])
+        for measure in ("digit_log_prob", "digit_correct", "colour_match", "realness"):
+            expected = getattr(scores, measure).float().mean().item()
+            assert row["means"][measure]["value"] == pytest.approx(expected, abs=1e-3), measure
+
+
+def test_evaluate_holds_negatives_against_plain_guidance(tmp_path, negative, capsys):
+    prompts = ["--negative_prompt", '["empty","same"]']
+    assert evaluate(tmp_path, "--negative", json.dumps([str(negative)]), *prompts, "--brief", "true") == 0
+    report = read_report(tmp_path)
+    arms = ["base", "base + negative", "base + negative, same prompt"]
+    assert [(row["arm"], row["guidance_scale"]) for row in report["rows"]] == [(arm, s) for arm in arms for s in (1, 2)]
+    pairs = {(c["arm"], c["guidance_scale"], c["baseline_guidance_scale"]) for c in report["comparisons"]}
+    assert pairs == {(arm, a, b) for arm in arms[1:] for a in (1, 2) for b in (1, 2)}
+    rows = {(row["arm"], row["guidance_scale"]): row["means"] for row in report["rows"]}
+    for arm in arms[1:]:
+        # At guidance_scale 1 the negative is not asked; at 2 it is.
+        assert rows[arm, 1] == rows["base", 1]
+        assert rows[arm, 2] != rows["base", 2]
+    for comparison in report["comparisons"]:
+        if comparison["guidance_scale"] == comparison["baseline_guidance_scale"] == 1:
+            assert {win["value"] for win in comparison["wins"].values()} == {0.5}
+    assert "report.md" not in capsys.readouterr().out
+
+
+def mistakes(negative: Path, misfit: Path, folder: Path) -> dict[str, tuple[list, str]]:
+    """Words after `selfnpo`, and how the error goes on."""
+    binary, blank = folder / "latin.txt", folder / "blank.txt"
+    binary.write_bytes(b"caf\xe9\n")
+    blank.write_text("\n\n")
+    draw = ["sample", "--prompt", PROMPT]
+    return {
+        "no prompt": (["sample"], "prompt: give either"),
+        "two prompts": ([*draw, "--prompts", "digits"], "prompt: give either"),
+        "no such prompts": (["sample", "--prompts", folder / "none.txt"], "prompts: "),
+        "prompts not UTF-8": (["sample", "--prompts", binary], "prompts: "),
+        "blank prompts": (["sample", "--prompts", blank], "prompts: "),
+        "no such model": ([*draw, "--model", folder / "none"], "model.path: no such folder"),
+        "no pipeline": ([*draw, "--model", folder], "model.path: .* is no diffusers pipeline"),
+        "no such negative": ([*draw, "--negative", folder / "none"], "negative: no such folder"),
+        "empty negative": ([*draw, "--negative", folder], "negative: .* holds neither"),
+        "negative of other shapes": ([*draw, "--negative", misfit], "negative: .* does not fit the model"),
+        "steps 0": ([*draw, "--steps", 0], "steps: 0 is not possible"),
+        "steps beyond the schedule": ([*draw, "--steps", 1001], "steps: "),
+        "scale below 1": ([*draw, "--guidance_scale", 0.5], "guidance_scale: 0.5 is not possible"),
+        "scale nan": ([*draw, "--guidance_scale", "nan"], "guidance_scale: nan is not possible"),
+        "no images": ([*draw, "--images_per_prompt", 0], "images_per_prompt: 0 is not possible"),
+        "huge seed": ([*draw, "--seed", 2**63], "seed: "),
+        "odd resolution": ([*draw, "--resolution", 30], "model.resolution: 30 is no multiple of 4"),
+        "resolution 0": ([*draw, "--resolution", 0], "model.resolution: 0 "),
+        "unknown solver": ([*draw, "--solver", "heun"], ".*solver"),
+        "not a number": ([*draw, "--steps", "many"], ".*steps"),
+        "unknown option": ([*draw, "--colour", "red"], ".*--colour"),
+        "unknown command": (["paint"], "unknown command 'paint'; expected one of train, sample, evaluate"),
+        "evaluate: no such negative": (["evaluate", "--negative", '["/none"]'], "negative: no such folder"),
+        "evaluate: other shapes": (["evaluate", "--negative", f'["{misfit}"]'], "negative: .* does not fit"),
+        "evaluate: one negative twice": (["evaluate", "--negative", f'["{negative}","{negative}"]'], "negative: "),
+        "evaluate: scale below 1": (["evaluate", "--guidance_scales", "[2,0.5]"], "guidance_scale: 0.5"),
+        "evaluate: a scale twice": (["evaluate", "--guidance_scales", "[2,2]"], "guidance_scales: "),
+        "evaluate: too few images": (["evaluate", "--images", 3], "cases: 3 are too few"),
+        "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
+    }
+
+
+MISTAKES = list(mistakes(Path("n"), Path("m"), Path("/dev/shm"))) if False else [
+    "no prompt",
+]

@@ -1,0 +1,215 @@
+"""Guided sampling against diffusers' own pipelines, and with a negative against a loop written out here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from selfnpo_fast.errors import UserError
+from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images, sample_latents, start_noise
+from selfnpo_fast.models import load_adapter
+
+SCHEDULERS = {"dpm++": DPMSolverMultistepScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
+PROMPTS = ["a cat", "two birds"]
+SEEDS = [11, 2**40]
+STEPS = 5
+CPU = torch.device("cpu")
+
+
+class Setting:
+    """A tiny pipeline: our adapter with its denoiser and rows, and the stock pipeline of the same folder."""
+
+    def __init__(self, folder: Path, pipeline: type) -> None:
+        self.adapter = load_adapter(str(folder))
+        self.denoiser = self.adapter.load_denoiser(torch.float32)
+        self.prompts = self.adapter.encode_prompts(PROMPTS, CPU)
+        self.empty = self.adapter.encode_empty(CPU)
+        self.pipe = pipeline.from_pretrained(folder)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def latents(self, negative=None, seeds=SEEDS, **options) -> torch.Tensor:
+        config = SamplerConfig(**({"steps": STEPS} | options))
+        arguments = (self.adapter, self.denoiser, negative, self.prompts, self.empty)
+        return sample_latents(*arguments, seeds, config)
+
+    def stock(self, solver: str, guidance_scale: float, output_type: str = "latent") -> torch.Tensor:
+        self.pipe.scheduler = SCHEDULERS[solver].from_config(self.pipe.scheduler.config)
+        return self.pipe(
+            PROMPTS,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance_scale,
+            latents=start_noise(SEEDS, (4, 8, 8), CPU),
+            output_type=output_type,
+        ).images
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def sd(request, tmp_path_factory) -> Setting:
+    folder = tiny.write_sd(tmp_path_factory.mktemp("sd"), request.param)
+    return Setting(folder, StableDiffusionPipeline)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Setting:
+    return Setting(tiny.write_sd(tmp_path_factory.mktemp("plain")), StableDiffusionPipeline)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory) -> Setting:
+    return Setting(tiny.write_sdxl(tmp_path_factory.mktemp("sdxl")), StableDiffusionXLPipeline)
+
+
+@pytest.fixture(scope="module")
+def other() -> torch.nn.Module:
+    torch.manual_seed(99)
+    return tiny.unet().eval()
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    # Observed 2e-6: the stock pipeline runs both branches as one batch.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_without_a_negative_it_is_the_stock_pipeline(sd, solver, guidance_scale):
+    theirs = sd.stock(solver, guidance_scale)
+    assert_same(sd.latents(solver=solver, guidance_scale=guidance_scale), theirs)
+    # The prompt and the scale have to show in the latents, or the comparison says nothing of them.
+    elsewhere = sd.latents(solver=solver, guidance_scale=2.5)
+    assert (elsewhere - theirs).abs().max() > 1e-3 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_sdxl_without_a_negative_it_is_the_stock_pipeline(sdxl, solver, guidance_scale):
+    assert sdxl.pipe.config.force_zeros_for_empty_prompt
+    assert_same(sdxl.latents(solver=solver, guidance_scale=guidance_scale), sdxl.stock(solver, guidance_scale))
+
+
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_pictures_are_the_stock_pipelines(plain, solver):
+    arguments = (plain.adapter, plain.denoiser, None, plain.prompts, plain.empty, SEEDS)
+    images = sample_images(*arguments, SamplerConfig(steps=STEPS, guidance_scale=4.0, solver=solver))
+    assert_same(images / 2 + 0.5, plain.stock(solver, 4.0, "pt"))
+
+
+def ddim_by_hand(setting: Setting, networks: tuple, rows: tuple, guidance_scale: float) -> torch.Tensor:
+    """DDIM on the grid 1, 201, ..., 801 with alphas from the betas, in float64 but for the networks."""
+    alphas_cumprod = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    x = start_noise(SEEDS, (4, 8, 8), CPU).double()
+    for t in range(801, 0, -200):
+        outputs = [
+            network(x.float(), t, encoder_hidden_states=row, return_dict=False)[0].double()
+            for network, row in zip(networks, rows, strict=True)
+        ]
+        eps = outputs[1] + guidance_scale * (outputs[0] - outputs[1])
+        now, after = alphas_cumprod[t], alphas_cumprod[max(t - 200, 0)]
+        x0 = (x - (1 - now) ** 0.5 * eps) / now**0.5
+        x = after**0.5 * x0 + (1 - after) ** 0.5 * eps
+    return x.float()
+
+
+@pytest.mark.parametrize("negative_prompt", ["empty", "same"])
+@torch.no_grad()
+def test_negative_takes_the_unconditional_branch(plain, other, negative_prompt):
+    row = plain.prompts["encoder_hidden_states"]
+    against = row if negative_prompt == "same" else plain.empty["encoder_hidden_states"].expand_as(row)
+    expected = ddim_by_hand(plain, (plain.denoiser, other), (row, against), 3.0)
+    ours = plain.latents(other, solver="ddim", guidance_scale=3.0, negative_prompt=negative_prompt)
+    # Observed 2e-6; diffusers keeps its alphas in float32.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert (ours - plain.latents(solver="ddim", guidance_scale=3.0)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "euler"])
+@torch.no_grad()
+def test_negative_in_a_loop_over_the_stock_scheduler(plain, other, solver):
+    scheduler = SCHEDULERS[solver].from_config(plain.pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    row, empty = plain.prompts["encoder_hidden_states"], plain.empty["encoder_hidden_states"]
+    x = start_noise(SEEDS, (4, 8, 8), CPU) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        pos = plain.denoiser(scaled, t, row).sample
+        neg = other(scaled, t, empty.repeat(2, 1, 1)).sample
+        x = scheduler.step(neg + 3.0 * (pos - neg), t, x).prev_sample
+    assert_same(plain.latents(other, solver=solver, guidance_scale=3.0), x)
+
+
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_the_base_as_its_own_negative_changes_nothing(plain, solver):
+    options = {"solver": solver, "guidance_scale": 4.0}
+    assert torch.equal(plain.latents(plain.denoiser, **options), plain.latents(**options))
+
+
+def test_the_base_under_the_same_prompt_cancels_guidance(plain):
+    """p + g (p - p) = p: no guidance at any scale."""
+    ours = plain.latents(plain.denoiser, guidance_scale=7.0, negative_prompt="same")
+    assert_same(ours, plain.latents(guidance_scale=1.0))
+
+
+def test_at_scale_1_the_negative_is_not_asked(plain):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the negative ran")
+
+    broken = tiny.unet()
+    broken.forward = refuse
+    assert_same(plain.latents(broken, guidance_scale=1.0), plain.latents(guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_picture_depends_on_its_own_seed_alone(plain, other, negative):
+    def draw(prompts: list[str], seeds: list[int], batch_size: int) -> torch.Tensor:
+        rows = plain.adapter.encode_prompts(prompts, CPU)
+        config = SamplerConfig(steps=3, guidance_scale=4.0, batch_size=batch_size)
+        network = other if negative else None
+        return sample_images(plain.adapter, plain.denoiser, network, rows, plain.empty, seeds, config)
+
+    prompts, seeds = ["a cat", "two birds", "a cat", "a red house", "a cat"], [5, 6, 7, 8, 5]
+    whole = draw(prompts, seeds, 5)
+    for batch_size in (1, 2):
+        torch.testing.assert_close(draw(prompts, seeds, batch_size), whole, rtol=0, atol=1e-4)
+    backwards = draw(prompts[::-1], seeds[::-1], 2).flip(0)
+    torch.testing.assert_close(backwards, whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(whole[0], whole[4], rtol=0, atol=1e-4)
+    assert (whole[0] - whole[2]).abs().max() > 0.01, "another seed is another picture"
+
+
+def test_progress_hears_how_many_are_done(plain):
+    rows = {name: value[:1].expand(5, *value.shape[1:]) for name, value in plain.prompts.items()}
+    heard = []
+    config = SamplerConfig(steps=1, guidance_scale=1.0, batch_size=2)
+    sample_images(plain.adapter, plain.denoiser, None, rows, plain.empty, list(range(5)), config, heard.append)
+    assert heard == [2, 4, 5]
+
+
+IMPOSSIBLE = [
+    ("guidance_scale", 0.5),
+    ("guidance_scale", -1.0),
+    ("guidance_scale", float("nan")),
+    ("guidance_scale", float("inf")),
+    ("steps", 0),
+    ("batch_size", 0),
+    ("solver", "heun"),
+    ("negative_prompt", "none"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
+def test_impossible_settings_are_named(plain, name, value):
+    with pytest.raises(UserError, match=f"^{name}: ") as caught:
+        plain.latents(**{name: value})
+    assert str(value) in str(caught.value)
+    assert "\n" not in str(caught.value)
