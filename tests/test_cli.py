@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,12 @@ def test_sample_draws_what_the_stock_pipeline_draws(tmp_path, capsys):
         assert ours.shape == (32, 32, 3)
         assert abs(ours - np.asarray(picture)).max() <= 1
     grid = Image.open(tmp_path / "grid.png")
-    assert grid.width > 3 * 32 > grid.height / 2
-    assert grid.width > 2 * grid.height
+    assert grid.width > 2 * grid.height, "three pictures side by side"
 
 
 def test_sample_from_a_file_with_a_negative(tmp_path, negative):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text(f"{PROMPT}\na teal handwritten two on a white background\na red handwritten one on a lime bac\n")
+    prompts.write_text(f"{PROMPT}\na teal handwritten two on a white background\na third that is one too many\n")
     common = ["--prompts", prompts, "--limit", 2, "--guidance_scale", 3]
     for name, words in {"with": ["--negative", negative], "again": ["--negative", negative], "plain": []}.items():
         assert sample(tmp_path / name, *common, *words, "--batch_size", 1 if name == "again" else 16) == 0
@@ -111,7 +111,7 @@ def read_report(folder: Path) -> dict:
     for name in REPORT:
         if name.endswith(".png"):
             assert min(Image.open(folder / name).size) > 100, name
-    # allow_nan of json.loads: NaN and Infinity are no JSON.
+    # NaN and Infinity are no JSON, but Python's reader takes them.
     return json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
 
 
@@ -142,7 +142,7 @@ def test_evaluate_plain_guidance(tmp_path, capsys):
 
 def test_evaluate_holds_negatives_against_plain_guidance(tmp_path, negative, capsys):
     prompts = ["--negative_prompt", '["empty","same"]']
-    assert evaluate(tmp_path, "--negative", json.dumps([str(negative)]), *prompts, "--brief", "true") == 0
+    assert evaluate(tmp_path, "--negative", negative, *prompts, "--brief", "true") == 0
     report = read_report(tmp_path)
     arms = ["base", "base + negative", "base + negative, same prompt"]
     assert [(row["arm"], row["guidance_scale"]) for row in report["rows"]] == [(arm, s) for arm in arms for s in (1, 2)]
@@ -159,45 +159,84 @@ def test_evaluate_holds_negatives_against_plain_guidance(tmp_path, negative, cap
     assert "report.md" not in capsys.readouterr().out
 
 
-def mistakes(negative: Path, misfit: Path, folder: Path) -> dict[str, tuple[list, str]]:
-    """Words after `selfnpo`, and how the error goes on."""
-    binary, blank = folder / "latin.txt", folder / "blank.txt"
-    binary.write_bytes(b"caf\xe9\n")
-    blank.write_text("\n\n")
-    draw = ["sample", "--prompt", PROMPT]
-    return {
-        "no prompt": (["sample"], "prompt: give either"),
-        "two prompts": ([*draw, "--prompts", "digits"], "prompt: give either"),
-        "no such prompts": (["sample", "--prompts", folder / "none.txt"], "prompts: "),
-        "prompts not UTF-8": (["sample", "--prompts", binary], "prompts: "),
-        "blank prompts": (["sample", "--prompts", blank], "prompts: "),
-        "no such model": ([*draw, "--model", folder / "none"], "model.path: no such folder"),
-        "no pipeline": ([*draw, "--model", folder], "model.path: .* is no diffusers pipeline"),
-        "no such negative": ([*draw, "--negative", folder / "none"], "negative: no such folder"),
-        "empty negative": ([*draw, "--negative", folder], "negative: .* holds neither"),
-        "negative of other shapes": ([*draw, "--negative", misfit], "negative: .* does not fit the model"),
-        "steps 0": ([*draw, "--steps", 0], "steps: 0 is not possible"),
-        "steps beyond the schedule": ([*draw, "--steps", 1001], "steps: "),
-        "scale below 1": ([*draw, "--guidance_scale", 0.5], "guidance_scale: 0.5 is not possible"),
-        "scale nan": ([*draw, "--guidance_scale", "nan"], "guidance_scale: nan is not possible"),
-        "no images": ([*draw, "--images_per_prompt", 0], "images_per_prompt: 0 is not possible"),
-        "huge seed": ([*draw, "--seed", 2**63], "seed: "),
-        "odd resolution": ([*draw, "--resolution", 30], "model.resolution: 30 is no multiple of 4"),
-        "resolution 0": ([*draw, "--resolution", 0], "model.resolution: 0 "),
-        "unknown solver": ([*draw, "--solver", "heun"], ".*solver"),
-        "not a number": ([*draw, "--steps", "many"], ".*steps"),
-        "unknown option": ([*draw, "--colour", "red"], ".*--colour"),
-        "unknown command": (["paint"], "unknown command 'paint'; expected one of train, sample, evaluate"),
-        "evaluate: no such negative": (["evaluate", "--negative", '["/none"]'], "negative: no such folder"),
-        "evaluate: other shapes": (["evaluate", "--negative", f'["{misfit}"]'], "negative: .* does not fit"),
-        "evaluate: one negative twice": (["evaluate", "--negative", f'["{negative}","{negative}"]'], "negative: "),
-        "evaluate: scale below 1": (["evaluate", "--guidance_scales", "[2,0.5]"], "guidance_scale: 0.5"),
-        "evaluate: a scale twice": (["evaluate", "--guidance_scales", "[2,2]"], "guidance_scales: "),
-        "evaluate: too few images": (["evaluate", "--images", 3], "cases: 3 are too few"),
-        "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
-    }
+DRAW = ["sample", "--prompt", PROMPT]
+MISTAKES = {
+    "no prompt": (["sample"], "prompt: give either"),
+    "two prompts": ([*DRAW, "--prompts", "digits"], "prompt: give either"),
+    "no such prompts": (["sample", "--prompts", "{folder}/none.txt"], "prompts: .*none.txt"),
+    "prompts not UTF-8": (["sample", "--prompts", "{folder}/latin.txt"], "prompts: .*latin.txt"),
+    "blank prompts": (["sample", "--prompts", "{folder}/blank.txt"], "prompts: .*blank.txt"),
+    "no such model": ([*DRAW, "--model", "{folder}/none"], "model.path: no such folder"),
+    "no pipeline": ([*DRAW, "--model", "{folder}"], "model.path: .* is no diffusers pipeline"),
+    "no such negative": ([*DRAW, "--negative", "{folder}/none"], "negative: no such folder"),
+    "nothing for a negative": ([*DRAW, "--negative", "{folder}"], "negative: .* holds neither"),
+    "no name for a negative": ([*DRAW, "--negative", ""], "negative: "),
+    "negative of other shapes": ([*DRAW, "--negative", "{misfit}"], "negative: .* does not fit the model"),
+    "steps 0": ([*DRAW, "--steps", "0"], "steps: 0 is not possible"),
+    "steps beyond the schedule": ([*DRAW, "--steps", "1001"], "steps: 1001 "),
+    "scale below 1": ([*DRAW, "--guidance_scale", "0.5"], "guidance_scale: 0.5 is not possible"),
+    "scale nan": ([*DRAW, "--guidance_scale", "nan"], ".*guidance_scale.*nan"),
+    "no images": ([*DRAW, "--images_per_prompt", "0"], "images_per_prompt: 0 is not possible"),
+    "huge seed": ([*DRAW, "--seed", str(2**63)], "seed: "),
+    "resolution no multiple": ([*DRAW, "--resolution", "30"], "model.resolution: 30 is no multiple of 4"),
+    "resolution 0": ([*DRAW, "--resolution", "0"], "model.resolution: 0 "),
+    "unknown solver": ([*DRAW, "--solver", "heun"], ".*solver"),
+    "not a number": ([*DRAW, "--steps", "many"], ".*steps"),
+    "unknown option": ([*DRAW, "--colour", "red"], ".*--colour"),
+    "unknown command": (["paint"], "unknown command 'paint'; expected one of train, sample, evaluate"),
+    "evaluate: no such negative": (["evaluate", "--negative", "{folder}/none"], "negative: no such folder"),
+    "evaluate: other shapes": (["evaluate", "--negative", "{misfit}"], "negative: .* does not fit"),
+    "evaluate: one negative twice": (["evaluate", "--negative", '["{negative}","{negative}"]'], "negative: "),
+    "evaluate: scale below 1": (["evaluate", "--guidance_scales", "[2,0.5]"], "guidance_scale: 0.5"),
+    "evaluate: scale nan": (["evaluate", "--guidance_scales", "[.nan]"], "guidance_scale: nan"),
+    "evaluate: a scale twice": (["evaluate", "--guidance_scales", "[2,2]"], "guidance_scales: "),
+    "evaluate: no scale": (["evaluate", "--guidance_scales", "[]"], "guidance_scales: "),
+    "evaluate: too few images": (["evaluate", "--images", "3"], "cases: 3 are too few"),
+    "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
+}
 
 
-MISTAKES = list(mistakes(Path("n"), Path("m"), Path("/dev/shm"))) if False else [
-    "no prompt",
-]
+@pytest.mark.parametrize(("words", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capfd, negative, misfit, words, expected):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "blank.txt").write_text("\n\n")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    places = {"{folder}": tmp_path, "{misfit}": misfit, "{negative}": negative}
+    for name, path in places.items():
+        words = [word.replace(name, str(path)) for word in words]
+    command = words if words[0] == "paint" else [*words, "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert re.match(f"error: {expected}", lines[0]), err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", [DRAW, ["evaluate"]], ids=["sample", "evaluate"])
+def test_a_file_for_the_output_folder_is_refused_before_any_work(tmp_path, monkeypatch, capfd, command):
+    output = tmp_path / "file"
+    output.write_text("mine")
+    monkeypatch.setattr("selfnpo_fast.guidance.sampler.sample_images", lambda *args: pytest.fail("drew pictures first"))
+    assert main([*command, "--output", str(output)]) == 2
+    assert capfd.readouterr().err == f"error: output: {output} is a file; name a folder\n"
+    assert output.read_text() == "mine"
+
+
+def test_a_second_run_overwrites_file_by_file(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    for seed in (1, 1, 2):
+        assert sample(tmp_path, "--prompt", PROMPT, "--seed", seed) == 0
+    assert contents(tmp_path) == {"note.txt", "0000-seed1.png", "0000-seed2.png", "grid.png"}
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    assert "usage: selfnpo COMMAND" in capsys.readouterr().out
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["sample", "--help"])
+    assert caught.value.code == 0
+    assert "omega + 1" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def other() -> torch.nn.Module:
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    # Observed 2e-6: the stock pipeline runs both branches as one batch.
+    # Observed 9e-7: the stock pipeline runs both branches as one batch.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
 
 
@@ -128,8 +128,8 @@ def test_negative_takes_the_unconditional_branch(plain, other, negative_prompt):
     against = row if negative_prompt == "same" else plain.empty["encoder_hidden_states"].expand_as(row)
     expected = ddim_by_hand(plain, (plain.denoiser, other), (row, against), 3.0)
     ours = plain.latents(other, solver="ddim", guidance_scale=3.0, negative_prompt=negative_prompt)
-    # Observed 2e-6; diffusers keeps its alphas in float32.
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    # Observed 6e-7; diffusers keeps its alphas in float32.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
     assert (ours - plain.latents(solver="ddim", guidance_scale=3.0)).abs().max() > 0.1
 
 

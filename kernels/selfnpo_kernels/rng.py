@@ -31,6 +31,7 @@ class Draw(enum.IntEnum):
     ETA = 5
     PROMPT_DROPOUT = 6
     STAGGER = 7
+    SAMPLE = 8
 
 
 def draw_id(kind: Draw, grid_index: torch.Tensor | int = -1) -> torch.Tensor | int:

@@ -58,9 +58,12 @@ def make_scheduler(name: str, config: dict):
 
 
 def start_noise(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Standard normals (B, *shape) float32; a picture's noise depends on its own seed alone."""
+    """Standard normals (B, *shape) float32; a picture's noise depends on its own seed alone.
+
+    The draw is its own kind, so that no picture starts from the noise of a training rollout.
+    """
     ids = torch.tensor(seeds, dtype=torch.int64, device=device)
-    return normal(NoiseKey(0, ids, draw_id(Draw.START_NOISE)), shape)
+    return normal(NoiseKey(0, ids, draw_id(Draw.SAMPLE)), shape)
 
 
 @torch.no_grad()
