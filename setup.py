@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[
         *find_packages(include=["selfnpo_fast", "selfnpo_fast.*"]),
+        "selfnpo_fast.configs",
         *find_packages("kernels", include=["selfnpo_kernels", "selfnpo_kernels.*"]),
     ],
-    package_dir={"selfnpo_kernels": "kernels/selfnpo_kernels"},
-    package_data={"selfnpo_fast": ["assets/**/*"]},
+    package_dir={"selfnpo_kernels": "kernels/selfnpo_kernels", "selfnpo_fast.configs": "configs"},
+    package_data={"selfnpo_fast": ["assets/**/*"], "selfnpo_fast.configs": ["*.yaml"]},
 )

@@ -9,18 +9,20 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.moving_reference import Reference
 from selfnpo_fast.world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"update-(\d{7})$")
 
 
@@ -29,9 +31,15 @@ def _barrier(world: World) -> None:
         torch.distributed.barrier()
 
 
-def _contiguous(items: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """CPU copies by name, as safetensors wants them."""
-    return {name: value.to("cpu", dtype or value.dtype, copy=True).contiguous() for name, value in items}
+def _copies(
+    items: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None, keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """CPU copies by name, as safetensors wants them. Ranks that do not `keep` take part in the gathering alone."""
+    out = {}
+    for name, value in items:
+        if keep:
+            out[name] = value.to("cpu", dtype or value.dtype, copy=True).contiguous()
+    return out
 
 
 def _native_params(engine: StudentEngine) -> list[torch.Tensor]:
@@ -40,7 +48,7 @@ def _native_params(engine: StudentEngine) -> list[torch.Tensor]:
 
 
 def _native_state(engine: StudentEngine) -> dict[str, torch.Tensor]:
-    """The optimiser's own state on this rank, for optimisers whose moments are quantised in blocks (8-bit)."""
+    """The optimiser's own state on this rank."""
     state = engine.engine.basic_optimizer.state
     return {
         f"{i}.{key}": torch.as_tensor(value)
@@ -53,42 +61,10 @@ def _restore_native(engine: StudentEngine, saved: dict[str, torch.Tensor]) -> No
     state = engine.engine.basic_optimizer.state
     for i, p in enumerate(_native_params(engine)):
         mine = {key.split(".", 1)[1]: value for key, value in saved.items() if key.split(".", 1)[0] == str(i)}
-        step = int(mine.pop("step"))
+        # torch's AdamW keeps its step count as a tensor on the CPU, bitsandbytes as an int.
+        step = mine.pop("step")
+        step = step if isinstance(engine.engine.basic_optimizer, torch.optim.AdamW) else int(step)
         state[p] = {"step": step, **{key: value.to(p.device) for key, value in mine.items()}}
-
-
-def _optimizer_state(engine: StudentEngine) -> tuple[dict[str, torch.Tensor], int]:
-    """Whole Adam moments by parameter name, and the optimiser's step count. Collective under ZeRO."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    basic = engine.engine.basic_optimizer
-    moments, step = {}, 0
-    for name, param in engine.trainable:
-        for key in MOMENTS:
-            if engine.stage == 0:
-                moments[f"{name}.{key}"] = basic.state[param][key]
-            else:
-                moments[f"{name}.{key}"] = safe_get_full_optimizer_state(param, key)
-    for state in basic.state.values():
-        step = int(state.get("step", step))
-    return _contiguous(moments.items()), step
-
-
-def _restore_optimizer(engine: StudentEngine, moments: dict[str, torch.Tensor], step: int) -> None:
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    basic = engine.engine.basic_optimizer
-    for name, param in engine.trainable:
-        for key in MOMENTS:
-            value = moments[f"{name}.{key}"].to(param.device)
-            if engine.stage == 0:
-                basic.state[param].setdefault("step", torch.tensor(float(step)))
-                basic.state[param][key] = value
-            else:
-                safe_set_full_optimizer_state(param, value, key)
-    if engine.stage > 0:
-        for state in basic.state.values():
-            state["step"] = torch.tensor(float(step))
 
 
 def save_checkpoint(
@@ -98,7 +74,7 @@ def save_checkpoint(
     engine: StudentEngine,
     reference: Reference,
     rollout_state: dict[str, torch.Tensor],
-    fingerprint: dict,
+    config: TrainConfig,
     world: World,
     keep: int,
 ) -> Path:
@@ -109,17 +85,18 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     _barrier(world)
-    weights = _contiguous(engine.full_weights())
-    native = engine.quantised_moments
-    moments, step = ({}, 0) if native else _optimizer_state(engine)
-    if native:
-        save_file(_contiguous(_native_state(engine).items()), aside / f"optimizer-rank{world.rank}.safetensors")
-    save_file(_contiguous(rollout_state.items()), aside / f"rollout-rank{world.rank}.safetensors")
+    weights = _copies(engine.full_weights(), keep=world.is_main)
+    save_file(_copies(_native_state(engine).items()), aside / f"optimizer-rank{world.rank}.safetensors")
+    save_file(_copies(rollout_state.items()), aside / f"rollout-rank{world.rank}.safetensors")
     if world.is_main:
         save_file(weights, aside / "student.safetensors")
-        save_file(moments, aside / "optimizer.safetensors")
-        save_file(_contiguous(reference.state_dict().items()), aside / "reference.safetensors")
-        state = {"update": update, "optimizer_step": step, "world_size": world.size, "config": fingerprint}
+        save_file(_copies(reference.state_dict().items()), aside / "reference.safetensors")
+        state = {
+            "update": update,
+            "lr_steps": engine.lr_scheduler.last_epoch,
+            "world_size": world.size,
+            "config": recipe(config),
+        }
         (aside / "state.json").write_text(json.dumps(state, indent=2))
     _barrier(world)
     if world.is_main:
@@ -136,30 +113,64 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("update-*") if _NAME.search(path.name))
 
 
+def recipe(config: TrainConfig) -> dict:
+    """The part of a config that a resumed run has to share: all but its length, its log and its folder."""
+    fields = {key: value for key, value in asdict(config).items() if key not in ("updates", "log", "output")}
+    return json.loads(json.dumps(fields))
+
+
+def _first_difference(ours: dict, theirs: dict, prefix: str = "") -> str | None:
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            inner = _first_difference(mine, other, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif mine != other:
+            return f"{prefix}{key} is {mine!r}, but was {other!r}"
+    return None
+
+
+def newest_checkpoint(folder: Path, config: TrainConfig, world: World) -> Path | None:
+    """The newest checkpoint under `folder`, or None. Raises UserError where it belongs to another recipe or world."""
+    found = list_checkpoints(folder)
+    if not found:
+        return None
+    state = read_state(found[-1])
+    difference = _first_difference(recipe(config), state["config"])
+    if difference:
+        raise UserError(f"--resume: {found[-1]} is of another run: {difference}; use the same config or another output")
+    if state["world_size"] != world.size:
+        raise UserError(f"--resume: {found[-1]} was written by {state['world_size']} ranks, not {world.size}")
+    return found[-1]
+
+
 def read_state(checkpoint: Path) -> dict:
-    """The checkpoint's update, world size and config."""
+    """The checkpoint's update, learning-rate steps, world size and config."""
     try:
         return json.loads((checkpoint / "state.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"--resume: {checkpoint} is not readable: {error}; delete it to use an older one") from error
 
 
-def load_checkpoint(
-    checkpoint: Path, *, engine: StudentEngine, reference: Reference, rollout, lr_updates: int, world: World
-) -> None:
-    """Restore student, optimiser, reference, learning rate and slots. The world size has to be the one of the run."""
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--resume: {path} is not readable: {reason}; delete its folder to use an older one") from error
+
+
+def load_checkpoint(checkpoint: Path, *, engine: StudentEngine, reference: Reference, rollout, world: World) -> int:
+    """Restore student, optimiser, reference, learning rate and slots; returns the update to go on from."""
     state = read_state(checkpoint)
-    if state["world_size"] != world.size:
-        raise UserError(f"--resume: {checkpoint} was written by {state['world_size']} ranks, not {world.size}")
-    load_weights(engine, load_file(checkpoint / "student.safetensors"))
-    if engine.quantised_moments:
-        _restore_native(engine, load_file(checkpoint / f"optimizer-rank{world.rank}.safetensors"))
-    else:
-        _restore_optimizer(engine, load_file(checkpoint / "optimizer.safetensors"), state["optimizer_step"])
-    reference.load_state_dict(load_file(checkpoint / "reference.safetensors"))
-    rollout.load_state_dict(load_file(checkpoint / f"rollout-rank{world.rank}.safetensors"))
-    for _ in range(lr_updates):
+    load_weights(engine, _load(checkpoint / "student.safetensors"))
+    _restore_native(engine, _load(checkpoint / f"optimizer-rank{world.rank}.safetensors"))
+    reference.load_state_dict(_load(checkpoint / "reference.safetensors"))
+    rollout.load_state_dict(_load(checkpoint / f"rollout-rank{world.rank}.safetensors"))
+    for _ in range(state["lr_steps"]):
         engine.lr_scheduler.step()
+    return state["update"]
 
 
 def load_weights(engine: StudentEngine, weights: dict[str, torch.Tensor]) -> None:
@@ -169,7 +180,7 @@ def load_weights(engine: StudentEngine, weights: dict[str, torch.Tensor]) -> Non
     for name, param in engine.trainable:
         if engine.stage > 0:
             safe_set_full_fp32_param(param, weights[name].to(param.device))
-        with torch.no_grad(), engine.gather([param]):
+        with torch.no_grad(), engine.gather([param], modify=True):
             param.copy_(weights[name])
 
 
@@ -178,9 +189,9 @@ def save_negative(folder: Path, engine: StudentEngine, adapter, dtype: torch.dty
 
     Weights are stored in the run's precision. All ranks take part; rank 0 writes.
     """
-    weights = _contiguous(engine.full_weights(), dtype)
+    weights = _copies(engine.full_weights(), dtype, keep=world.is_main)
     if not lora:
-        weights |= _contiguous(engine.frozen_weights(), dtype)
+        weights |= _copies(engine.frozen_weights(), dtype, keep=world.is_main)
     if world.is_main:
         aside = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)

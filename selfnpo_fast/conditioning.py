@@ -16,9 +16,11 @@ class ConditioningTable:
     rows: dict[str, torch.Tensor]
 
     @classmethod
-    def build(cls, empty: dict[str, torch.Tensor], prompts: dict[str, torch.Tensor]) -> ConditioningTable:
-        """Joins the unconditional row (1, ...) and the prompts' rows (N, ...)."""
-        return cls({name: torch.cat([empty[name], prompts[name]]) for name in empty})
+    def build(
+        cls, empty: dict[str, torch.Tensor], prompts: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> ConditioningTable:
+        """Joins the unconditional row (1, ...) and the prompts' rows (N, ...), kept in the network's `dtype`."""
+        return cls({name: torch.cat([empty[name].to(dtype), prompts[name].to(dtype)]) for name in empty})
 
     @property
     def prompts(self) -> int:

@@ -40,8 +40,10 @@ class RolloutConfig:
     """From pure noise (Eq. 13) or from noised real data (Eq. 14)."""
     grid_steps: int = 25
     """Steps of the DDIM grid; a divisor of the model's training timesteps."""
-    k: int = 25
-    """Most steps that a rollout runs. From noise, k = grid_steps with `stop: fixed` is the paper's baseline."""
+    k: int | None = None
+    """Most steps that a lockstep (or data-started) rollout runs; grid_steps by default, which from noise with
+    `stop: fixed` is the paper's full-simulation baseline. Continuous rollouts from noise always run to the end.
+    """
     w: float = -1.0
     """Rollout guidance, the paper's omega: p = p_cond + w (p_cond - p_uncond); guidance_scale - 1."""
     stop: Literal["uniform", "fixed"] = "uniform"
@@ -55,8 +57,22 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _check(self.grid_steps >= 2, "rollout.grid_steps", self.grid_steps, "at least 2")
+        self.k = self.grid_steps if self.k is None else self.k
         _check(
             1 <= self.k <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
+        )
+        runs_through = self.mode == "continuous" and self.start == "noise" and self.pair_weight == "uniform"
+        _check(
+            not runs_through or self.k == self.grid_steps,
+            "rollout.k",
+            self.k,
+            "no value: continuous rollouts from noise run to the end (k counts in lockstep mode or from data)",
+        )
+        _check(
+            self.mode == "continuous" or self.pair_weight == "uniform",
+            "rollout.pair_weight",
+            self.pair_weight,
+            "'uniform' in lockstep mode",
         )
         _check(self.pool >= 1, "rollout.pool", self.pool, "at least 1")
         _check(abs(self.w) <= 100, "rollout.w", self.w, "between -100 and 100 (-1 is the paper's choice for SD1.5)")
@@ -160,6 +176,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _check(self.rank >= 0, "lora.rank", self.rank, "0 (full weights) or more")
+        _check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
         _check(self.rank == 0 or bool(self.targets), "lora.targets", self.targets, "at least one layer name")
 
 
@@ -248,6 +265,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self.updates >= 1, "updates", self.updates, "at least 1")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        _check(
+            self.lora.rank == 0 or self.engine.zero_stage < 3,
+            "engine.zero_stage",
+            self.engine.zero_stage,
+            "0, 1 or 2 with lora.rank: student and reference share one backbone, which ZeRO 3 would take apart",
+        )
         if self.rollout.start == "data" and not self.data.source:
             raise UserError(
                 "data.source: none given, but rollout.start is 'data'; name a folder of captioned images, or train "

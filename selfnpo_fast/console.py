@@ -23,8 +23,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")  # DeepSpeed's use of old collectives
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    import torch
+
     # DeepSpeed logs its guess of the accelerator on import; on a machine with a GPU the guess is left to it.
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Read by transformers and diffusers when they set up their own handlers.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

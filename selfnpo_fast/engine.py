@@ -97,7 +97,6 @@ class StudentEngine:
                 config=deepspeed_config(config, world.size),
                 dist_init_required=False,
             )
-        self.quantised_moments = config.optimizer.name == "adamw8bit"
         self.module = self.engine.module
 
     def __call__(self, *args, **kwargs):
@@ -107,9 +106,11 @@ class StudentEngine:
         """The network's parameters (their dtype tells its precision)."""
         return self.module.parameters()
 
-    def gather(self, params: list[nn.Parameter]) -> AbstractContextManager:
-        """Makes ZeRO-3 parameters whole inside the context."""
-        return self._deepspeed.zero.GatheredParameters(params) if self.stage == 3 else no_gather(params)
+    def gather(self, params: list[nn.Parameter], modify: bool = False) -> AbstractContextManager:
+        """Makes ZeRO-3 parameters whole inside the context; with `modify`, rank 0's changes reach the shards."""
+        if self.stage != 3:
+            return no_gather(params)
+        return self._deepspeed.zero.GatheredParameters(params, modifier_rank=0 if modify else None)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of one micro-batch, reduced over ranks at the update's end."""

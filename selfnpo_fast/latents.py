@@ -70,13 +70,23 @@ def _captioned(folder: Path) -> list[tuple[Path, str]]:
     missing = [path.name for path in images if not path.with_suffix(".txt").is_file()]
     if missing:
         raise UserError(f"data.source: {folder / missing[0]} has no caption; put it into {Path(missing[0]).stem}.txt")
-    return [(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in images]
+    return [(path, _read_text(path.with_suffix(".txt")).strip()) for path in images]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.source: {path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _rows(table: Path) -> list[dict]:
-    text = table.read_text(encoding="utf-8-sig")
+    text = _read_text(table)
     if table.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
+        try:
+            return list(csv.DictReader(text.splitlines()))
+        except csv.Error as error:
+            raise UserError(f"data.source: {table} is not CSV: {error}") from error
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
@@ -101,7 +111,7 @@ def _read_square(path: Path, resolution: int) -> torch.Tensor:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"data.source: cannot read the image {path}: {error}") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

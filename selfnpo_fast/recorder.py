@@ -33,7 +33,7 @@ class Recorder:
         self.loss = torch.zeros(NOISE_BINS, device=world.device)
         self.count = torch.zeros(NOISE_BINS, device=world.device)
         self.norm = torch.zeros((), device=world.device)
-        self.updates = 0
+        self.finite = torch.zeros((), device=world.device)
         self.forwards = 0
         self.clock = time.perf_counter()
         self.bar = self.writer = None
@@ -51,8 +51,10 @@ class Recorder:
 
     def close_update(self, norm: torch.Tensor) -> None:
         """Note one optimiser update and its gradient norm."""
-        self.norm += norm.to(self.norm.device)
-        self.updates += 1
+        # fp16 skips an update whose gradients overflow; its norm is infinite and says nothing.
+        finite = norm.to(self.norm.device).isfinite()
+        self.norm += torch.where(finite, norm.to(self.norm.device), 0)
+        self.finite += finite
         if self.bar is not None:
             self.bar.update(1)
 
@@ -67,7 +69,7 @@ class Recorder:
         row = {
             "update": update,
             "loss": (loss.sum() / count.sum()).item(),
-            "grad_norm": self.norm.item() / max(self.updates, 1),
+            "grad_norm": (self.norm / self.finite.clamp(min=1)).item(),
             "lr": lr,
             "pairs_per_second": pairs / (now - self.clock),
             "reference_forwards_per_pair": used / pairs,
@@ -75,8 +77,8 @@ class Recorder:
         }
         for i, (part, n) in enumerate(zip(loss.tolist(), count.tolist(), strict=True)):
             row[f"loss_s_quarter_{i + 1}"] = part / n if n else math.nan
-        self.clock, self.forwards, self.updates = now, forwards, 0
-        for tensor in (self.loss, self.count, self.norm):
+        self.clock, self.forwards = now, forwards
+        for tensor in (self.loss, self.count, self.norm, self.finite):
             tensor.zero_()
         if self.world.is_main:
             self._write(update, row)
@@ -84,11 +86,15 @@ class Recorder:
 
     def _write(self, update: int, row: dict[str, float]) -> None:
         with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
+            file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
         for key, value in row.items():
             if key != "update":
                 self.writer.add_scalar(f"train/{key}", value, update)
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['pairs_per_second']:.1f} pairs/s")
+
+    def restart_clock(self) -> None:
+        """Leave what came since the last flush (drawing, saving) out of the rates."""
+        self.clock = time.perf_counter()
 
     def picture(self, update: int, name: str, grid: Image.Image) -> None:
         """Save a grid as PNG under samples/ and into TensorBoard."""

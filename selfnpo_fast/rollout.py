@@ -357,7 +357,7 @@ class ContinuousRollout:
             ours = continuous_frequencies(maker.config)
             weight = torch.where(ours > 0, lockstep_frequencies(maker.config) / ours.clamp(min=1e-12), 0)
         self.weight = weight.float().to(maker.device)  # row i + 1 belongs to grid index i
-        self._stagger()
+        self.filled = False
 
     def _begin(self, ids: torch.Tensor, start: torch.Tensor | None = None):
         """First state (B, ...), its grid index and the states left after it (B,) of new samples."""
@@ -394,6 +394,9 @@ class ContinuousRollout:
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
         """Advance one group of slots by one grid step and return the pairs of the states they were in."""
+        if not self.filled:
+            self._stagger()
+            self.filled = True
         maker, grid = self.maker, self.maker.grid
         part = slice(self.cursor * self.batch, (self.cursor + 1) * self.batch)
         self.cursor = (self.cursor + 1) % self.groups
@@ -429,4 +432,4 @@ class ContinuousRollout:
         """Go on from `state_dict()`."""
         for name in ("x", "final", "index", "left", "ids"):
             getattr(self, name).copy_(state[name])
-        self.cursor = int(state["cursor"])
+        self.cursor, self.filled = int(state["cursor"]), True

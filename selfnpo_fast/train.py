@@ -10,13 +10,14 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 
 import os  # noqa: E402
-import shutil  # noqa: E402
 
 from selfnpo_fast.config import TrainConfig  # noqa: E402
 from selfnpo_fast.console import logger, quiet_libraries, setup_logging  # noqa: E402
 from selfnpo_fast.errors import UserError  # noqa: E402
+from selfnpo_fast.folders import check_run_folder, clear_run_folder  # noqa: E402
 
-CONFIGS = _HERE.parent / "configs"
+# A checkout has them beside the package, an installed package inside it.
+CONFIGS = next(place for place in (_HERE.parent / "configs", _HERE / "configs") if (place / "digits.yaml").is_file())
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 
 
@@ -43,7 +44,7 @@ def parse(argv: list[str]):
     from jsonargparse import ArgumentError, Namespace
 
     argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
-    if not any(word.startswith(("--config", "--print_config", "-h", "--help")) for word in argv):
+    if not any(word.startswith(("--config", "-h", "--help")) for word in argv):
         logger.info("no --config given: running %s", DEFAULT_CONFIG)
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
     parser = build_parser()
@@ -61,44 +62,34 @@ def parse(argv: list[str]):
     return config, resume, overwrite, text
 
 
-def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless the user said what to do with it."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: {folder} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
-        raise UserError(f"output: {folder} is not empty; add --resume to go on, --overwrite to start anew")
-
-
 def train(argv: list[str]) -> None:
     """One whole run. Raises UserError for bad input, before anything is written."""
     config, resume, overwrite, text = parse(argv)
-    output = Path(config.output).expanduser()
-    check_output(output, resume, overwrite)
+    output = check_run_folder(config.output, resume=resume, overwrite=overwrite)
 
-    from selfnpo_fast.checkpoint import list_checkpoints
+    import torch
+
+    from selfnpo_fast.checkpoint import newest_checkpoint
     from selfnpo_fast.recorder import Recorder
     from selfnpo_fast.trainer import Trainer, load_inputs
     from selfnpo_fast.world import init_world
 
     world = init_world()
     setup_logging(world.rank)
-    inputs = load_inputs(config, world)
-    trainer = Trainer(config, inputs, world, output)
-    newest = list_checkpoints(output / "checkpoints")[-1:] if resume else []
+    newest = newest_checkpoint(output / "checkpoints", config, world) if resume else None
+    trainer = Trainer(config, load_inputs(config, world), world, output)
+    if newest is not None:
+        trainer.resume(newest)
+    elif resume:
+        logger.info("--resume: no checkpoint in %s; starting from the beginning", output)
     if world.size > 1:
-        import torch
-
         torch.distributed.barrier()  # every rank has looked at the folder before rank 0 changes it
     if world.is_main:
-        if overwrite and output.is_dir():
-            shutil.rmtree(output)
+        if overwrite:
+            clear_run_folder(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(text)
     setup_logging(world.rank, output / "train.log")
-    if newest:
-        trainer.resume(newest[0])
-    elif resume:
-        logger.info("--resume: no checkpoint in %s; starting from the beginning", output)
     describe(config, world, trainer)
     recorder = Recorder(config, world, output, trainer.update)
     try:

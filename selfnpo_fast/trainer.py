@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from selfnpo_fast.checkpoint import load_checkpoint, read_state, save_checkpoint, save_negative
+from selfnpo_fast.checkpoint import load_checkpoint, save_checkpoint, save_negative
 from selfnpo_fast.conditioning import ConditioningTable
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
@@ -59,8 +59,9 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
         place = {prompt: i for i, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=world.device)
         rows = {name: value[index] for name, value in rows.items()}
-    table = ConditioningTable.build(adapter.encode_empty(world.device), rows)
-    student = adapter.load_denoiser(DTYPES[config.engine.precision]).to(world.device)
+    dtype = DTYPES[config.engine.precision]
+    table = ConditioningTable.build(adapter.encode_empty(world.device), rows, dtype)
+    student = adapter.load_denoiser(dtype).to(world.device)
     return Inputs(adapter, table, prompts, latents, student)
 
 
@@ -139,13 +140,17 @@ class Trainer:
             last = self.update == self.config.updates
             if self.update % log.every == 0 or last:
                 recorder.flush(self.update, self.engine.lr, self.predictor.forwards)
-            if (log.sample_every > 0 and self.update % log.sample_every == 0) or (last and log.sample_every >= 0):
-                self.draw_samples(recorder)
             if last or (log.checkpoint_every and self.update % log.checkpoint_every == 0):
                 self.save_checkpoint()
+            if not last and log.sample_every > 0 and self.update % log.sample_every == 0:
+                self.draw_samples(recorder)
+        # Weights first: a grid that does not fit into memory must not cost the run its result.
         dtype = DTYPES[self.config.engine.precision]
         lora = self.config.lora.rank > 0
-        return save_negative(self.output / "negative", self.engine, self.adapter, dtype, self.world, lora)
+        folder = save_negative(self.output / "negative", self.engine, self.adapter, dtype, self.world, lora)
+        if log.sample_every >= 0:
+            self.draw_samples(recorder)
+        return folder
 
     def draw_samples(self, recorder: Recorder) -> None:
         """A grid of base above base + negative on the first prompts; all ranks draw, since ZeRO 3 needs them all."""
@@ -167,6 +172,7 @@ class Trainer:
         self.engine.module.train()
         captions = [f"{name}: {text}" for name in ("base", "base + negative") for text in texts]
         recorder.picture(self.update, "samples", image_grid(torch.cat(arms), len(index), captions))
+        recorder.restart_clock()
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present state; all ranks take part."""
@@ -176,21 +182,14 @@ class Trainer:
             engine=self.engine,
             reference=self.reference,
             rollout_state=self.rollout.state_dict(),
-            fingerprint=asdict(self.config),
+            config=self.config,
             world=self.world,
             keep=self.config.log.keep,
         )
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of the same recipe."""
-        state = read_state(path)
-        load_checkpoint(
-            path,
-            engine=self.engine,
-            reference=self.reference,
-            rollout=self.rollout,
-            lr_updates=state["update"],
-            world=self.world,
+        """Go on from a checkpoint of the same recipe (`newest_checkpoint` has compared them)."""
+        self.update = load_checkpoint(
+            path, engine=self.engine, reference=self.reference, rollout=self.rollout, world=self.world
         )
-        self.update = state["update"]
         logger.info("resumed from %s", path)

@@ -36,7 +36,8 @@ def init_world() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Ranks on one machine share its cores; each rank takes its part, as torchrun would with one thread each.
         local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if not torch.distributed.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if alone:

@@ -32,7 +32,7 @@ def load_negative(adapter: StableDiffusionAdapter, path: str, dtype: torch.dtype
     folder = locate_negative(path, adapter.denoiser_name)
     if (folder / LORA_FILE).is_file():
         return _load_lora(adapter, folder, dtype)
-    negative = type(adapter)(str(folder)).load_denoiser(dtype)
+    negative = type(adapter)(str(folder)).load_denoiser(dtype, field="negative")
     _check_shapes(adapter, negative, path)
     return negative
 

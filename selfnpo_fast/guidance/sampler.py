@@ -79,6 +79,9 @@ def sample_latents(
     """Scaled latents (B, C, H, W) float32 for conditioning rows `prompts` (B, ...), `empty` (1, ...) and B seeds."""
     device = next(denoiser.parameters()).device
     scheduler = make_scheduler(config.solver, adapter.scheduler_config)
+    most = adapter.schedule.num_train_timesteps
+    if config.steps > most:
+        raise UserError(f"steps: {config.steps} is more than the model's {most} timesteps; use fewer")
     scheduler.set_timesteps(config.steps, device=device)
     x = start_noise(seeds, adapter.latent_shape, device) * scheduler.init_noise_sigma
     guided = config.guidance_scale != 1

@@ -31,15 +31,17 @@ def load_adapter(
     from diffusers import DiffusionPipeline
 
     source = resolve_path(path)
-    looks_local = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if source.startswith("~"):
+        source = str(Path(source).expanduser())
+    looks_local = Path(source).exists() or source.startswith((".", "/")) or source.count("/") > 1
     if looks_local and not Path(source).is_dir():
         raise UserError(f"model.path: no such folder: {path}; give a diffusers pipeline folder or a Hub id")
     try:
         index = DiffusionPipeline.load_config(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         what = "is no diffusers pipeline (no readable model_index.json)" if looks_local else "was not found on the Hub"
         raise UserError(f"model.path: {path} {what}: {str(error).splitlines()[0][:200]}") from error
-    name = index.get("_class_name")
+    name = index.get("_class_name") if isinstance(index, dict) else None
     if name not in ADAPTERS:
         raise UserError(f"model.path: {path} is a {name}; supported are {', '.join(ADAPTERS)}")
     return ADAPTERS[name](source, revision=revision, variant=variant, resolution=resolution)

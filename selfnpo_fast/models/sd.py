@@ -20,7 +20,7 @@ Conditioning = dict[str, torch.Tensor]
 
 
 @contextmanager
-def _loading(path: str, part: str):
+def _loading(path: str, part: str, field: str = "model.path"):
     """Turn what a loader throws over a broken file into one line."""
     try:
         yield
@@ -28,7 +28,7 @@ def _loading(path: str, part: str):
         raise
     except Exception as error:  # a truncated file surfaces as any of a dozen types; the cause is chained
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.path: cannot load {part} from {path}: {reason}") from error
+        raise UserError(f"{field}: cannot load {part} from {path}: {reason}") from error
 
 
 class StableDiffusionAdapter:
@@ -39,7 +39,6 @@ class StableDiffusionAdapter:
 
     pipeline_class = "StableDiffusionPipeline"
     denoiser_name = "unet"
-    text_parts = ("tokenizer", "text_encoder")
 
     def __init__(
         self,
@@ -59,7 +58,10 @@ class StableDiffusionAdapter:
         from diffusers import UNet2DConditionModel
 
         with _loading(self.path, f"{self.denoiser_name}/config.json"):
-            return UNet2DConditionModel.load_config(self.path, subfolder=self.denoiser_name, revision=self._revision)
+            config = UNet2DConditionModel.load_config(
+                self.path, subfolder=self.denoiser_name, revision=self._revision
+            )
+            return config | {"sample_size": int(config["sample_size"]), "in_channels": int(config["in_channels"])}
 
     @property
     def _revision(self) -> str | None:
@@ -96,7 +98,8 @@ class StableDiffusionAdapter:
         from diffusers import AutoencoderKL
 
         with _loading(self.path, "vae/config.json"):
-            return AutoencoderKL.load_config(self.path, subfolder="vae", revision=self._revision)
+            config = AutoencoderKL.load_config(self.path, subfolder="vae", revision=self._revision)
+            return {"block_out_channels": list(config["block_out_channels"])}
 
     @property
     def resolution(self) -> int:
@@ -111,11 +114,11 @@ class StableDiffusionAdapter:
             raise UserError(f"model.resolution: {self.resolution} is no multiple of {self.vae_scale}")
         return (self.denoiser_config["in_channels"], cells, cells)
 
-    def load_denoiser(self, dtype: torch.dtype) -> nn.Module:
-        """The denoising network with its weights in `dtype`, in evaluation mode."""
+    def load_denoiser(self, dtype: torch.dtype, field: str = "model.path") -> nn.Module:
+        """The denoising network with its weights in `dtype`, in evaluation mode; errors name `field`."""
         from diffusers import UNet2DConditionModel
 
-        with _loading(self.path, self.denoiser_name):
+        with _loading(self.path, self.denoiser_name, field):
             denoiser = UNet2DConditionModel.from_pretrained(
                 self.path, subfolder=self.denoiser_name, torch_dtype=dtype, use_safetensors=True, **self._hub
             )
@@ -174,8 +177,13 @@ class StableDiffusionAdapter:
         return cond
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-        """Pictures (B, 3, height, width) float32 in [-1, 1] from scaled latents (B, C, H, W)."""
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, height, width) float32 in [-1, 1] from scaled latents (B, C, H, W).
+
+        About a million pixels at a time: four pictures of 512x512, one of 1024x1024.
+        """
+        pixels = latents[0, 0].numel() * self.vae_scale**2
+        batch_size = max(1, 2**20 // pixels)
         vae = self.vae.to(latents.device)
         scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in scaled.split(batch_size)])
