@@ -44,6 +44,8 @@ def _copies(
 
 def _native_params(engine: StudentEngine) -> list[torch.Tensor]:
     """This rank's optimiser parameters in their own order (flat partitions under ZeRO)."""
+    if engine.stage == 3:  # which empties the parameter groups between steps
+        return list(engine.engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in engine.engine.basic_optimizer.param_groups for p in group["params"]]
 
 
@@ -168,8 +170,7 @@ def load_checkpoint(checkpoint: Path, *, engine: StudentEngine, reference: Refer
     _restore_native(engine, _load(checkpoint / f"optimizer-rank{world.rank}.safetensors"))
     reference.load_state_dict(_load(checkpoint / "reference.safetensors"))
     rollout.load_state_dict(_load(checkpoint / f"rollout-rank{world.rank}.safetensors"))
-    for _ in range(state["lr_steps"]):
-        engine.lr_scheduler.step()
+    engine.set_lr_steps(state["lr_steps"])
     return state["update"]
 
 

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from selfnpo_fast.console import quiet_libraries, setup_logging
 from selfnpo_fast.errors import UserError
+from selfnpo_fast.folders import check_writable
 
 USAGE = """usage: selfnpo COMMAND [options]
 
@@ -67,13 +68,10 @@ class EvaluateOptions:
     model: str = "digits"
     """A pipeline that draws the digits domain."""
     negative: list[str] = field(default_factory=list)
-    """One or more runs' output folders (or their negative/ parts)."""
     negative_prompt: list[Literal["empty", "same"]] = field(default_factory=lambda: ["empty"])
-    """Prompts of the negative branch; each is an arm of its own."""
     images: int = 96
     """Pictures per arm and scale."""
-    guidance_scales: list[float] = field(default_factory=lambda: [2.0, 3.0, 5.0])
-    """diffusers' guidance_scale (omega + 1) of both arms."""
+    guidance_scales: list[float] = field(default_factory=lambda: [1.5, 2.0, 3.0])
     steps: int = 10
     """Solver steps."""
     solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
@@ -83,32 +81,54 @@ class EvaluateOptions:
     seed: int = 0
     """Chooses prompts and noise."""
     full: bool = False
-    """1,120 pictures per arm and ten scales instead."""
     brief: bool = False
-    """Print the comparison in brief alone."""
     output: str = "runs/report"
     """Folder for report.json, report.md, the plots and the grid."""
 
 
+LIST_HELP = {
+    "negative": "one or more runs' output folders (or their negative/ parts)",
+    "negative_prompt": "prompts of the negative branch, empty and/or same; each is an arm of its own",
+    "guidance_scales": "diffusers' guidance_scale (omega + 1) of all arms",
+    "full": "1,120 pictures per arm and ten scales instead",
+    "brief": "print the comparison in brief alone",
+}
+
+
 def parse_options(cls: type, argv: list[str], prog: str):
-    """An instance of the options dataclass `cls` from `--name value` words. Raises UserError for what cannot be."""
+    """An instance of the options dataclass `cls` from `--name value` words. Raises UserError for what cannot be.
+
+    Flags need no value and lists take several words: `--brief`, `--negative runs/a runs/b`.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog=prog, description=cls.__doc__, exit_on_error=False)
-    parser.add_class_arguments(cls, fail_untyped=True)
+    kinds, defaults = get_type_hints(cls), cls()
+    flags = {name for name, kind in kinds.items() if kind is bool}
+    lists = {name: get_args(kind)[0] for name, kind in kinds.items() if get_origin(kind) is list}
+    parser = ArgumentParser(prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(cls, skip=flags | lists.keys(), fail_untyped=True)
+    for name, kind in lists.items():
+        parser.add_argument(f"--{name}", nargs="+", type=kind, default=getattr(defaults, name), help=LIST_HELP[name])
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true", help=LIST_HELP[name])
     try:
         return cls(**vars(parser.instantiate(parser.parse_args(argv))))
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def prepare_folder(path: str) -> Path:
-    """Create an output folder; an existing one is written into, file by file."""
-    folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def check_seeds(seeds: list[int]) -> None:
+    """UserError where a seed does not fit."""
+    if seeds[0] < 0 or seeds[-1] >= 2**63:
+        raise UserError(f"seed: {seeds[0]} is not possible; expected 0 to 2^63 - {len(seeds)}")
+
+
+def check_request(adapter, settings) -> None:
+    """UserError where the model cannot draw this."""
+    limit = adapter.schedule.num_train_timesteps
+    if settings.steps >= limit:
+        raise UserError(f"steps: {settings.steps} is not possible; the model has {limit} timesteps, give fewer")
+    _ = adapter.latent_shape  # complains about the resolution
 
 
 def sample(options: SampleOptions) -> None:
@@ -122,6 +142,7 @@ def sample(options: SampleOptions) -> None:
     from selfnpo_fast.prompts import read_prompts
     from selfnpo_fast.world import DTYPES
 
+    folder = check_writable(options.output)
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
     if options.images_per_prompt < 1:
@@ -139,12 +160,14 @@ def sample(options: SampleOptions) -> None:
     dtype = DTYPES[options.precision]
     adapter = load_adapter(options.model, resolution=options.resolution)
     denoiser = adapter.load_denoiser(dtype).to(device)
-    negative = load_negative(adapter, options.negative, dtype).to(device) if options.negative else None
+    negative = load_negative(adapter, options.negative, dtype).to(device) if options.negative is not None else None
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
+    check_seeds(seeds)
+    check_request(adapter, settings)
     with _bar(len(seeds), "image") as done:
         images = sample_images(adapter, denoiser, negative, rows, empty, seeds, settings, done)
-    folder = prepare_folder(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
     for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
         picture.save(folder / f"{i:04d}-seed{seed}.png")
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
@@ -177,6 +200,7 @@ def evaluate(options: EvaluateOptions) -> None:
     from selfnpo_fast.scoring import report
     from selfnpo_fast.scoring.scorers import DigitsScorers
 
+    folder = check_writable(options.output)
     if options.full:
         options.images, options.guidance_scales = FULL_IMAGES, list(FULL_SCALES)
     for scale in options.guidance_scales:
@@ -193,6 +217,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if len(arms) != 1 + len(options.negative) * len(options.negative_prompt):
         raise UserError(f"negative: {options.negative} share a folder name; give folders of distinct names")
     cases = sweep.make_cases(options.images, options.seed)
+    sweep.check_sweep(cases, list(arms), options.guidance_scales, "base", 5)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     denoiser.to(device)
     distinct = sorted({case.prompt for case in cases})
@@ -224,7 +249,7 @@ def evaluate(options: EvaluateOptions) -> None:
     total = len(arms) * len(options.guidance_scales) * len(cases)
     with tqdm(total=total, unit="image", dynamic_ncols=True) as drawn:
         results = sweep.evaluate(generate, cases, list(arms), options.guidance_scales, scorers)
-    folder = prepare_folder(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
     from dataclasses import asdict
 
     written = report.write_report(results, folder, asdict(options))

@@ -57,13 +57,12 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _check(self.grid_steps >= 2, "rollout.grid_steps", self.grid_steps, "at least 2")
-        self.k = self.grid_steps if self.k is None else self.k
         _check(
-            1 <= self.k <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
+            1 <= self.max_steps <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
         )
         runs_through = self.mode == "continuous" and self.start == "noise" and self.pair_weight == "uniform"
         _check(
-            not runs_through or self.k == self.grid_steps,
+            not runs_through or self.max_steps == self.grid_steps,
             "rollout.k",
             self.k,
             "no value: continuous rollouts from noise run to the end (k counts in lockstep mode or from data)",
@@ -76,6 +75,11 @@ class RolloutConfig:
         )
         _check(self.pool >= 1, "rollout.pool", self.pool, "at least 1")
         _check(abs(self.w) <= 100, "rollout.w", self.w, "between -100 and 100 (-1 is the paper's choice for SD1.5)")
+
+    @property
+    def max_steps(self) -> int:
+        """k, or its default."""
+        return self.grid_steps if self.k is None else self.k
 
 
 @dataclass(kw_only=True)

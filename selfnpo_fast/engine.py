@@ -127,6 +127,15 @@ class StudentEngine:
             norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(float("nan") if norm is None else norm)
 
+    def set_lr_steps(self, steps: int) -> None:
+        """Put the learning-rate schedule where it is after `steps` updates."""
+        scheduler = self.lr_scheduler
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
+        rates = [base * rule(steps) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler._last_lr = rates
+        for group, rate in zip(self.engine.basic_optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
     @property
     def lr(self) -> float:
         """The learning rate of the next update."""

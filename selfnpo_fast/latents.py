@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import safe_open
 
 from selfnpo_fast.errors import UserError
@@ -75,7 +76,7 @@ def _captioned(folder: Path) -> list[tuple[Path, str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.source: {path} cannot be read as UTF-8 text: {error}") from error
 
@@ -84,11 +85,11 @@ def _rows(table: Path) -> list[dict]:
     text = _read_text(table)
     if table.suffix == ".csv":
         try:
-            return list(csv.DictReader(text.splitlines()))
+            return list(csv.DictReader(io.StringIO(text, newline="")))
         except csv.Error as error:
             raise UserError(f"data.source: {table} is not CSV: {error}") from error
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -111,7 +112,7 @@ def _read_square(path: Path, resolution: int) -> torch.Tensor:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"data.source: cannot read the image {path}: {error}") from error
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -181,7 +181,7 @@ def lockstep_rollout(
 
 def lockstep_frequencies(config: RolloutConfig) -> torch.Tensor:
     """(N + 1,) float64: how often lockstep mode stops at t = 0 (entry 0) and at each grid index i (entry i + 1)."""
-    n, k = config.grid_steps, config.k
+    n, k = config.grid_steps, config.max_steps
     out = torch.zeros(n + 1, dtype=torch.float64)
     if config.start == "data":
         starts, step_counts = range(n), [k]
@@ -208,7 +208,7 @@ def life_states(config: RolloutConfig) -> list[tuple[int, int, int]]:
     if config.start == "noise":
         return [(n - 1, i, i) for i in range(n)]
     # The last grid index has no s above it, so data starts below it; t = 0 is a state like any other.
-    ends = {start: max(start - config.k, -1) for start in range(n - 1)}
+    ends = {start: max(start - config.max_steps, -1) for start in range(n - 1)}
     return [(start, i, i - end) for start, end in ends.items() for i in range(start, end - 1, -1)]
 
 
@@ -293,9 +293,9 @@ class LockstepRollout:
             start_index = randint(maker.key(Draw.START_INDEX, ids), n)
         else:
             start_index = torch.full_like(ids, n - 1)
-        steps = torch.full_like(ids, config.k)
+        steps = torch.full_like(ids, config.max_steps)
         if config.start == "noise" and config.stop == "uniform":
-            steps = 1 + randint(maker.key(Draw.STEPS, ids), config.k)
+            steps = 1 + randint(maker.key(Draw.STEPS, ids), config.max_steps)
         stop = (start_index - steps).clamp(min=-1)
         return LockstepDraws(
             start_index=start_index,
@@ -369,7 +369,7 @@ class ContinuousRollout:
             return noise, index, index
         index = randint(maker.key(Draw.START_INDEX, ids), n - 1) if start is None else start
         x = affine_noise(maker.start_latents(ids), maker.grid.start[index + 1], noise)
-        return x, index, (index + 1).clamp(max=config.k)
+        return x, index, (index + 1).clamp(max=config.max_steps)
 
     @torch.no_grad()
     def _stagger(self) -> None:

@@ -27,7 +27,12 @@ def build_parser():
     """
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="selfnpo train", description="Train a negative model (Self-NPO).", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="selfnpo train",
+        description="Train a negative model (Self-NPO).",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(TrainConfig, fail_untyped=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the output folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from selfnpo_fast.cli import main
+from selfnpo_fast.cli import EvaluateOptions, SampleOptions, main, parse_options
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images, start_noise
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.scoring.domain import DIGITS_DIR
 from selfnpo_fast.scoring.evaluate import make_cases
 from selfnpo_fast.scoring.scorers import DigitsScorers
 
+ROOT = Path(__file__).parents[1]
 PROMPT = "a red handwritten seven on a yellow background"
 REPORT = {"report.json", "report.md", "frontier.png", "accuracy.png", "grid.png"}
 CPU = torch.device("cpu")
@@ -50,7 +52,7 @@ def sample(output: Path, *words: object) -> int:
 
 
 def evaluate(output: Path, *words: object) -> int:
-    options = ["--images", "12", "--guidance_scales", "[1,2]", "--steps", "2"]
+    options = ["--images", "12", "--guidance_scales", "1", "2", "--steps", "2"]
     return main(["evaluate", "--output", str(output), *options, *map(str, words)])
 
 
@@ -141,8 +143,8 @@ def test_evaluate_plain_guidance(tmp_path, capsys):
 
 
 def test_evaluate_holds_negatives_against_plain_guidance(tmp_path, negative, capsys):
-    prompts = ["--negative_prompt", '["empty","same"]']
-    assert evaluate(tmp_path, "--negative", negative, *prompts, "--brief", "true") == 0
+    prompts = ["--negative_prompt", "empty", "same"]
+    assert evaluate(tmp_path, "--negative", negative, *prompts, "--brief") == 0
     report = read_report(tmp_path)
     arms = ["base", "base + negative", "base + negative, same prompt"]
     assert [(row["arm"], row["guidance_scale"]) for row in report["rows"]] == [(arm, s) for arm in arms for s in (1, 2)]
@@ -186,11 +188,11 @@ MISTAKES = {
     "unknown command": (["paint"], "unknown command 'paint'; expected one of train, sample, evaluate"),
     "evaluate: no such negative": (["evaluate", "--negative", "{folder}/none"], "negative: no such folder"),
     "evaluate: other shapes": (["evaluate", "--negative", "{misfit}"], "negative: .* does not fit"),
-    "evaluate: one negative twice": (["evaluate", "--negative", '["{negative}","{negative}"]'], "negative: "),
-    "evaluate: scale below 1": (["evaluate", "--guidance_scales", "[2,0.5]"], "guidance_scale: 0.5"),
-    "evaluate: scale nan": (["evaluate", "--guidance_scales", "[.nan]"], "guidance_scale: nan"),
-    "evaluate: a scale twice": (["evaluate", "--guidance_scales", "[2,2]"], "guidance_scales: "),
-    "evaluate: no scale": (["evaluate", "--guidance_scales", "[]"], "guidance_scales: "),
+    "evaluate: one negative twice": (["evaluate", "--negative", "{negative}", "{negative}"], "negative: "),
+    "evaluate: scale below 1": (["evaluate", "--guidance_scales", "2", "0.5"], "guidance_scale: 0.5"),
+    "evaluate: scale nan": (["evaluate", "--guidance_scales", "nan"], "guidance_scale: nan"),
+    "evaluate: a scale twice": (["evaluate", "--guidance_scales", "2", "2"], "guidance_scales: "),
+    "evaluate: no scale": (["evaluate", "--guidance_scales"], "guidance_scales"),
     "evaluate: too few images": (["evaluate", "--images", "3"], "cases: 3 are too few"),
     "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
 }
@@ -240,3 +242,23 @@ def test_help(capsys):
         main(["sample", "--help"])
     assert caught.value.code == 0
     assert "omega + 1" in capsys.readouterr().out
+
+
+DOCUMENTED = [ROOT / "Makefile", ROOT / "README.md"]
+
+
+def documented_commands() -> list[str]:
+    """Every `selfnpo sample` and `selfnpo evaluate` line that we tell people to type."""
+    from selfnpo_fast.cli import USAGE
+
+    text = "\n".join([*(path.read_text() for path in DOCUMENTED), USAGE])
+    return sorted({match.group(0) for match in re.finditer(r"selfnpo (sample|evaluate) --[^#\n`]+", text)})
+
+
+def test_documented_commands_parse():
+    commands = documented_commands()
+    assert len(commands) >= 5
+    kinds = {"sample": SampleOptions, "evaluate": EvaluateOptions}
+    for command in commands:
+        _, name, *words = shlex.split(command)
+        parse_options(kinds[name], words, name)

@@ -21,6 +21,7 @@ from selfnpo_fast import train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
+DIGITS = ROOT / "selfnpo_fast" / "assets" / "digits"
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +59,7 @@ def small(model: Path, updates: int = 2) -> list[str]:
     """Options that shrink any config to a tiny pipeline on this machine."""
     return [
         *("--model.path", str(model), "--updates", str(updates), "--engine.batch_size", "4"),
-        *("--rollout.grid_steps", "5", "--rollout.k", "2", "--rollout.pool", "2", "--log.sample_every", "-1"),
+        *("--rollout.grid_steps", "5", "--rollout.pool", "2", "--log.sample_every", "-1"),
     ]
 
 
@@ -72,7 +73,7 @@ def test_digits_run_leaves_all_it_should(tmp_path):
     assert run("digits.yaml", output, *words) == 0
 
     negative = UNet2DConditionModel.from_pretrained(output / "negative", subfolder="unet", use_safetensors=True)
-    base = UNet2DConditionModel.from_pretrained(train._HERE / "assets" / "digits", subfolder="unet")
+    base = UNet2DConditionModel.from_pretrained(DIGITS, subfolder="unet")
     assert {n: p.shape for n, p in negative.named_parameters()} == {n: p.shape for n, p in base.named_parameters()}
     assert any(not torch.equal(a, b) for a, b in zip(negative.parameters(), base.parameters(), strict=True))
 
@@ -98,7 +99,7 @@ def test_digits_negative_serves_in_a_stock_pipeline(tmp_path):
     words = ["--updates", "1", "--engine.batch_size", "4", "--log.sample_every", "-1"]
     assert run("digits.yaml", output, *words) == 0
     unet = UNet2DConditionModel.from_pretrained(output / "negative", subfolder="unet")
-    pipe = StableDiffusionPipeline.from_pretrained(train._HERE / "assets" / "digits", unet=unet)
+    pipe = StableDiffusionPipeline.from_pretrained(DIGITS, unet=unet)
     pipe.set_progress_bar_config(disable=True)
     picture = pipe("a red handwritten seven on a yellow background", num_inference_steps=2).images[0]
     assert picture.size == (32, 32)
@@ -109,7 +110,7 @@ RECIPES = {
     "lockstep noise fixed": ["--rollout.mode", "lockstep", "--rollout.stop", "fixed", "--rollout.k", "5"],
     "naive": ["--rollout.mode", "lockstep", "--rollout.noising", "naive"],
     "guided": ["--rollout.w", "-3", "--prompts.dropout", "0.5"],
-    "weighted": ["--rollout.pair_weight", "lockstep", "--loss.kind", "l2"],
+    "weighted": ["--rollout.pair_weight", "lockstep", "--rollout.k", "2", "--loss.kind", "l2"],
     "frozen": ["--reference.kind", "frozen"],
     "accumulation": ["--engine.accumulation", "2"],
     "lora": ["--lora.rank", "2"],
@@ -147,7 +148,7 @@ def test_every_choice_trains(name, sd, prompts, tmp_path):
 def test_the_authors_config_trains_on_images(prediction_type, images, tmp_path):
     model = tiny.write_sd(tmp_path / "model", prediction_type)
     output = tmp_path / "run"
-    words = ["--data.source", str(images), "--engine.precision", "fp32"]
+    words = ["--data.source", str(images), "--engine.precision", "fp32", "--rollout.k", "2"]
     assert run("sd15.yaml", output, *small(model), *words) == 0
     assert metrics(output)[-1]["reference_forwards_per_pair"] == 3, "k + 1 forwards at w = -1"
 
@@ -166,14 +167,20 @@ def test_sdxl_trains(sdxl, prompts, tmp_path):
     assert metrics(output)[-1]["loss"] > 0
 
 
-@pytest.mark.parametrize("choice", [[], ["--rollout.mode", "lockstep"], ["--lora.rank", "2"]], ids=str)
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("stage", ["0", "2"])
-def test_a_resumed_run_ends_like_an_uninterrupted_one(choice, stage, optimizer, sd, prompts, tmp_path):
-    words = [
-        *("--prompts.source", str(prompts), "--engine.precision", "fp32", "--optimizer.name", optimizer),
-        *("--engine.zero_stage", stage, "--optimizer.lr", "1e-3", "--optimizer.warmup", "5", *choice),
-    ]
+RESUMED = {
+    "plain": ["--engine.precision", "fp32", "--engine.zero_stage", "0", "--optimizer.name", "adamw"],
+    "lockstep, 8 bit": ["--engine.precision", "fp32", "--engine.zero_stage", "0", "--rollout.mode", "lockstep"],
+    "lora, zero 2": ["--engine.precision", "fp32", "--engine.zero_stage", "2", "--lora.rank", "2"],
+    "bf16": ["--optimizer.name", "adamw"],
+    "bf16, 8 bit, frozen": ["--reference.kind", "frozen"],
+    "zero 3": ["--engine.precision", "fp32", "--engine.zero_stage", "3", "--optimizer.name", "adamw"],
+    "bf16, zero 3": ["--engine.zero_stage", "3", "--optimizer.name", "adamw"],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_like_an_uninterrupted_one(name, sd, prompts, tmp_path):
+    words = ["--prompts.source", str(prompts), "--optimizer.lr", "1e-2", "--optimizer.warmup", "5", *RESUMED[name]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run("sd15_fast.yaml", whole, *small(sd, 6), *words) == 0
     assert run("sd15_fast.yaml", parts, *small(sd, 3), *words) == 0
@@ -185,14 +192,55 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(choice, stage, optimizer, 
 
 def test_a_folder_that_is_not_empty_is_refused(sd, prompts, tmp_path, capsys):
     output = tmp_path / "run"
-    output.mkdir()
-    (output / "precious.txt").write_text("mine")
     words = [*small(sd), "--prompts.source", str(prompts)]
+    assert run("sd15_fast.yaml", output, *words) == 0
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    capsys.readouterr()
     assert run("sd15_fast.yaml", output, *words) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     assert run("sd15_fast.yaml", output, *words, "--overwrite") == 0
-    assert not (output / "precious.txt").exists()
+    assert len(metrics(output)) == 1
+
+
+def test_overwrite_deletes_nothing_that_a_run_did_not_write(sd, prompts, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    words = [*small(sd), "--prompts.source", str(prompts), "--overwrite"]
+    assert run("sd15_fast.yaml", output, *words) == 2
+    assert "precious.txt" in capsys.readouterr().err
+    assert (output / "precious.txt").read_text() == "mine"
+
+
+def test_resuming_another_recipe_names_the_field(sd, prompts, tmp_path, capsys):
+    output = tmp_path / "run"
+    words = [*small(sd), "--prompts.source", str(prompts)]
+    assert run("sd15_fast.yaml", output, *words) == 0
+    stored = (output / "config.yaml").read_text()
+    for change in (["--seed", "9"], ["--rollout.w", "3"], ["--rollout.mode", "lockstep"]):
+        capsys.readouterr()
+        assert run("sd15_fast.yaml", output, *words, *change, "--resume") == 2
+        assert change[0].removeprefix("--") in capsys.readouterr().err
+    assert (output / "config.yaml").read_text() == stored
+
+
+def test_a_truncated_checkpoint_gets_one_line(sd, prompts, tmp_path, capsys):
+    output = tmp_path / "run"
+    words = [*small(sd), "--prompts.source", str(prompts)]
+    assert run("sd15_fast.yaml", output, *words) == 0
+    path = output / "checkpoints" / "update-0000002" / "student.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    capsys.readouterr()
+    assert run("sd15_fast.yaml", output, *words, "--resume") == 2
+    error = capsys.readouterr().err.strip()
+    assert "student.safetensors" in error
+    assert "\n" not in error
+
+
+def clipping(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"clip_sample": false', '"clip_sample": true'))
 
 
 def broken_weights(folder: Path) -> None:
@@ -219,6 +267,7 @@ def other_family(folder: Path) -> None:
     [
         (broken_weights, "cannot load unet"),
         (unknown_prediction, "prediction_type: 'flow'"),
+        (clipping, "clip_sample"),
         (no_pipeline, "is no diffusers pipeline"),
         (other_family, "FluxPipeline"),
         (shutil.rmtree, "no such folder"),
@@ -239,6 +288,7 @@ def test_broken_models_get_one_line(damage, message, sd, prompts, tmp_path, caps
 BAD_OPTIONS = {
     "rollout.grid": ["--rollout.grid", "5"],
     "rollout.k": ["--rollout.k", "26"],
+    "rollout.k: 5": ["--rollout.k", "5"],
     "rollout.grid_steps": ["--rollout.grid_steps", "7", "--rollout.k", "7"],
     "rollout.mode": ["--rollout.mode", "sideways"],
     "loss.c": ["--loss.c", "-1"],
@@ -246,10 +296,12 @@ BAD_OPTIONS = {
     "reference.decay": ["--reference.decay", "1.5"],
     "prompts.dropout": ["--prompts.dropout", "2"],
     "engine.zero_stage": ["--engine.zero_stage", "4"],
+    "lora.rank": ["--engine.zero_stage", "3", "--lora.rank", "2"],
+    "rollout.pair_weight": ["--rollout.mode", "lockstep", "--rollout.pair_weight", "lockstep"],
     "engine.batch_size": ["--engine.batch_size", "3", "--engine.accumulation", "2"],
     "updates": ["--updates", "0"],
     "data.source": ["--rollout.start", "data"],
-    "prompts.source": ["--prompts.source", "nowhere.txt"],
+    "prompts: no such file": ["--prompts.source", "nowhere.txt"],
     "--resume": ["--resume", "--overwrite"],
     "lora.targets": ["--lora.rank", "2", "--lora.targets", "[nothing]"],
 }
@@ -311,6 +363,9 @@ def test_two_ranks_train_like_one(stage, tmp_path):
     for one, both in pairs:
         assert both["loss"] == pytest.approx(one["loss"], rel=2e-4)
         assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-3)
-    name = "negative/unet/diffusion_pytorch_model.safetensors"
-    one, both = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
-    assert all((one[key] - both[key]).abs().max() < 4 * 2e-4 for key in one)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    base, one, both = (load_file(p / name) for p in (DIGITS, tmp_path / "one/negative", tmp_path / "two/negative"))
+    # Adam's first steps are signs, which rounding flips where a gradient is about zero: bound the bulk, not the worst.
+    moved = sum((one[key] - base[key]).abs().sum() for key in base)
+    apart = sum((one[key] - both[key]).abs().sum() for key in base)
+    assert apart < 0.02 * moved

@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     quiet_libraries()
+    args.results.mkdir(parents=True, exist_ok=True)
     store = args.results / "digits_sweep.json"
     records = json.loads(store.read_text()) if store.exists() else {}
     painter, scorers = Painter(args.work), DigitsScorers.load()

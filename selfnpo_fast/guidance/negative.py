@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from selfnpo_fast.errors import UserError
@@ -55,8 +56,17 @@ def _load_lora(adapter: StableDiffusionAdapter, folder: Path, dtype: torch.dtype
     before = {id(p) for p in negative.parameters()}
     try:
         negative.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=adapter.denoiser_name, use_safetensors=True)
+        with safe_open(folder / LORA_FILE, "pt") as file:
+            stored = {name for name in file.keys() if name.startswith(f"{adapter.denoiser_name}.")}
     except Exception as error:  # diffusers, PEFT and safetensors each throw their own; the cause is chained
         raise UserError(f"negative: cannot load {folder / LORA_FILE}: {' '.join(str(error).split())[:300]}") from error
     if all(id(p) in before for p in negative.parameters()):
         raise UserError(f"negative: {folder / LORA_FILE} matches no layer of the model; was it trained on another?")
+    prefix = f"{adapter.denoiser_name}."
+    from peft.utils import get_peft_model_state_dict
+
+    loaded = {prefix + name for name in get_peft_model_state_dict(negative, adapter_name="default_0")}
+    stray = sorted(stored - loaded)
+    if stray:
+        raise UserError(f"negative: {folder / LORA_FILE} does not fit the model: it has no {stray[0]}")
     return negative.to(dtype).eval()

@@ -6,6 +6,7 @@ this is plain classifier-free guidance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -38,8 +39,12 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UserError(f"steps: {self.steps} is not possible; expected at least 1")
-        if self.guidance_scale < 1:
-            raise UserError(f"guidance_scale: {self.guidance_scale} is not possible; expected at least 1")
+        if not 1 <= self.guidance_scale < math.inf:
+            raise UserError(f"guidance_scale: {self.guidance_scale} is not possible; expected a number of at least 1")
+        if self.solver not in SOLVERS:
+            raise UserError(f"solver: {self.solver!r} is not supported; expected one of {', '.join(SOLVERS)}")
+        if self.negative_prompt not in ("empty", "same"):
+            raise UserError(f"negative_prompt: {self.negative_prompt!r} is not possible; expected empty or same")
         if self.batch_size < 1:
             raise UserError(f"batch_size: {self.batch_size} is not possible; expected at least 1")
 
@@ -80,8 +85,8 @@ def sample_latents(
     device = next(denoiser.parameters()).device
     scheduler = make_scheduler(config.solver, adapter.scheduler_config)
     most = adapter.schedule.num_train_timesteps
-    if config.steps > most:
-        raise UserError(f"steps: {config.steps} is more than the model's {most} timesteps; use fewer")
+    if config.steps >= most:
+        raise UserError(f"steps: {config.steps} is not possible; the model has {most} timesteps, give fewer")
     scheduler.set_timesteps(config.steps, device=device)
     x = start_noise(seeds, adapter.latent_shape, device) * scheduler.init_noise_sigma
     guided = config.guidance_scale != 1

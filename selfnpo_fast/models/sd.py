@@ -104,7 +104,9 @@ class StableDiffusionAdapter:
     @property
     def resolution(self) -> int:
         """Picture height and width in pixels."""
-        return self._resolution or self.denoiser_config["sample_size"] * self.vae_scale
+        if self._resolution is not None:
+            return self._resolution
+        return self.denoiser_config["sample_size"] * self.vae_scale
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -119,9 +121,16 @@ class StableDiffusionAdapter:
         from diffusers import UNet2DConditionModel
 
         with _loading(self.path, self.denoiser_name, field):
-            denoiser = UNet2DConditionModel.from_pretrained(
-                self.path, subfolder=self.denoiser_name, torch_dtype=dtype, use_safetensors=True, **self._hub
+            denoiser, info = UNet2DConditionModel.from_pretrained(
+                self.path,
+                subfolder=self.denoiser_name,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **self._hub,
             )
+            if info["missing_keys"]:  # diffusers only warns, and leaves those weights random
+                raise ValueError(f"the weights lack {sorted(info['missing_keys'])[0]}")
         return denoiser.eval()
 
     @functools.cached_property

@@ -268,7 +268,7 @@ def evaluate(
     `k` is the neighbour of the k-NN metrics, `keep` the number of first cases whose pictures are kept, `on_row` is
     called as each row is done.
     """
-    _check_sweep(cases, arms, guidance_scales, baseline, k)
+    check_sweep(cases, arms, guidance_scales, baseline, k)
     rows: list[Row] = []
     points: _Points = {}
     pictures: dict[tuple[str, float], torch.Tensor] = {}
@@ -377,7 +377,7 @@ def _recall_gain(key: tuple[str, float], baseline: str, points: _Points, cases: 
     return RecallGain(arm=key[0], guidance_scale=key[1], recall=gain)
 
 
-def _check_sweep(
+def check_sweep(
     cases: Sequence[Case], arms: Sequence[str], guidance_scales: Sequence[float], baseline: str, k: int
 ) -> None:
     if baseline not in arms:
