@@ -41,12 +41,6 @@ class NoiseSchedule:
             raise UserError(
                 f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; expected a DDPM-style noise schedule"
             )
-        for option in ("clip_sample", "thresholding"):
-            if scheduler.config.get(option):
-                raise UserError(
-                    f"scheduler: {option} is true, but a clipped step is not linear in the network's output; set it to "
-                    "false in scheduler/scheduler_config.json"
-                )
         return cls(scheduler.alphas_cumprod.detach().double().cpu(), scheduler.config.prediction_type)
 
     def to(self, device: torch.device) -> NoiseSchedule:

@@ -190,9 +190,9 @@ MISTAKES = {
     "evaluate: other shapes": (["evaluate", "--negative", "{misfit}"], "negative: .* does not fit"),
     "evaluate: one negative twice": (["evaluate", "--negative", "{negative}", "{negative}"], "negative: "),
     "evaluate: scale below 1": (["evaluate", "--guidance_scales", "2", "0.5"], "guidance_scale: 0.5"),
-    "evaluate: scale nan": (["evaluate", "--guidance_scales", "nan"], "guidance_scale: nan"),
+    "evaluate: scale nan": (["evaluate", "--guidance_scales", "nan"], ".*guidance_scales"),
     "evaluate: a scale twice": (["evaluate", "--guidance_scales", "2", "2"], "guidance_scales: "),
-    "evaluate: no scale": (["evaluate", "--guidance_scales"], "guidance_scales"),
+    "evaluate: no scale": (["evaluate", "--guidance_scales"], "argument --guidance_scales"),
     "evaluate: too few images": (["evaluate", "--images", "3"], "cases: 3 are too few"),
     "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
 }

@@ -20,7 +20,7 @@ from selfnpo_fast.rollout import (
     lockstep_frequencies,
 )
 from selfnpo_fast.schedule import NoiseSchedule
-from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
+from selfnpo_kernels import Draw, NoiseKey, draw_id, normal, randint
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 3)
@@ -133,8 +133,42 @@ def test_continuous_pairs_lie_on_diffusers_trajectories(w):
     assert all(t != 999 for _, t in seen)
 
 
+@pytest.mark.parametrize("mode", ["lockstep", "continuous"])
+def test_data_started_pairs_lie_on_diffusers_trajectories(mode):
+    """x_t is the sample's own noised latent walked down by diffusers; at t = 0, too, the target is the estimate."""
+    run = Run(config(mode=mode, start="data", k=3, w=-2.0), batch=5)
+    rollout = run.make()
+    maker = rollout.maker
+    first_life_ends = 2 * getattr(rollout, "total_slots", 0)  # the very first samples begin where the stagger puts them
+    theirs, seen = scheduler(), set()
+    theirs.set_timesteps(10)
+    a = theirs.alphas_cumprod.sqrt()
+    for _ in range(40):
+        pairs = rollout.next_pairs()
+        for i, (sample, t) in enumerate(zip(pairs.sample_ids.tolist(), pairs.t.tolist(), strict=True)):
+            if sample < first_life_ends:
+                continue
+            ids = torch.tensor([sample])
+            starts = 10 if mode == "lockstep" else 9
+            start = int(randint(NoiseKey(run.seed, ids, draw_id(Draw.START_INDEX)), starts))
+            row = int(maker.rows(ids))
+            now = 100 * start + 99
+            noise = normal(NoiseKey(run.seed, ids, draw_id(Draw.START_NOISE)), SHAPE)
+            x = a[now] * maker.latents[row - 1] + (1 - a[now] ** 2).sqrt() * noise
+            while now != t:
+                pos = network(x, torch.tensor([now]), TABLE.gather(torch.tensor([row])))
+                neg = network(x, torch.tensor([now]), TABLE.empty(1))
+                x = theirs.step(pos - 2 * (pos - neg), now, x).prev_sample
+                now = max(now - 100, 0)
+            torch.testing.assert_close(pairs.target[i], tweedie(x, t, row, -2.0)[0], rtol=1e-4, atol=2e-5)
+            seen.add(t)
+    assert 0 in seen
+    assert len(seen) > 4
+
+
 def test_one_forward_gives_one_pair():
     rollout = Run(config()).make()
+    rollout.next_pairs()  # fills the slots first
     before = rollout.maker.predictor.forwards
     for _ in range(10):
         rollout.next_pairs()
@@ -161,6 +195,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_noise_levels_come_as_often_as_closed_form_says(mode, case):
     """Counts of t within five standard deviations; for continuous data starts, from the very first update on."""
+    if mode == "continuous" and case["start"] == "noise":
+        case = {"start": "noise"}  # runs to the end, wherever lockstep would stop
     setting = config(mode=mode, **case)
     run = Run(setting, batch=50, pool=4)
     rollout = run.make()
@@ -202,7 +238,7 @@ def test_s_is_uniform_above_t():
 @pytest.mark.parametrize("mode", ["lockstep", "continuous"])
 @pytest.mark.parametrize("start", ["noise", "data"])
 def test_two_ranks_make_the_pairs_of_one(mode, start):
-    setting = config(mode=mode, start=start, k=4)
+    setting = config(mode=mode, start=start, k=10 if start == "noise" else 4)
     whole = Run(setting, batch=6).make()
     halves = [Run(setting, batch=3, rank=rank, world_size=2).make() for rank in (0, 1)]
     for _ in range(12):

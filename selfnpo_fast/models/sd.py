@@ -85,7 +85,16 @@ class StableDiffusionAdapter:
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:
-        """Noise levels and prediction type, read from the pipeline's scheduler instance."""
+        """Noise levels and prediction type, read from the pipeline's scheduler instance.
+
+        Raises UserError for options that make a solver step non-linear in the network's output.
+        """
+        for option in ("clip_sample", "thresholding"):
+            if self.scheduler_config.get(option):
+                raise UserError(
+                    f"model.path: {self.path}: the scheduler's {option} is true, and a clipped step is not linear; set "
+                    "it to false in scheduler/scheduler_config.json"
+                )
         return NoiseSchedule.from_scheduler(self._scheduler)
 
     @functools.cached_property
