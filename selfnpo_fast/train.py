@@ -17,7 +17,7 @@ from selfnpo_fast.errors import UserError  # noqa: E402
 from selfnpo_fast.folders import check_run_folder, clear_run_folder  # noqa: E402
 
 # A checkout has them beside the package, an installed package inside it.
-CONFIGS = next(place for place in (_HERE.parent / "configs", _HERE / "configs") if (place / "digits.yaml").is_file())
+CONFIGS = _HERE.parent / "configs" if (_HERE.parent / "configs").is_dir() else _HERE / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 
 

@@ -24,7 +24,8 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 # design.md, "Arrows point one way": a unit (a module or package directly in selfnpo_fast) may import from earlier lines
 # alone. `__init__` is what `from selfnpo_fast import <name>` sees; cli's `train` command is train.py's main.
 LAYERS = [
-    {"errors", "console", "images", "world", "folders"},
+    {"errors"},
+    {"console", "images", "world", "folders"},
     {"schedule", "config"},
     {"models", "lora", "prompts", "latents", "conditioning", "objective"},
     {"rollout", "moving_reference", "guidance"},
