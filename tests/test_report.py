@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from selfnpo_fast.errors import UserError
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.scoring.domain import digits_domain
 from selfnpo_fast.scoring.evaluate import Case, Results, evaluate, make_cases
-from selfnpo_fast.scoring.intervals import win_rate
+from selfnpo_fast.scoring.intervals import Interval, win_rate
 from selfnpo_fast.scoring.network import DigitScorer
 from selfnpo_fast.scoring.report import brief, statements, write_report
 from selfnpo_fast.scoring.scorers import DigitsScorers
@@ -141,7 +142,8 @@ def test_a_better_arm_is_a_gain_and_dominates(better):
     verdict = better.verdict("negative")
     assert verdict.gain
     assert all(gain.recall.low > 0 for gain in verdict.gains)
-    assert statements(better, "negative")[0] == "negative: a gain over plain guidance at all scales tried."
+    first = statements(better, "negative")[0]
+    assert first == "negative: a gain in precision and recall over plain guidance at all scales tried."
     assert any(point.dominated_by for point in better.frontier("negative") if point.arm == "base")
 
 
@@ -151,8 +153,29 @@ def test_an_equal_arm_is_no_gain(equal):
     assert not verdict.beyond_reach
     assert verdict.best.wins["quality"].value == 0.5
     text = " ".join(statements(equal, "negative"))
-    assert "no gain over plain guidance" in text
+    assert "no gain in precision and recall over plain guidance" in text
     assert "no difference shown" in text
+
+
+def with_rows(results, accuracy: float):
+    """The same results with every point's accuracy set."""
+    rows = [
+        dataclasses.replace(row, means=row.means | {"right": Interval(value=accuracy, low=accuracy, high=accuracy)})
+        for row in results.rows
+    ]
+    return dataclasses.replace(results, rows=rows)
+
+
+def test_highest_points_are_compared_each_at_its_own_scale(better, equal, worse):
+    for results, word in ((better, "(a gain)"), (equal, "(no difference shown)"), (worse, "(a loss)")):
+        accurate = with_rows(results, 0.96)
+        ours, theirs = accurate.highest("negative", "quality"), accurate.highest("base", "quality")
+        assert ours.means["quality"].value == max(row.means["quality"].value for row in accurate.of("negative"))
+        reach = accurate.reach("negative", "quality")
+        assert (reach.guidance_scale, reach.baseline_guidance_scale) == (ours.guidance_scale, theirs.guidance_scale)
+        line = next(line for line in statements(accurate, "negative") if line.startswith("Highest quality"))
+        assert word in line
+        assert with_rows(results, 0.94).reach("negative", "quality") is None
 
 
 def test_a_worse_arm_is_no_gain_and_says_so(worse):

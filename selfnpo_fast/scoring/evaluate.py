@@ -22,6 +22,8 @@ from selfnpo_fast.scoring.intervals import Interval, mean_interval, paired_diffe
 from selfnpo_fast.scoring.metrics import KnnSamples, frechet_distance, knn_samples
 
 SEEDS_PER_RUN = 10**6
+ACCURATE = 0.95
+"""Accuracy from which on a point counts when measures are compared at their highest."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,18 @@ class Results:
         if not found:
             raise ValueError(f"comparison: {wanted} was not part of the sweep; ask for an arm and scales that were")
         return found[0]
+
+    def highest(self, arm: str, measure: str) -> Row | None:
+        """The arm's row of highest mean `measure` among those that draw what was asked for (ACCURATE of the time)."""
+        accurate = [row for row in self.of(arm) if row.means[self.accuracy].value >= ACCURATE]
+        return max(accurate, key=lambda row: row.means[measure].value, default=None)
+
+    def reach(self, arm: str, measure: str) -> Comparison | None:
+        """The arm's highest point in `measure` against the baseline's own; None where either is nowhere accurate."""
+        ours, theirs = self.highest(arm, measure), self.highest(self.baseline, measure)
+        if ours is None or theirs is None:
+            return None
+        return self.comparison(arm, ours.guidance_scale, theirs.guidance_scale)
 
     def frontier(self, arm: str) -> list[FrontierPoint]:
         """Which points of the arm the baseline dominates, and which of the baseline's the arm dominates."""

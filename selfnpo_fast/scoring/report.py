@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from selfnpo_fast.images import MARGIN, image_grid, to_pil
-from selfnpo_fast.scoring.evaluate import Comparison, Results, Row
+from selfnpo_fast.scoring.evaluate import ACCURATE, Comparison, Results, Row
 from selfnpo_fast.scoring.intervals import Interval
 
 if TYPE_CHECKING:
@@ -108,7 +108,10 @@ def statements(results: Results, arm: str) -> list[str]:
     verdict, base = results.verdict(arm), results.baseline
     points = [point for point in results.frontier(arm) if point.arm == arm]
     dominated = sum(bool(point.dominated_by) for point in points)
-    lines = [f"{arm}: {'a gain' if verdict.gain else 'no gain'} over plain guidance at all scales tried."]
+    lines = [
+        f"{arm}: {'a gain' if verdict.gain else 'no gain'} in precision and recall over plain "
+        "guidance at all scales tried."
+    ]
     most = max((gain for gain in results.recall_gains if gain.arm == arm), key=lambda gain: gain.recall.value)
     if verdict.gains:
         most = max(verdict.gains, key=lambda gain: gain.recall.value)
@@ -128,6 +131,7 @@ def statements(results: Results, arm: str) -> list[str]:
             f"At {scale:g} its precision {row.precision.value:.3f} (recall {row.recall.value:.3f}) is above {base}'s "
             f"at any scale tried (at most {highest:.3f}): a trade, not a gain by itself."
         )
+    lines += [line for measure in results.compared if (line := _reach_text(results, arm, measure))]
     best = verdict.best
     lines.append(
         "Best scales by Frechet distance, chosen on these pictures: "
@@ -301,6 +305,21 @@ def _frontier_table(results: Results, arm: str) -> tuple[list[str], list[list[st
         gain = gains[point.guidance_scale] if point.arm == arm else ""
         rows.append([point.arm, f"{point.guidance_scale:g}", dominated, gain])
     return ["arm", "guidance_scale", "dominated by", "recall gained at equal precision"], rows
+
+
+def _reach_text(results: Results, arm: str, measure: str) -> str | None:
+    """Where arm and baseline reach highest in a measure, each at its own scale."""
+    comparison = results.reach(arm, measure)
+    if comparison is None:
+        return None
+    ours, theirs = results.highest(arm, measure), results.highest(results.baseline, measure)
+    difference = comparison.differences[measure]
+    word = "a gain" if difference.above(0) else "a loss" if difference.below(0) else "no difference shown"
+    return (
+        f"Highest {measure.replace('_', ' ')} with at least {ACCURATE:.0%} accuracy: {arm} "
+        f"{ours.means[measure].value:.3f} at {ours.guidance_scale:g}, {results.baseline} "
+        f"{theirs.means[measure].value:.3f} at {theirs.guidance_scale:g}: {_signed(difference)} ({word})."
+    )
 
 
 def _wins_text(comparison: Comparison) -> str:
