@@ -167,15 +167,20 @@ def with_rows(results, accuracy: float):
 
 
 def test_highest_points_are_compared_each_at_its_own_scale(better, equal, worse):
-    for results, word in ((better, "(a gain)"), (equal, "(no difference shown)"), (worse, "(a loss)")):
+    words = {1: "(a gain)", 0: "(no difference shown)", -1: "(a loss)"}
+    met = set()
+    for results in (better, equal, worse):
         accurate = with_rows(results, 0.96)
         ours, theirs = accurate.highest("negative", "quality"), accurate.highest("base", "quality")
         assert ours.means["quality"].value == max(row.means["quality"].value for row in accurate.of("negative"))
         reach = accurate.reach("negative", "quality")
         assert (reach.guidance_scale, reach.baseline_guidance_scale) == (ours.guidance_scale, theirs.guidance_scale)
         line = next(line for line in statements(accurate, "negative") if line.startswith("Highest quality"))
-        assert word in line
+        gap = ours.means["quality"].value - theirs.means["quality"].value
+        met.add(sign := (gap > 0) - (gap < 0))
+        assert words[sign] in line
         assert with_rows(results, 0.94).reach("negative", "quality") is None
+    assert len(met) > 1, "the arms differ"
 
 
 def test_a_worse_arm_is_no_gain_and_says_so(worse):
