@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from diffusers import DDIMScheduler
 from hypothesis import given
@@ -22,16 +23,7 @@ TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def scheduler(prediction_type: str, **changes) -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-        prediction_type=prediction_type,
-        **changes,
-    )
+    return tiny.scheduler(prediction_type, timestep_spacing="trailing", **changes)
 
 
 def test_grid_is_the_authors():

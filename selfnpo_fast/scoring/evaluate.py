@@ -394,6 +394,7 @@ def _recall_gain(key: tuple[str, float], baseline: str, points: _Points, cases: 
 def check_sweep(
     cases: Sequence[Case], arms: Sequence[str], guidance_scales: Sequence[float], baseline: str, k: int
 ) -> None:
+    """UserError where these cannot make a sweep; called before any picture is drawn."""
     if baseline not in arms:
         raise UserError(f"arms: {list(arms)} lack the baseline {baseline!r}; every arm is held against it")
     if len(set(arms)) != len(arms):
