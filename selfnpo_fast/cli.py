@@ -123,11 +123,11 @@ def check_seeds(seeds: list[int]) -> None:
         raise UserError(f"seed: {seeds[0]} is not possible; expected 0 to 2^63 - {len(seeds)}")
 
 
-def check_request(adapter, settings) -> None:
+def check_request(adapter, steps: int) -> None:
     """UserError where the model cannot draw this."""
-    limit = adapter.schedule.num_train_timesteps
-    if settings.steps >= limit:
-        raise UserError(f"steps: {settings.steps} is not possible; the model has {limit} timesteps, give fewer")
+    from selfnpo_fast.guidance.sampler import check_steps
+
+    check_steps(adapter, steps)
     _ = adapter.latent_shape  # complains about the resolution
 
 
@@ -164,7 +164,7 @@ def sample(options: SampleOptions) -> None:
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
     check_seeds(seeds)
-    check_request(adapter, settings)
+    check_request(adapter, settings.steps)
     with _bar(len(seeds), "image") as done:
         images = sample_images(adapter, denoiser, negative, rows, empty, seeds, settings, done)
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,6 +206,7 @@ def evaluate(options: EvaluateOptions) -> None:
     for scale in options.guidance_scales:
         SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
     adapter = load_adapter(options.model)
+    check_request(adapter, options.steps)
     denoiser = adapter.load_denoiser(torch.float32)
     arms = {"base": (None, "empty")}
     for path in options.negative:
@@ -225,6 +226,7 @@ def evaluate(options: EvaluateOptions) -> None:
     table, empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
 
     def generate(arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        """Pictures of one arm at one scale (`scoring.evaluate.Generate`)."""
         negative, negative_prompt = arms[arm]
         settings = SamplerConfig(
             steps=options.steps,

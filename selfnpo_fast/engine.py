@@ -50,6 +50,7 @@ def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], to
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
 
     def build(params):
+        """The optimiser over `params`."""
         params = list(params)
         if config.name == "adamw8bit":
             import bitsandbytes

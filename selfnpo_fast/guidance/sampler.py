@@ -62,6 +62,13 @@ def make_scheduler(name: str, config: dict):
     raise UserError(f"solver: {name!r} is not supported; expected one of {', '.join(SOLVERS)}")
 
 
+def check_steps(adapter: StableDiffusionAdapter, steps: int) -> None:
+    """UserError where the model has too few timesteps for `steps` solver steps."""
+    most = adapter.schedule.num_train_timesteps
+    if steps >= most:
+        raise UserError(f"steps: {steps} is not possible; the model has {most} timesteps, give fewer")
+
+
 def start_noise(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Standard normals (B, *shape) float32; a picture's noise depends on its own seed alone.
 
@@ -84,9 +91,7 @@ def sample_latents(
     """Scaled latents (B, C, H, W) float32 for conditioning rows `prompts` (B, ...), `empty` (1, ...) and B seeds."""
     device = next(denoiser.parameters()).device
     scheduler = make_scheduler(config.solver, adapter.scheduler_config)
-    most = adapter.schedule.num_train_timesteps
-    if config.steps >= most:
-        raise UserError(f"steps: {config.steps} is not possible; the model has {most} timesteps, give fewer")
+    check_steps(adapter, config.steps)
     scheduler.set_timesteps(config.steps, device=device)
     x = start_noise(seeds, adapter.latent_shape, device) * scheduler.init_noise_sigma
     guided = config.guidance_scale != 1
