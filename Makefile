@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml setup.py
 
 demo: setup
 	@$(BIN)/selfnpo train --config configs/digits.yaml --output runs/demo --overwrite
-	@$(BIN)/selfnpo evaluate --negative runs/demo/negative --brief --output runs/demo/report
+	@$(BIN)/selfnpo evaluate --negative runs/demo/negative --brief --output runs/demo_report
 
 report: setup
 	@$(BIN)/selfnpo evaluate --negative runs/demo/negative --full --output runs/report
