@@ -23,6 +23,7 @@ demo: setup
 	@$(BIN)/selfnpo evaluate --negative runs/demo/negative --brief --output runs/demo_report
 
 report: setup
+	@test -d runs/demo/negative || $(BIN)/selfnpo train --config configs/digits.yaml --output runs/demo --overwrite
 	@$(BIN)/selfnpo evaluate --negative runs/demo/negative --full --output runs/report
 
 test: setup
