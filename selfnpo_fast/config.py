@@ -120,6 +120,8 @@ class PromptConfig:
     """Use at most this many prompts; their text embeddings are held in memory."""
     dropout: float = 0.0
     """Share of pairs whose student sees the empty prompt."""
+    shuffled: bool = False
+    """A control experiment: the student sees the prompt of another sample than the one that the rollout had."""
 
     def __post_init__(self) -> None:
         _check(self.limit >= 1, "prompts.limit", self.limit, "at least 1")

@@ -227,14 +227,18 @@ class PairMaker:
         seed: int,
         dropout: float,
         device: torch.device,
+        shuffled: bool = False,
     ) -> None:
         self.predictor, self.grid, self.config = predictor, grid, config
         self.latent_shape, self.items, self.latents = latent_shape, items, latents
-        self.seed, self.dropout, self.device = seed, dropout, device
+        self.seed, self.dropout, self.device, self.shuffled = seed, dropout, device, shuffled
 
-    def item(self, sample_ids: torch.Tensor) -> torch.Tensor:
-        """Prompt (or image) number of each sample id (B,): a keyed permutation of the items per epoch."""
-        return permute(sample_ids % self.items, self.items, self.seed, sample_ids // self.items)
+    def item(self, sample_ids: torch.Tensor, order: int = 0) -> torch.Tensor:
+        """Prompt (or image) number of each sample id (B,): a keyed permutation of the items per epoch.
+
+        Another `order` is another permutation.
+        """
+        return permute(sample_ids % self.items, self.items, self.seed + order, sample_ids // self.items)
 
     def rows(self, sample_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the conditioning table, (B,)."""
@@ -253,7 +257,8 @@ class PairMaker:
     def student_rows(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """The prompts' rows with `dropout` of them replaced by the empty prompt, (B,)."""
         dropped = uniform(self.key(Draw.PROMPT_DROPOUT, sample_ids, index)) < self.dropout
-        return torch.where(dropped, EMPTY_ROW, self.rows(sample_ids))
+        rows = self.item(sample_ids, order=1) + 1 if self.shuffled else self.rows(sample_ids)
+        return torch.where(dropped, EMPTY_ROW, rows)
 
     def start_latents(self, sample_ids: torch.Tensor) -> torch.Tensor | None:
         """Scaled latents (B, ...) of real data, or None when rollouts start from noise."""

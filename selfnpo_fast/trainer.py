@@ -107,6 +107,7 @@ class Trainer:
             latents=latents,
             seed=config.seed,
             dropout=config.prompts.dropout,
+            shuffled=config.prompts.shuffled,
             device=world.device,
         )
         place = {"batch": config.engine.micro_batch(world.size), "rank": world.rank, "world_size": world.size}

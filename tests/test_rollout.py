@@ -277,6 +277,21 @@ def test_without_the_prompt_in_the_rollout_pairs_do_not_depend_on_it():
     assert not torch.equal(mine.rows, theirs.rows)
 
 
+def test_shuffled_prompts_leave_the_rollout_alone():
+    """The control: the same states and targets, but the student sees other prompts, each as often as before."""
+    setting = config(mode="lockstep", w=-3.0)
+    plain, control = Run(setting, batch=PROMPTS).make(), Run(setting, batch=PROMPTS).make()
+    control.maker.shuffled = True
+    differ = 0
+    for _ in range(8):
+        mine, theirs = plain.next_pairs(), control.next_pairs()
+        assert torch.equal(mine.x_s, theirs.x_s)
+        assert torch.equal(mine.target, theirs.target)
+        assert sorted(theirs.rows.tolist()) == [1, 2, 3, 4, 5]
+        differ += int((mine.rows != theirs.rows).sum())
+    assert differ > 20  # of 40; a fifth stay by chance
+
+
 def test_naive_noising_starts_from_the_estimate():
     """Eq. 15: x_s = alpha_s x_{t->0} + sigma_s noise."""
     rollout = Run(config(mode="lockstep", noising="naive")).make()
