@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from selfnpo_fast.console import quiet_libraries, setup_logging
-from selfnpo_fast.errors import UserError
+from selfnpo_fast.errors import RunError, UserError
 from selfnpo_fast.folders import check_writable
 
 USAGE = """usage: selfnpo COMMAND [options]
@@ -275,7 +275,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line about bad input."""
+    """Exit code 0, 2 after one line about bad input, 1 after one about a run that cannot go on."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -287,9 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging(0)
     try:
         COMMANDS[argv[0]](argv[1:])
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

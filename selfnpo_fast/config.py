@@ -159,6 +159,8 @@ class OptimizerConfig:
     """Updates over which the rate rises linearly."""
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
+    max_skipped: int = 20
+    """Stop after this many updates in a row whose loss or gradient was not finite (they are skipped); 0 for never."""
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
@@ -167,6 +169,7 @@ class OptimizerConfig:
         _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _check(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
         _check(self.clip >= 0, "optimizer.clip", self.clip, "0 or more")
+        _check(self.max_skipped >= 0, "optimizer.max_skipped", self.max_skipped, "0 or more")
 
 
 @dataclass(kw_only=True)
@@ -236,6 +239,10 @@ class LogConfig:
     """Updates between two checkpoints; 0 for none before the end."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """A checkpoint that cannot be written (full disk): go on with a warning and try again at the next, or stop."""
+    spike: float = 5.0
+    """Report an update whose loss is this many times the median of the last 100; 0 for none."""
 
     def __post_init__(self) -> None:
         _check(self.every >= 1, "log.every", self.every, "at least 1")
@@ -245,6 +252,7 @@ class LogConfig:
         _check(self.sample_guidance_scale >= 1, "log.sample_guidance_scale", self.sample_guidance_scale, "at least 1")
         _check(self.checkpoint_every >= 0, "log.checkpoint_every", self.checkpoint_every, "0 or more")
         _check(self.keep >= 1, "log.keep", self.keep, "at least 1")
+        _check(self.spike == 0 or self.spike > 1, "log.spike", self.spike, "0 (off) or more than 1")
 
 
 @dataclass(kw_only=True)

@@ -50,5 +50,6 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
     logger.addHandler(screen)
     if log_file is not None and rank == 0:
         file = logging.FileHandler(log_file, encoding="utf-8")
+        file.handleError = lambda record: None  # a full disk: the screen still has the line
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)

@@ -16,6 +16,8 @@ from selfnpo_fast.errors import UserError
 from selfnpo_fast.moving_reference import no_gather
 from selfnpo_fast.world import World
 
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 
 def zero_stage(config: TrainConfig) -> int:
     """The ZeRO stage in force: half precision needs stage 1 at least, whose fp32 masters we can address by name."""
@@ -45,6 +47,22 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     return out
 
 
+def _skipping(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The optimiser `base` with an `overflow` flag that turns its next step into nothing.
+
+    Without ZeRO, DeepSpeed takes any gradient but reads such a flag; its own optimisers have one.
+    """
+
+    class Skipping(base):
+        overflow = False
+
+        def step(self, closure=None):
+            """The step of `base`, unless the gradients are known to be useless."""
+            return None if self.overflow else super().step(closure)
+
+    return Skipping
+
+
 def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     """A factory that DeepSpeed calls with the parameters it manages."""
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
@@ -55,8 +73,8 @@ def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], to
         if config.name == "adamw8bit":
             import bitsandbytes
 
-            return bitsandbytes.optim.AdamW8bit(params, **arguments)
-        return torch.optim.AdamW(params, **arguments)
+            return _skipping(bitsandbytes.optim.AdamW8bit)(params, **arguments)
+        return _skipping(torch.optim.AdamW)(params, **arguments)
 
     return build
 
@@ -117,25 +135,20 @@ class StudentEngine:
         """Gradients of one micro-batch, reduced over ranks at the update's end."""
         self.engine.backward(loss)
 
-    def step(self) -> torch.Tensor:
-        """Close a micro-batch; at the update's end clip, update and return the gradient norm (scalar tensor)."""
+    def step(self) -> tuple[torch.Tensor, bool]:
+        """Close a micro-batch; at the update's end clip and update.
+
+        Returns the gradient norm (scalar tensor) and whether weights moved: a norm that is not finite skips the update.
+        """
         norm = None
         if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
             # Without ZeRO, DeepSpeed clips but keeps no norm.
             norm = nn.utils.get_total_norm([p.grad for _, p in self.trainable if p.grad is not None])
+            self.engine.basic_optimizer.overflow = not norm.isfinite().item()
         self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm)
-
-    def set_lr_steps(self, steps: int) -> None:
-        """Put the learning-rate schedule where it is after `steps` updates."""
-        scheduler = self.lr_scheduler
-        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
-        rates = [base * rule(steps) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        scheduler._last_lr = rates
-        for group, rate in zip(self.engine.basic_optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        return torch.as_tensor(float("nan") if norm is None else norm), self.engine.was_step_applied()
 
     @property
     def lr(self) -> float:
@@ -156,3 +169,118 @@ class StudentEngine:
             if not param.requires_grad:
                 with self.gather([param]):
                     yield name, param.detach()
+
+    # What a checkpoint holds of the engine. Ranks have to call these, and iterate, together.
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Set trainable parameters and their fp32 masters from whole tensors by name."""
+        for name, param in self.trainable:
+            value = weights[name].to(param.device)
+            self._set(param, value)
+            with torch.no_grad(), self.gather([param], modify=True):
+                param.copy_(value)
+
+    def _set(self, param: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
+        """Put a whole tensor into the fp32 master, or a moment, of a parameter."""
+        from deepspeed import utils
+
+        if self.stage == 0:
+            if moment is not None:
+                self.engine.basic_optimizer.state[param][moment].copy_(value)
+        elif self.stage < 3:
+            where = (param, value) if moment is None else (param, value, moment)
+            (utils.safe_set_full_fp32_param if moment is None else utils.safe_set_full_optimizer_state)(*where)
+        else:
+            # Shards are padded to one size, which DeepSpeed's setter for whole tensors does not expect.
+            size = param.ds_tensor.ds_numel
+            flat = nn.functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
+            part = flat.narrow(0, size * torch.distributed.get_rank(), size)
+            where = (param, part) if moment is None else (param, part, moment)
+            (utils.safe_set_local_fp32_param if moment is None else utils.safe_set_local_optimizer_state)(*where)
+
+    def _native_params(self) -> list[torch.Tensor]:
+        """This rank's optimiser parameters in their own order (flat partitions under ZeRO)."""
+        if self.stage == 3:  # which empties the parameter groups between steps
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """The moments that are saved by parameter name; 8-bit ones cannot be."""
+        return ("exp_avg", "exp_avg_sq") if isinstance(self.engine.basic_optimizer, torch.optim.AdamW) else ()
+
+    def moments(self) -> tuple[str, ...]:
+        """`moment_names`, once there are any: the first step that is not skipped makes them."""
+        state = self.engine.basic_optimizer.state
+        return self.moment_names if all(state.get(p) for p in self._native_params()) else ()
+
+    def full_moments(self, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole float32 tensor) of one moment of every trainable parameter."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, param in self.trainable:
+            if self.stage == 0:
+                yield name, self.engine.basic_optimizer.state[param][key]
+            else:
+                yield name, safe_get_full_optimizer_state(param, key)
+
+    def load_moments(self, key: str, tensors: dict[str, torch.Tensor], steps: int) -> None:
+        """Set one moment from whole tensors by name, after `steps` steps of the optimiser."""
+        state = self.engine.basic_optimizer.state
+        for p in self._native_params():
+            if not state[p]:
+                state[p] = {"step": torch.tensor(float(steps))}
+                state[p] |= {name: torch.zeros_like(p, dtype=torch.float32) for name in self.moment_names}
+        # DeepSpeed ties the moments to the parameters' names after its first step; this one has come another way.
+        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+        for name, param in self.trainable:
+            self._set(param, tensors[name].to(param.device), key)
+
+    def native_state(self) -> dict[str, torch.Tensor]:
+        """The 8-bit optimiser's own state on this rank; nothing where `moments` hold all."""
+        if self.moment_names:
+            return {}
+        state = self.engine.basic_optimizer.state
+        return {
+            f"{i}.{key}": torch.as_tensor(value)
+            for i, p in enumerate(self._native_params())
+            for key, value in state[p].items()
+        }
+
+    def load_native_state(self, saved: dict[str, torch.Tensor]) -> None:
+        """Restore `native_state` on the same rank of a world of the same size."""
+        state = self.engine.basic_optimizer.state
+        for i, p in enumerate(self._native_params()):
+            mine = {key.split(".", 1)[1]: value for key, value in saved.items() if key.split(".", 1)[0] == str(i)}
+            if mine:
+                step = int(mine.pop("step"))  # bitsandbytes keeps an int
+                state[p] = {"step": step, **{key: value.to(p.device) for key, value in mine.items()}}
+
+    def counters(self) -> dict:
+        """Steps of the optimiser and of its learning rate, and the dynamic loss scale of fp16."""
+        steps = [state["step"] for p in self._native_params() if (state := self.engine.basic_optimizer.state.get(p))]
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        scale = {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
+        return {
+            "steps": int(steps[0]) if steps else 0,
+            "lr_steps": self.lr_scheduler.last_epoch,
+            "loss_scale": scale if getattr(scaler, "dynamic", False) else None,
+        }
+
+    def load_counters(self, saved: dict) -> None:
+        """Restore `counters`; the optimiser's steps come with its moments."""
+        scheduler, steps = self.lr_scheduler, saved["lr_steps"]
+        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
+        rates = [base * rule(steps) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler._last_lr = rates
+        for group, rate in zip(self.engine.basic_optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for name, value in (saved["loss_scale"] or {}).items():
+            setattr(self.engine.optimizer.loss_scaler, name, value)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The loss scale of fp16, or None."""
+        return (self.counters()["loss_scale"] or {}).get("cur_scale")

@@ -288,7 +288,8 @@ class LockstepRollout:
 
     def __init__(self, maker: PairMaker, *, batch: int, rank: int, world_size: int) -> None:
         self.maker, self.batch = maker, batch
-        self.next_id, self.stride = rank * batch, world_size * batch
+        self.offset, self.stride = rank * batch, world_size * batch
+        self.next_id = self.offset
 
     def draws(self, ids: torch.Tensor) -> LockstepDraws:
         """The counter-based draws of samples `ids` (B,)."""
@@ -330,12 +331,12 @@ class LockstepRollout:
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The sample cursor."""
-        return {"next_id": torch.tensor(self.next_id)}
+        """Where the next micro-batch of all ranks begins."""
+        return {"next_id": torch.tensor(self.next_id - self.offset)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict()`."""
-        self.next_id = int(state["next_id"])
+        self.next_id = int(state["next_id"]) + self.offset
 
 
 class ContinuousRollout:
@@ -429,12 +430,13 @@ class ContinuousRollout:
         return pairs
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All slots of this rank."""
-        state = {name: getattr(self, name) for name in ("x", "final", "index", "left", "ids")}
+        """All slots of this rank as (groups, lanes, ...); the lanes of all ranks side by side are those of one."""
+        lanes = (self.groups, self.batch)
+        state = {name: getattr(self, name).unflatten(0, lanes) for name in ("x", "final", "index", "left", "ids")}
         return {**state, "cursor": torch.tensor(self.cursor)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict()`."""
         for name in ("x", "final", "index", "left", "ids"):
-            getattr(self, name).copy_(state[name])
+            getattr(self, name).copy_(state[name].flatten(0, 1))
         self.cursor, self.filled = int(state["cursor"]), True

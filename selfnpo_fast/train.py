@@ -10,11 +10,12 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 
 import os  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 
 from selfnpo_fast.config import TrainConfig  # noqa: E402
 from selfnpo_fast.console import logger, quiet_libraries, setup_logging  # noqa: E402
-from selfnpo_fast.errors import UserError  # noqa: E402
-from selfnpo_fast.folders import check_run_folder, clear_run_folder  # noqa: E402
+from selfnpo_fast.errors import RunError, UserError  # noqa: E402
+from selfnpo_fast.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
 
 # A checkout has them beside the package, an installed package inside it.
 CONFIGS = _HERE.parent / "configs" if (_HERE.parent / "configs").is_dir() else _HERE / "configs"
@@ -37,15 +38,28 @@ def build_parser():
     parser.add_class_arguments(TrainConfig, fail_untyped=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the output folder")
     parser.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")
+    parser.add_argument(
+        "--replay-step",
+        type=int,
+        metavar="N",
+        help="train nothing: make the pairs of update N of the run in the output folder again, and show them",
+    )
     return parser
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line; `text` is the whole config as YAML."""
+
+    config: TrainConfig
+    resume: bool
+    overwrite: bool
+    replay_step: int | None
+    text: str
 
 
-def parse(argv: list[str]):
-    """`(config, resume, overwrite, config_yaml)` from the command line. Raises UserError for what cannot be."""
+def parse(argv: list[str]) -> Request:
+    """Read the command line. Raises UserError for what cannot be."""
     from jsonargparse import ArgumentError, Namespace
 
     argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
@@ -55,53 +69,71 @@ def parse(argv: list[str]):
     parser = build_parser()
     try:
         namespace = parser.parse_args(argv)
-        resume, overwrite = namespace.pop("resume"), namespace.pop("overwrite")
+        asked = {name: namespace.pop(name) for name in ("resume", "overwrite", "replay_step")}
         namespace.pop("config")
         text = parser.dump(Namespace(**namespace), skip_validation=True)
         config = parser.instantiate(namespace)
         config = TrainConfig(**{key: value for key, value in vars(config).items() if not key.startswith("__")})
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_one_line(error)) from error
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one")
-    return config, resume, overwrite, text
+        raise UserError(" ".join(str(error).split())) from error
+    step = asked["replay_step"]
+    if sum((asked["resume"], asked["overwrite"], step is not None)) > 1:
+        raise UserError("--resume, --overwrite and --replay-step exclude each other; give one")
+    if step is not None and not 1 <= step <= config.updates:
+        raise UserError(f"--replay-step: {step} is not possible; expected an update from 1 to {config.updates}")
+    return Request(config=config, text=text, **asked)
 
 
 def train(argv: list[str]) -> None:
-    """One whole run. Raises UserError for bad input, before anything is written."""
-    config, resume, overwrite, text = parse(argv)
-    output = check_run_folder(config.output, resume=resume, overwrite=overwrite)
+    """One whole run. Raises UserError for bad input, before anything is written, and RunError where it cannot go on."""
+    request = parse(argv)
+    goes_on = request.resume or request.replay_step is not None
+    output = check_run_folder(request.config.output, resume=goes_on, overwrite=request.overwrite)
 
-    import torch
-
-    from selfnpo_fast.checkpoint import newest_checkpoint
-    from selfnpo_fast.recorder import Recorder
-    from selfnpo_fast.trainer import Trainer, load_inputs
+    from selfnpo_fast.lifecycle import PeerWatch, StopRequest, leave_at_once
     from selfnpo_fast.world import init_world
 
-    world = init_world()
-    setup_logging(world.rank)
-    newest = newest_checkpoint(output / "checkpoints", config, world) if resume else None
+    with StopRequest() as stop:
+        world = init_world()
+        setup_logging(world.rank)
+        with PeerWatch(world, leave_at_once):
+            _run(request, output, world, stop)
+
+
+def _run(request: Request, output: Path, world, stop) -> None:
+    """All that follows once the ranks have met."""
+    from selfnpo_fast.checkpoint import newest_checkpoint
+    from selfnpo_fast.recorder import Recorder
+    from selfnpo_fast.replay import replay
+    from selfnpo_fast.trainer import Trainer, load_inputs
+
+    config, replaying, newest = request.config, request.replay_step is not None, None
+    if request.resume or replaying:
+        newest = newest_checkpoint(output / "checkpoints", config, world, before=request.replay_step)
     trainer = Trainer(config, load_inputs(config, world), world, output)
+    recorder = Recorder(config, world, trainer.adapter.schedule.num_train_timesteps)
     if newest is not None:
-        trainer.resume(newest)
-    elif resume:
+        trainer.resume(newest, recorder)
+    elif request.resume:
         logger.info("--resume: no checkpoint in %s; starting from the beginning", output)
-    if world.size > 1:
-        torch.distributed.barrier()  # every rank has looked at the folder before rank 0 changes it
+    if replaying:
+        replay(trainer, recorder, request.replay_step)
+        return
+    world.barrier()  # every rank has looked at the folder before rank 0 changes it
     if world.is_main:
-        if overwrite:
+        if request.overwrite:
             clear_run_folder(output)
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(text)
+        write_file(output / "config.yaml", request.text)
     setup_logging(world.rank, output / "train.log")
     describe(config, world, trainer)
-    recorder = Recorder(config, world, output, trainer.update)
+    recorder.open(output, trainer.update)
     try:
-        negative = trainer.run(recorder)
+        negative = trainer.run(recorder, stop)
     finally:
         recorder.close()
-    logger.info("negative model: %s", negative)
+    if negative is not None:
+        logger.info("negative model: %s", negative)
 
 
 def describe(config: TrainConfig, world, trainer) -> None:
@@ -126,16 +158,16 @@ def describe(config: TrainConfig, world, trainer) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line about bad input."""
+    """Exit code 0 (also after SIGTERM), 2 after one line about bad input, 1 after one about a run that cannot go on."""
     quiet_libraries()
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
     try:
         train(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+    except (UserError, RunError) as error:  # which all ranks raise together
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

@@ -8,20 +8,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from selfnpo_fast.checkpoint import load_checkpoint, save_checkpoint, save_negative
+from selfnpo_fast.checkpoint import load_checkpoint, newest_whole, save_checkpoint, save_negative
 from selfnpo_fast.conditioning import ConditioningTable
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
 from selfnpo_fast.engine import StudentEngine
+from selfnpo_fast.errors import RunError
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.latents import load_real_data
+from selfnpo_fast.lifecycle import StopRequest
 from selfnpo_fast.lora import add_lora, share_frozen
 from selfnpo_fast.models import StableDiffusionAdapter, load_adapter
 from selfnpo_fast.moving_reference import MovingReference, Reference
 from selfnpo_fast.objective import Objective
 from selfnpo_fast.prompts import read_prompts
-from selfnpo_fast.recorder import NOISE_BINS, Recorder
+from selfnpo_fast.recorder import Recorder
 from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
 from selfnpo_fast.world import DTYPES, World
 
@@ -119,30 +121,40 @@ class Trainer:
     def pair_loss(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of one micro-batch (scalar with gradient) and per pair (B,)."""
         pred = self.adapter.predict(self.engine, pairs.x_s, pairs.s, self.table.gather(pairs.rows))
-        return self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
+        loss, per_pair = self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
+        # A loss that is not finite may still have finite gradients: poison them, and every ZeRO stage skips the update.
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan), per_pair
 
     def train_update(self, recorder: Recorder) -> None:
         """One optimiser update: pairs, loss, backward, step for every micro-batch, then the reference moves."""
+        before = self.predictor.forwards
         for _ in range(self.config.engine.accumulation):
             pairs = self.rollout.next_pairs()
             loss, per_pair = self.pair_loss(pairs)
             self.engine.backward(loss)
-            norm = self.engine.step()
-            recorder.add(pairs.s * NOISE_BINS // self.adapter.schedule.num_train_timesteps, per_pair)
-        self.reference.update()
+            norm, applied = self.engine.step()
+            recorder.add(pairs, per_pair)
+        if applied:
+            self.reference.update()
         self.update += 1
-        recorder.close_update(norm)
+        recorder.close_update(norm, applied, self.predictor.forwards - before)
 
-    def run(self, recorder: Recorder) -> Path:
-        """Train to the configured number of updates, then write a checkpoint and the negative model; its folder."""
+    def run(self, recorder: Recorder, stop: StopRequest) -> Path | None:
+        """Train to the configured number of updates, then write a checkpoint and the negative model; its folder.
+
+        A request to stop is honoured after the present update, with a checkpoint; the result is None then.
+        """
         log = self.config.log
         while self.update < self.config.updates:
+            if self.world.any(stop.signal is not None):
+                return self._stop_early(recorder, stop)
             self.train_update(recorder)
             last = self.update == self.config.updates
             if self.update % log.every == 0 or last:
-                recorder.flush(self.update, self.engine.lr, self.predictor.forwards)
+                recorder.flush(self.update, self.engine.lr)
+            self._count_skips(recorder)
             if last or (log.checkpoint_every and self.update % log.checkpoint_every == 0):
-                self.save_checkpoint()
+                self._try_to_save(recorder)
             if not last and log.sample_every > 0 and self.update % log.sample_every == 0:
                 self.draw_samples(recorder)
         # Weights first: a grid that does not fit into memory must not cost the run its result.
@@ -152,6 +164,37 @@ class Trainer:
         if log.sample_every >= 0:
             self.draw_samples(recorder)
         return folder
+
+    def _stop_early(self, recorder: Recorder, stop: StopRequest) -> None:
+        saved = "nothing to save yet"
+        if self.update:
+            saved = f"checkpoint {self.save_checkpoint(recorder)}"
+        logger.warning("%s: stopped after update %d; %s; go on with --resume", stop.signal, self.update, saved)
+
+    def _count_skips(self, recorder: Recorder) -> None:
+        row = recorder.skipped_in_a_row
+        if not row:
+            return
+        scale = f"; the loss scale is {self.engine.loss_scale:g} now" if self.engine.loss_scale else ""
+        logger.warning(
+            "update %d skipped: its loss or gradient is not finite (%d in a row, %d in all)%s",
+            self.update, row, recorder.skipped, scale,
+        )  # fmt: skip
+        if row == self.config.optimizer.max_skipped:
+            last = newest_whole(self.output / "checkpoints")
+            raise RunError(
+                f"{row} updates in a row had a loss or gradient that is not finite (optimizer.max_skipped); the last "
+                f"good checkpoint is {last or 'none: none was written'}; lower optimizer.lr, or look at the pairs with "
+                f"--replay-step {self.update}"
+            )
+
+    def _try_to_save(self, recorder: Recorder) -> None:
+        try:
+            self.save_checkpoint(recorder)
+        except RunError as error:
+            if self.config.log.on_save_error == "stop":
+                raise
+            logger.warning("%s; older checkpoints are untouched, training goes on (log.on_save_error)", error)
 
     def draw_samples(self, recorder: Recorder) -> None:
         """A grid of base above base + negative on the first prompts; all ranks draw, since ZeRO 3 needs them all."""
@@ -175,22 +218,31 @@ class Trainer:
         recorder.picture(self.update, "samples", image_grid(torch.cat(arms), len(index), captions))
         recorder.restart_clock()
 
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of the present state; all ranks take part."""
-        save_checkpoint(
+    def save_checkpoint(self, recorder: Recorder) -> Path:
+        """Write a checkpoint of the present state; all ranks take part. Raises RunError on all of them."""
+        path = save_checkpoint(
             self.output / "checkpoints",
             self.update,
             engine=self.engine,
             reference=self.reference,
-            rollout_state=self.rollout.state_dict(),
+            own={"rollout": self.rollout.state_dict(), "recorder": recorder.state_dict()},
+            counters={"recorder": recorder.counters()},
             config=self.config,
             world=self.world,
-            keep=self.config.log.keep,
         )
+        recorder.restart_clock()
+        return path
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Path, recorder: Recorder) -> None:
         """Go on from a checkpoint of the same recipe (`newest_checkpoint` has compared them)."""
-        self.update = load_checkpoint(
-            path, engine=self.engine, reference=self.reference, rollout=self.rollout, world=self.world
+        state = load_checkpoint(
+            path,
+            engine=self.engine,
+            reference=self.reference,
+            rollout=self.rollout,
+            recorder=recorder,
+            world=self.world,
         )
+        recorder.load_counters(state["recorder"])
+        self.update = state["update"]
         logger.info("resumed from %s", path)

@@ -1,9 +1,9 @@
-"""This process among its peers: rank, world size, device and the names of precisions."""
+"""This process among its peers: rank, world size, device, what ranks agree on, and the names of precisions."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,16 +12,41 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers.
+
+    Ranks agree through a gloo group of their own: host to host, so that no device is waited for.
+    """
 
     rank: int
     size: int
     device: torch.device
+    control: torch.distributed.ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and draws the progress bar."""
         return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            torch.distributed.barrier(group=self.control)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all ranks have to ask together."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor([int(flag)])
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self.control)
+        return bool(said.item())
+
+    def gather(self, value):
+        """What each rank says, in order of rank, on every rank. Values are pickled among these processes alone."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.control)
+        return values
 
 
 def init_world() -> World:
@@ -38,13 +63,12 @@ def init_world() -> World:
         local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if alone:
-            # A group of one needs no port.
-            torch.distributed.init_process_group(
-                backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-            )
-        else:
-            torch.distributed.init_process_group(backend)
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    backend = "nccl" if cuda else "gloo"
+    if alone:
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore()  # a group of one needs no port
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        return World(0, 1, device)
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return World(rank, size, device, torch.distributed.new_group(backend="gloo"))

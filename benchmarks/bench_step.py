@@ -1,0 +1,444 @@
+"""What one training pair costs: seconds and network forwards, for the authors' schedule and for ours.
+
+    python -m benchmarks.bench_step                     # both networks; about ten minutes on two CPU cores
+    python -m benchmarks.bench_step --net digits --quick
+
+Timed per arm: gradients cleared, one minibatch of pairs made, student forward, loss, backward; no optimiser and no EMA,
+which no arm changes. The floor does the same on ready pairs. Every round times each arm once, so that all arms see the
+same machine, and a ratio is taken within its round. Before any timing, the arms have to give the right pairs with the
+right number of forwards (`check_arms`); otherwise nothing is timed and the exit status is 1.
+
+`ReleasedRollout` and `UnbatchedPredictor` repeat the authors' schedule of network calls and nothing else of their code.
+Its other overheads (fp32 weights cast anew on every forward under autocast, `.item()` per sample, prints) are left out,
+so the arms "as released" are faster than the released code. Continuous rollouts are timed in their steady state, not in
+the start-up that fills their slots once per run. They have one group of slots; more cost memory, not time per pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a script: Python put this folder on the path, not the one above
+    sys.path[0] = str(ROOT)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread  # noqa: E402
+from benchmarks.nets import NETS, BenchNet  # noqa: E402
+from selfnpo_fast.config import LossConfig, RolloutConfig  # noqa: E402
+from selfnpo_fast.console import quiet_libraries  # noqa: E402
+from selfnpo_fast.lora import share_frozen  # noqa: E402
+from selfnpo_fast.objective import Objective  # noqa: E402
+from selfnpo_fast.rollout import (  # noqa: E402
+    ContinuousRollout,
+    Grid,
+    GuidedPredictor,
+    LockstepDraws,
+    LockstepRollout,
+    PairMaker,
+    Pairs,
+    lockstep_rollout,
+)
+from selfnpo_fast.world import DTYPES  # noqa: E402
+from selfnpo_kernels import Draw, affine_noise, guided_step, normal  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SEED = 0
+ITEMS = 64
+"""Prompts, and images for rollouts from data."""
+GATE_BATCH = 2
+TOLERANCE = 2e-5
+"""Largest difference between pairs that should be equal, over their root mean square, in float32. On the CPU 0 is seen;
+batches of other sizes, whose sums round differently, come to 2e-6 after 25 steps."""
+
+
+class UnbatchedPredictor(GuidedPredictor):
+    """As the authors call it: conditional and unconditional output in two calls, both of them whatever w is."""
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
+        """`(pos, neg)`; at w = -1 pos is dead."""
+        self.forwards += 2 * len(x)
+        pos = self.predict(x, t, self.table.gather(rows))
+        return pos, self.predict(x, t, self.table.empty(len(x)))
+
+
+class ReleasedRollout(LockstepRollout):
+    """The authors' loop: K steps and one evaluation for every batch, even where all samples have passed index 0."""
+
+    @torch.no_grad()
+    def next_pairs(self) -> Pairs:
+        """The next micro-batch."""
+        maker, grid, predictor = self.maker, self.maker.grid, self.maker.predictor
+        ids = torch.arange(self.next_id, self.next_id + self.batch, device=maker.device)
+        self.next_id += self.stride
+        draws, latents, rows = self.draws(ids), maker.start_latents(ids), maker.rows(ids)
+        index = draws.start_index
+        x = draws.noise if latents is None else affine_noise(latents, grid.start[index + 1], draws.noise)
+        for _ in range(maker.config.max_steps):
+            pos, neg = predictor(x, grid.timestep(index), rows)
+            moved, _ = guided_step(pos, neg, x, predictor.w, grid.step[index + 1])
+            x = torch.where((index >= 0).view(-1, *[1] * (x.ndim - 1)), moved, x)
+            index = (index - 1).clamp(min=-1)
+        pos, neg = predictor(x, grid.timestep(index), rows)
+        _, target = guided_step(pos, neg, x, predictor.w, grid.step[index + 1])
+        return maker.finish(x, index, target, ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make pairs; without a config it makes none (the floor)."""
+
+    name: str
+    label: str
+    config: RolloutConfig | None = None
+    rollout: type[LockstepRollout] | type[ContinuousRollout] | None = None
+    predictor: type[GuidedPredictor] = GuidedPredictor
+
+    @property
+    def calls(self) -> int:
+        """Samples that the reference forwards per evaluation of one sample."""
+        both = issubclass(self.predictor, UnbatchedPredictor) or self.config.w not in (-1, 0)
+        return 2 if both else 1
+
+
+K5 = RolloutConfig(mode="lockstep", start="data", k=5, w=-1.0)
+FULL = RolloutConfig(mode="lockstep", start="noise", stop="fixed", k=25, w=-1.0)
+CONTINUOUS, FLOOR = "continuous", "floor"
+NOISE = {"mode": "continuous", "start": "noise"}
+RELEASED = {"rollout": ReleasedRollout, "predictor": UnbatchedPredictor}
+ARMS = (
+    Arm(name="released", label="authors' schedule as released", config=K5, **RELEASED),
+    Arm(name="released_live", label="the same, no dead branches", config=K5, rollout=ReleasedRollout),
+    Arm(name="full", label="full simulation, calls as released", config=FULL, **RELEASED),
+    Arm(name="full_live", label="the same, no dead branches", config=FULL, rollout=ReleasedRollout),
+    Arm(name="lockstep", label="our lockstep mode", config=K5, rollout=LockstepRollout),
+    Arm(name=CONTINUOUS, label="continuous", config=RolloutConfig(w=-1.0, **NOISE), rollout=ContinuousRollout),
+    Arm(name="continuous_w5", label="continuous", config=RolloutConfig(w=-5.0, **NOISE), rollout=ContinuousRollout),
+    Arm(name=FLOOR, label="floor: the student alone"),
+)
+
+
+class Workbench:
+    """One network as student and reference, with all that an arm needs; counts the samples the reference forwards."""
+
+    def __init__(self, net: BenchNet, *, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.net, self.batch, self.device = net, batch, device
+        self.student = net.network(dtype).to(device).train().requires_grad_(True)
+        self.reference = share_frozen(self.student)
+        self.cond = net.table(ITEMS, dtype, device)
+        self.latents = net.latents(ITEMS, device)
+        self.grid = Grid.build(net.schedule, K5.grid_steps, device)
+        self.objective = Objective.build(LossConfig(), net.schedule, device)
+        self.forwards = 0
+
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.forwards += len(x)
+        return self.net.predict(self.reference, x, t, cond)
+
+    def rollout(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
+        """A new rollout of the arm from sample id 0."""
+        maker = PairMaker(
+            arm.predictor(self._predict, self.cond, arm.config.w),
+            self.grid,
+            arm.config,
+            latent_shape=self.net.latent_shape,
+            items=ITEMS,
+            latents=self.latents if arm.config.start == "data" else None,
+            seed=SEED,
+            dropout=0.0,
+            device=self.device,
+        )
+        place = {"batch": self.batch, "rank": 0, "world_size": 1}
+        return arm.rollout(maker, groups=1, **place) if arm.config.mode == "continuous" else arm.rollout(maker, **place)
+
+    def step(self, pairs: Pairs) -> None:
+        """The student's gradients from one minibatch of pairs."""
+        pred = self.net.predict(self.student, pairs.x_s, pairs.s, self.cond.gather(pairs.rows))
+        loss, _ = self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
+        loss.backward()
+
+
+def expected_forwards(arm: Arm, rollout: LockstepRollout | ContinuousRollout) -> int:
+    """Samples that the reference has to forward for the rollout's next minibatch, in closed form.
+
+    Our lockstep mode stops when the last sample of the batch has arrived: in a small batch that may be before K steps.
+    """
+    batch, k = rollout.batch, arm.config.max_steps
+    if arm.config.mode == "continuous":
+        return batch * arm.calls
+    steps = k
+    if not isinstance(rollout, ReleasedRollout):
+        ids = torch.arange(rollout.next_id, rollout.next_id + batch, device=rollout.maker.device)
+        steps = min(k, int(rollout.draws(ids).start_index.max()) + 1)
+    return batch * (steps + 1) * arm.calls
+
+
+@dataclass
+class Gate:
+    """What the correctness gate found; no failures means that the arms may be timed."""
+
+    largest_error: float = 0.0
+    tolerance: float = TOLERANCE
+    forwards: dict[str, float] = field(default_factory=dict)
+    """Reference forwards per pair of each arm, in the batch that the gate ran."""
+    failures: list[str] = field(default_factory=list)
+
+    def count(self, name: str, network: int, counter: int, expected: int, batch: int) -> None:
+        """Samples that the network and the predictor's counter have seen."""
+        self.forwards[name] = network / batch
+        if not network == counter == expected:
+            self.failures.append(f"{name}: {network} forwards, {counter} counted, {expected} expected")
+
+    def compare(self, name: str, what: str, ours: torch.Tensor, truth: torch.Tensor) -> None:
+        """Tensors of equal shape: integers exactly, others to the tolerance."""
+        if not ours.is_floating_point():
+            if not torch.equal(ours, truth):
+                self.failures.append(f"{name}: other {what}")
+            return
+        error = ((ours - truth).abs().max() / truth.square().mean().sqrt()).item()
+        self.largest_error = max(self.largest_error, error)
+        if not error <= self.tolerance:  # NaN fails, too
+            self.failures.append(f"{name}: {what} differs by {error:.1e}, tolerance {self.tolerance:.0e}")
+
+
+def mixed_batch(rollout: LockstepRollout, k: int) -> int:
+    """The first sample id whose batch has both a sample that passes index 0 before K steps and one that does not."""
+    start = rollout.draws(torch.arange(512, device=rollout.maker.device)).start_index
+    batches = start.unfold(0, rollout.batch, 1)
+    return int(((batches.amin(1) < k - 1) & (batches.amax(1) >= k - 1)).nonzero()[0])
+
+
+def check_arms(bench: Workbench, arms: Sequence[Arm] = ARMS) -> Gate:
+    """Every arm's forwards against closed form, its pairs against `lockstep_rollout` of the same samples.
+
+    The arms at K = 5 and K = 25 have to give the project's own lockstep pairs, and continuous pairs at w = -1 have to
+    lie on the lockstep trajectory of their sample. The workbench has to be in float32.
+    """
+    gate, truths, slots = Gate(), {}, None
+    for arm in arms:
+        if arm.config is None:
+            gate.forwards[arm.name] = 0.0
+            continue
+        rollout, continuous = bench.rollout(arm), arm.config.mode == "continuous"
+        if continuous and slots is None:
+            rollout.next_pairs()
+            slots = rollout.state_dict()
+        elif continuous:
+            rollout.load_state_dict(slots)  # spares another start-up, a good part of the gate's time
+        elif arm.config.start == "data":
+            rollout.next_id = mixed_batch(rollout, arm.config.max_steps)
+        first = None if continuous else rollout.next_id
+        predictor = rollout.maker.predictor
+        expected, network, counter = expected_forwards(arm, rollout), bench.forwards, predictor.forwards
+        pairs = rollout.next_pairs()
+        gate.count(arm.name, bench.forwards - network, predictor.forwards - counter, expected, bench.batch)
+        if not continuous:
+            key = repr(arm.config)
+            truth = truths[key] if key in truths else truths.setdefault(key, own_lockstep(bench, arm.config, first))
+            for name in ("sample_ids", "t", "s", "rows", "x_s", "target"):
+                gate.compare(arm.name, name, getattr(pairs, name), getattr(truth, name))
+        elif arm.config.w == -1:
+            x_s, target = on_trajectory(rollout.maker, pairs)
+            gate.compare(arm.name, "x_s", pairs.x_s, x_s)
+            gate.compare(arm.name, "target", pairs.target, target)
+    return gate
+
+
+def own_lockstep(bench: Workbench, config: RolloutConfig, first: int) -> Pairs:
+    """The project's lockstep pairs of the samples from id `first` on."""
+    rollout = bench.rollout(Arm(name="truth", label="", config=config, rollout=LockstepRollout))
+    rollout.next_id = first
+    return rollout.next_pairs()
+
+
+def on_trajectory(maker: PairMaker, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_s and target (B, ...) that lockstep rollouts from noise give for the pairs' samples at the pairs' timesteps."""
+    grid, ids = maker.grid, pairs.sample_ids
+    index = torch.searchsorted(grid.timesteps, pairs.t) - 1
+    draws = LockstepDraws(
+        start_index=torch.full_like(ids, grid.steps - 1),
+        steps=grid.steps - 1 - index,
+        noise=normal(maker.key(Draw.START_NOISE, ids), maker.latent_shape),
+        s=pairs.s,
+        renoise=normal(maker.key(Draw.RENOISE, ids, index), maker.latent_shape),
+    )
+    out = lockstep_rollout(maker.predictor, grid, draws, None, maker.rows(ids))
+    ended = (pairs.t == 0).view(-1, *[1] * (out.x_t.ndim - 1))  # continuous mode's target at t = 0 is the final x
+    return out.x_s, torch.where(ended, out.x_t, out.target)
+
+
+def measure(bench: Workbench, rounds: int, arms: Sequence[Arm] = ARMS) -> tuple[np.ndarray, np.ndarray]:
+    """Time every arm once per round, in turn; a first round is dropped.
+
+    Returns seconds and reference forwards per minibatch, (rounds, arms) each. Raises RuntimeError where the forwards
+    are not the expected ones.
+    """
+    rollouts = [None if arm.config is None else bench.rollout(arm) for arm in arms]
+    # Fills the slots of every continuous rollout before anything is timed.
+    ready = [rollout.next_pairs() for rollout in rollouts if isinstance(rollout, ContinuousRollout)]
+    seconds, forwards = np.zeros((rounds + 1, len(arms))), np.zeros((rounds + 1, len(arms)), dtype=int)
+    for number in range(rounds + 1):
+        for column, (arm, rollout) in enumerate(zip(arms, rollouts, strict=True)):
+            expected = 0 if rollout is None else expected_forwards(arm, rollout)
+            before = bench.forwards
+            _synchronize(bench.device)
+            start = time.perf_counter()
+            bench.student.zero_grad(set_to_none=True)
+            bench.step(ready[0] if rollout is None else rollout.next_pairs())
+            _synchronize(bench.device)
+            seconds[number, column] = time.perf_counter() - start
+            forwards[number, column] = bench.forwards - before
+            if forwards[number, column] != expected:
+                raise RuntimeError(f"{arm.name}: {forwards[number, column]} forwards, {expected} expected")
+        print(f"{bench.net.name}: round {number} of {rounds}", file=sys.stderr, flush=True)
+    return seconds[1:], forwards[1:]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run_net(
+    net: BenchNet, *, batch: int, rounds: int, device: torch.device, precision: str, arms: Sequence[Arm] = ARMS
+) -> dict[str, object]:
+    """Gate, then time one network. The result has "failures" alone where the gate failed."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        gate = check_arms(Workbench(net, batch=GATE_BATCH, device=device, dtype=torch.float32), arms)
+    if gate.failures:
+        return {"failures": gate.failures}
+    bench = Workbench(net, batch=batch, device=device, dtype=DTYPES[precision])
+    seconds, forwards = measure(bench, rounds, arms)
+    return {
+        "parameters": sum(p.numel() for p in bench.student.parameters()),
+        "latent_shape": list(net.latent_shape),
+        "batch": batch,
+        "rounds": rounds,
+        "precision": precision,
+        "gate": asdict(gate),
+        "arms": summarise(seconds / batch, forwards / batch, arms),
+    }
+
+
+def summarise(seconds: np.ndarray, forwards: np.ndarray, arms: Sequence[Arm]) -> list[dict[str, object]]:
+    """One record per arm from seconds and reference forwards per pair, (rounds, arms) each.
+
+    Ratios are taken within each round, then their median and spread.
+    """
+    column = {arm.name: i for i, arm in enumerate(arms)}
+    records = []
+    for i, arm in enumerate(arms):
+        config = arm.config
+        # A continuous rollout has no K: each of its steps gives a pair.
+        k = None if config is None or config.mode == "continuous" else config.max_steps
+        record = {"name": arm.name, "label": arm.label, "start": config and config.start, "k": k}
+        record |= {"w": config and config.w, "forwards_per_pair": float(forwards[:, i].mean())}
+        record |= {"seconds_per_pair": spread(seconds[:, i]), "rounds_seconds_per_pair": seconds[:, i].tolist()}
+        for name in (CONTINUOUS, FLOOR):
+            record[f"ratio_to_{name}"] = spread(seconds[:, i] / seconds[:, column[name]])
+        records.append(record)
+    return records
+
+
+def title(name: str, result: dict, environment: dict) -> str:
+    """What was run on what, in one line."""
+    size = f"{result['parameters'] / 1e6:.1f} M parameters, batch {result['batch']}, {result['precision']}"
+    place = f"{environment['device']}, {environment['threads']} CPU threads"
+    return f"{name} ({size}), {result['rounds']} rounds on {place}"
+
+
+def table(name: str, result: dict, environment: dict) -> str:
+    """The printed table of one network: medians, and in brackets the smallest and the largest round."""
+
+    def cell(value: dict, digits: str) -> str:
+        return f"{value['median']:{digits}} [{value['low']:{digits}}, {value['high']:{digits}}]"
+
+    lines = [["arm", "start", "K", "w", "forwards/pair", "seconds/pair [least, most]", "x continuous w=-1", "x floor"]]
+    for arm in result["arms"]:
+        setting = ["-" if arm[key] is None else f"{arm[key]:g}" for key in ("k", "w")]
+        values = [f"{arm['forwards_per_pair']:.4g}", cell(arm["seconds_per_pair"], ".3g")]
+        values += [cell(arm[f"ratio_to_{other}"], ".2f") for other in (CONTINUOUS, FLOOR)]
+        lines.append([arm["label"], arm["start"] or "-", *setting, *values])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    rows = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    gate = f"equal pairs to {result['gate']['largest_error']:.1e} (tolerance {result['gate']['tolerance']:.0e})"
+    return "\n".join([f"{title(name, result, environment)}; {gate}", *rows, ""])
+
+
+def chart(result: dict) -> Figure:
+    """Seconds per pair over the floor's, one panel per network."""
+    panels = {}
+    for name, net in result["nets"].items():
+        bars = {}
+        for arm in net["arms"]:
+            shown = (("k", "K"), ("w", "w"))
+            setting = [f"{symbol} = {arm[key]:g}" for key, symbol in shown if arm[key] is not None]
+            bars[", ".join([arm["label"], *setting])] = arm[f"ratio_to_{FLOOR}"]
+        panels[title(name, net, result["environment"]).replace(" on ", "\non ")] = bars
+    return bar_chart(panels, "seconds per training pair, floor = 1")
+
+
+def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int]:
+    """Batch and rounds: on two CPU cores about ten minutes for both networks; on CUDA the authors' batch per GPU."""
+    if quick:
+        return 2, 2
+    if device.type == "cuda":
+        return 20, 20
+    return {"digits": (32, 20), "sd15_small": (2, 5)}[name]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", choices=[*NETS, "all"], help="all by default, digits with --quick")
+    parser.add_argument("--batch", type=int, help="pairs per minibatch")
+    parser.add_argument("--rounds", type=int, help="timings per arm; one more is dropped")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on the CPU, bf16 on CUDA by default")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: two rounds of two pairs")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench_step.json", help="JSON; the chart beside it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, arms: Sequence[Arm] = ARMS) -> int:
+    """Run the benchmark; 1 where the gate failed, and then nothing is written."""
+    args = build_parser().parse_args(argv)
+    quiet_libraries()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    names = list(NETS) if (args.net or ("digits" if args.quick else "all")) == "all" else [args.net or "digits"]
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    environment, nets = describe(device), {}
+    for name in names:
+        batch, rounds = defaults(name, device, args.quick)
+        settings = {"batch": args.batch or batch, "rounds": args.rounds or rounds, "precision": precision}
+        nets[name] = run_net(NETS[name](), device=device, arms=arms, **settings)
+        if "failures" in nets[name]:
+            reasons = "\n  ".join(nets[name]["failures"])
+            print(f"{name}: the correctness gate failed and nothing was timed:\n  {reasons}", file=sys.stderr)
+            return 1
+        print(table(name, nets[name], environment), flush=True)
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = {"benchmark": "bench_step", "environment": environment, "arguments": arguments, "nets": nets}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    chart(result).savefig(args.output.with_suffix(".png"))
+    print(f"{args.output}\n{args.output.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""What all benchmarks share: where and with what they ran, medians with their spread, a bar chart."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is any, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or the CPU's with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {cores()} cores, {_cpu_model()}"
+
+
+def slug(name: str) -> str:
+    """`NVIDIA H100 80GB HBM3` as a file name: nvidia-h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """Machine, versions, threads, commit and time (UTC), ready for JSON.
+
+    `load_average` is that of the minute before: a busy machine shows there. `git_dirty` says whether the checkout's
+    tracked files differ from `git_commit`.
+    """
+    return {
+        "device": device_name(device),
+        "cpu": _cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Median, smallest and largest of the rounds' values (n,)."""
+    return {"median": float(np.median(values)), "low": float(np.min(values)), "high": float(np.max(values))}
+
+
+def bar_chart(panels: Mapping[str, Mapping[str, Mapping[str, float]]], xlabel: str) -> Figure:
+    """One panel per title, in it one horizontal bar per label: the median of a `spread`, its ends as whiskers."""
+    # A Figure of its own, not pyplot: no global state, and no display is ever looked for.
+    from matplotlib.figure import Figure
+
+    heights = [1.2 + 0.32 * len(bars) for bars in panels.values()]
+    figure = Figure(figsize=(8.5, sum(heights)), dpi=140, layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
+    for (title, bars), axes in zip(panels.items(), grid[:, 0], strict=True):
+        middle, low, high = (np.array([bar[key] for bar in bars.values()]) for key in ("median", "low", "high"))
+        axes.barh(range(len(bars)), middle, xerr=[middle - low, high - middle], height=0.65, error_kw={"lw": 0.9})
+        for row, (value, end) in enumerate(zip(middle, high, strict=True)):
+            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{value:.1f}", (end, row), **place)
+        axes.set_yticks(range(len(bars)), bars, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.08)
+        axes.set_xlim(left=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=9)
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout; None outside of one."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

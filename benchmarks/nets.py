@@ -1,0 +1,110 @@
+"""The networks that benchmarks run, defined once: the embedded digits UNet and one of Stable Diffusion 1.5's shape.
+
+Conditioning and latents are seeded normals: a forward costs the same whatever they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from selfnpo_fast.conditioning import ConditioningTable
+from selfnpo_fast.models import StableDiffusionAdapter, load_adapter
+from selfnpo_fast.schedule import NoiseSchedule
+
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchNet:
+    """A denoiser and what it takes to call it; `module_factory` makes it in a dtype, always with the same weights."""
+
+    name: str
+    module_factory: Callable[[torch.dtype], nn.Module]
+    adapter: StableDiffusionAdapter
+    latent_shape: tuple[int, ...]
+    text_tokens: int
+    text_width: int
+    schedule: NoiseSchedule
+
+    def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The denoiser with weights in `dtype`, in evaluation mode, on the current default device."""
+        return self.module_factory(dtype)
+
+    def predict(
+        self, network: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The raw output (B, ...) as the project's adapter makes it: inputs cast to the network's dtype."""
+        return self.adapter.predict(network, x, t, cond)
+
+    def table(self, prompts: int, dtype: torch.dtype, device: torch.device) -> ConditioningTable:
+        """Text embeddings (prompts + 1, text_tokens, text_width) in `dtype`; row 0 stands for the empty prompt."""
+        generator = torch.Generator().manual_seed(SEED)
+        rows = torch.randn(prompts + 1, self.text_tokens, self.text_width, generator=generator).to(device)
+        empty, filled = {"encoder_hidden_states": rows[:1]}, {"encoder_hidden_states": rows[1:]}
+        return ConditioningTable.build(empty, filled, dtype)
+
+    def latents(self, images: int, device: torch.device) -> torch.Tensor:
+        """Stand-ins (images, ...) float32 for the scaled latents of real images."""
+        generator = torch.Generator().manual_seed(SEED + 1)
+        return torch.randn(images, *self.latent_shape, generator=generator).to(device)
+
+
+def digits() -> BenchNet:
+    """The embedded model's UNet, 1,077,572 parameters, trained; 8x8 latents, 16 tokens of width 64."""
+    adapter = load_adapter("digits")
+    return BenchNet(
+        name="digits",
+        module_factory=adapter.load_denoiser,
+        adapter=adapter,
+        latent_shape=adapter.latent_shape,
+        text_tokens=16,
+        text_width=adapter.denoiser_config["cross_attention_dim"],
+        schedule=adapter.schedule,
+    )
+
+
+def sd15_small() -> BenchNet:
+    """Half of Stable Diffusion 1.5's UNet, 79,865,604 parameters, random: 32x32 latents, 77 tokens of width 768.
+
+    SD1.5's first two widths, 320 and 640, with one layer per block; as there, the lowest level has attention in its
+    middle block alone, and attention has 8 heads.
+    """
+    from diffusers import DDIMScheduler
+
+    # SD1.5's own scheduler_config.json.
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+    )
+    return BenchNet(
+        name="sd15_small",
+        module_factory=_new_sd15_small,
+        adapter=StableDiffusionAdapter("sd15_small"),  # for `predict` alone, which reads no file
+        latent_shape=(4, 32, 32),
+        text_tokens=77,
+        text_width=768,
+        schedule=NoiseSchedule.from_scheduler(scheduler),
+    )
+
+
+def _new_sd15_small(dtype: torch.dtype) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = UNet2DConditionModel(
+            sample_size=32,
+            block_out_channels=(320, 640),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=768,
+            attention_head_dim=8,  # diffusers' name for the number of heads here
+        )
+    return network.to(dtype).eval()
+
+
+NETS = {"digits": digits, "sd15_small": sd15_small}

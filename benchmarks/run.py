@@ -1,0 +1,88 @@
+"""Runs every benchmark, one after the other, and collects what they measured in results/<device>.json.
+
+    python -m benchmarks.run            # an idle machine, please; each benchmark says how long it takes
+    python -m benchmarks.run --quick    # smoke sizes, written to build/benchmarks/
+
+Each is a process of its own, so that none inherits another's memory, threads or CUDA context. One that fails is
+recorded with its error, the others still run, and the exit status is 1. Their own JSON and charts lie in
+results/<device>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a script: Python put this folder on the path, not the one above
+    sys.path[0] = str(ROOT)
+
+from benchmarks.environment import RESULTS, describe, pick_device, slug  # noqa: E402
+
+BENCHMARKS: dict[str, Sequence[str]] = {
+    "bench_step": (sys.executable, "-m", "benchmarks.bench_step"),
+}
+"""Commands by name. Each takes --device, --output (a JSON file) and --quick, and exits with 0 if its numbers hold."""
+
+ERROR_LINES = 20
+
+
+def run_one(command: Sequence[str], output: Path) -> dict[str, object]:
+    """Run one benchmark in the checkout's root: its seconds, and its `result` or its `error` (how it ended)."""
+    output.unlink(missing_ok=True)  # an old result must not pass for this run's
+    start = time.perf_counter()
+    said: deque[str] = deque(maxlen=ERROR_LINES)
+    with subprocess.Popen([*command, "--output", str(output)], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            said.append(line.rstrip("\n"))
+            print(line, end="", file=sys.stderr, flush=True)
+    record: dict[str, object] = {"command": list(command), "seconds": round(time.perf_counter() - start, 1)}
+    if process.returncode != 0:
+        return record | {"error": f"exit status {process.returncode}\n" + "\n".join(said)}
+    try:
+        return record | {"result": json.loads(output.read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        return record | {"error": f"no readable result: {error}"}
+
+
+def run_all(
+    benchmarks: Mapping[str, Sequence[str]], *, device: str = "auto", quick: bool = False, results: Path = RESULTS
+) -> tuple[Path, list[str]]:
+    """Run all benchmarks; the file written and the names of those that failed."""
+    environment = describe(pick_device(device))
+    name = slug(str(environment["device"]))
+    (results / name).mkdir(parents=True, exist_ok=True)
+    options = ["--device", device, *(["--quick"] if quick else [])]
+    records = {}
+    for benchmark, command in benchmarks.items():
+        print(f"{benchmark} ...", file=sys.stderr, flush=True)
+        records[benchmark] = run_one([*command, *options], results / name / f"{benchmark}.json")
+    target = results / f"{name}.json"
+    content = {"environment": environment, "quick": quick, "benchmarks": records}
+    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return target, [benchmark for benchmark, record in records.items() if "error" in record]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 1 if a benchmark failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--quick", action="store_true", help="smoke sizes, in build/benchmarks")
+    parser.add_argument("--output", type=Path, help="the folder of results")
+    args = parser.parse_args(argv)
+    results = args.output or (ROOT / "build" / "benchmarks" if args.quick else RESULTS)
+    target, failed = run_all(BENCHMARKS, device=args.device, quick=args.quick, results=results.resolve())
+    print(target)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
