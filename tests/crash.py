@@ -9,6 +9,7 @@ are killed or one of them: the other then has to end by itself within a minute a
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -79,6 +80,7 @@ def _train(argv: list[str], env: dict[str, str], log: Path) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.enable()  # `finish` asks a process that hangs where
     from selfnpo_fast import train
 
     sys.exit(train.main(argv))
@@ -109,6 +111,8 @@ def finish(processes: list[multiprocessing.Process], logs: Path, timeout: float 
     for process in processes:
         process.join(timeout)
         if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)
+            process.join(10)
             process.kill()
             raise AssertionError(f"rank {processes.index(process)} hangs:\n{tail(logs)}")
     return [process.exitcode for process in processes]
@@ -116,7 +120,7 @@ def finish(processes: list[multiprocessing.Process], logs: Path, timeout: float 
 
 def tail(logs: Path) -> str:
     """The ends of all ranks' output."""
-    return "\n".join(f"--- {path.name}\n{path.read_text()[-2000:]}" for path in sorted(logs.glob("rank*.log")))
+    return "\n".join(f"--- {path.name}\n{path.read_text()[-6000:]}" for path in sorted(logs.glob("rank*.log")))
 
 
 def _wait_for_moment(kind: str, output: Path, processes, chance: random.Random) -> None:
@@ -143,8 +147,9 @@ def kill_once(case: Case, argv: list[str], output: Path, logs: Path, chance: ran
     kind = chance.choice(("anywhere", "after an update", "while writing", "while writing"))
     _wait_for_moment(kind, output, processes, chance)
     writing = any((output / "checkpoints").glob(".writing-*")) if output.exists() else False
-    alone = len(processes) > 1 and chance.random() < 0.5 and all(process.is_alive() for process in processes)
-    victims = [chance.choice(processes)] if alone else processes
+    # Ranks that have not met yet wait for each other as long as torch lets them; that is the launcher's to end.
+    alone = len(processes) > 1 and kind != "anywhere" and chance.random() < 0.5
+    victims = [chance.choice(processes)] if alone and all(p.is_alive() for p in processes) else processes
     for victim in victims:
         if victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)

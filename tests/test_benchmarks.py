@@ -64,7 +64,7 @@ def test_sd15_small_has_the_widths_and_the_noise_levels_of_sd15():
     assert "down_blocks.0.attentions.1.proj_in.weight" not in shapes
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     observed = net.schedule.alphas_cumprod.numpy()
-    np.testing.assert_allclose(observed, np.cumprod(1 - betas), rtol=1e-5)  # 3e-6 seen: diffusers multiplies in float32
+    np.testing.assert_allclose(observed, np.cumprod(1 - betas), rtol=5e-6)  # 9e-7 seen: diffusers multiplies in float32
     assert net.schedule.prediction_type == "epsilon"
 
 
@@ -173,6 +173,18 @@ def test_gate_sees_samples_that_arrive_early_and_some_that_do_not(bench):
     assert draws.start_index.min() + 1 < 5 <= draws.start_index.max() + 1
 
 
+def test_pairs_at_the_end_of_a_trajectory_have_its_last_state_for_a_target(bench):
+    """The gate's own pairs may have none at t = 0; here every call is held against lockstep rollouts until one has."""
+    rollout = bench.rollout(ARM["continuous"])
+    ended = False
+    while not ended:
+        pairs = rollout.next_pairs()
+        x_s, target = bench_step.on_trajectory(rollout.maker, pairs)
+        torch.testing.assert_close(pairs.x_s, x_s, rtol=1e-5, atol=1e-5)  # 0 seen
+        torch.testing.assert_close(pairs.target, target, rtol=1e-5, atol=1e-5)  # 0 seen
+        ended = bool((pairs.t == 0).any())
+
+
 def test_as_released_pays_all_steps_where_ours_stops(bench):
     """A batch whose samples all start below index 4: the authors' loop goes on for nothing."""
     start = bench.rollout(ARM["lockstep"]).draws(torch.arange(512)).start_index
@@ -197,7 +209,7 @@ def test_step_gives_the_student_the_gradient_of_the_loss(bench):
     a = bench.net.schedule.alphas_cumprod[pairs.s].float().view(-1, 1, 1, 1)
     pred = bench.student(pairs.x_s, pairs.s, bench.cond.rows["encoder_hidden_states"][pairs.rows]).sample
     (((pairs.x_s - (1 - a).sqrt() * pred) / a.sqrt() - pairs.target) ** 2).mean().backward()
-    torch.testing.assert_close(ours, bench.student.conv_in.weight.grad, rtol=1e-4, atol=1e-6)  # 2e-6 seen, relative
+    torch.testing.assert_close(ours, bench.student.conv_in.weight.grad, rtol=1e-4, atol=3e-6)  # 7e-7 of up to 0.7 seen
     assert ours.abs().max() > 0
     assert all(p.grad is None for p in bench.reference.parameters())
 
