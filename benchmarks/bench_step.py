@@ -314,6 +314,7 @@ def run_net(
     net: BenchNet, *, batch: int, rounds: int, device: torch.device, precision: str, arms: Sequence[Arm] = ARMS
 ) -> dict[str, object]:
     """Gate, then time one network. The result has "failures" alone where the gate failed."""
+    print(f"{net.name}: correctness gate", file=sys.stderr, flush=True)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         gate = check_arms(Workbench(net, batch=GATE_BATCH, device=device, dtype=torch.float32), arms)
     if gate.failures:

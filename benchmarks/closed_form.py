@@ -152,7 +152,10 @@ def replay(rollout: ContinuousRollout, adapter: StableDiffusionAdapter, network)
 
 
 def reference_move(updates: int, every: int, batch: int, pool: int, decay: float) -> list[dict]:
-    """Train; every `every` updates after the first 2 `every` compare all live slots with replays. One row per index."""
+    """Train; every `every` updates from 2 `every` on, compare all live slots with replays; one row per grid index.
+
+    `every` should be no multiple of a life (25 pool updates), or each slot is met at the same index every time.
+    """
     load = load_adapter("digits").load_denoiser
     student, original = load(torch.float32).requires_grad_(True), load(torch.float32).requires_grad_(False)
     reference = MovingReference(load(torch.float32), student.named_parameters(), decay)
@@ -236,12 +239,12 @@ def lag_correlations(pools: tuple[int, ...], lags: int, batch: int, count: int, 
 def measure(quick: bool) -> dict:
     """All four measurements with their settings."""
     count, replicates = (2000, 4) if quick else (20_000, 10)
-    train = {"updates": 30, "every": 10, "batch": 16, "pool": 4, "decay": 0.999}
-    lag = {"pools": (1, 4, 25), "lags": 30, "batch": 16, "count": 120, "seeds": 5}
+    train = {"updates": 36, "every": 12, "batch": 32, "pool": 4, "decay": 0.999}
+    lag = {"pools": (1, 4, 25), "lags": 30, "batch": 16, "count": 120, "seeds": 4}
     if quick:
         lag |= {"lags": 10, "batch": 4, "count": 20, "seeds": 2}
     else:
-        train |= {"updates": 500, "every": 100, "batch": 32}
+        train |= {"updates": 448, "every": 112, "batch": 32}
     fine = 100 if quick else 1000
     parts = {
         "solver_bias": lambda: {
@@ -319,6 +322,59 @@ def lag_table(result: dict) -> str:
     return markdown(["pool", *(f"k = {k}" for k in shown), f"variance of the mean of {WINDOW}"], rows)
 
 
+def report(result: dict) -> str:
+    """The page of closed_form.md."""
+    settings, where = result["settings"], result["environment"]
+    train, lag = settings["train"], settings["lag"]
+    solver, start = result["solver_bias"], result["start_bias"]
+    oldest, pools = result["reference_move"][-1], result["lag_correlation"]
+    inflation = ", ".join(f"{cell(arm['variance_inflation'], 2)} (pool {pool})" for pool, arm in pools.items())
+    return f"""# Rollouts against closed form: measurements
+
+Made by `python -m benchmarks.closed_form` on {where["date"]}: torch {where["torch"]}, {where["threads"]} thread of
+{where["cpu"]}, commit {str(where["git_commit"])[:9]}{" with changes" if where["git_dirty"] else ""};
+{sum(result["seconds"].values()) / 60:.0f} minutes. Everything is seeded. ± is one standard error. The proofs are in
+tests/test_closed_form.py; nothing here is one.
+
+Parts 1 and 2 use the exact denoiser of a Gaussian mixture ({DIMS} dimensions, {COMPONENTS} components, data mean 0.5 on
+average, Stable Diffusion's noise schedule): {settings["count"]:,} trajectories in {settings["replicates"]} replicates, at
+timestep t against the exact p_t. *Shift of the mean* is along the true mean's direction; *total variance, relative* is
+measured / true - 1; the energy distance is unbiased, so it falls on both sides of 0 where there is no difference. All arms
+are compared with the same draws. Other mixtures give other sizes.
+
+## 1. Solver bias: DDIM started from exact p_T
+
+At t = 0 the total variance is off by {cell(solver["10"]["0"]["variance"])} with 10 steps,
+{cell(solver["25"]["0"]["variance"])} with 25 and {cell(solver["100"]["0"]["variance"])} with 100.
+
+{marginal_table("steps", solver)}
+## 2. Start bias: N(0, I) in place of p_T
+
+{settings["fine_steps"]} DDIM steps. At t = 0 the mean is off by {cell(start["noise"]["0"]["mean_shift"])} when started from
+noise, by {cell(start["p_T"]["0"]["mean_shift"])} from exact p_T. At zero terminal SNR p_T is N(0, I), so that start has no
+bias to show: {cell(start["noise_zero_terminal_snr"]["0"]["mean_shift"])}.
+
+{marginal_table("start", start)}
+## 3. The reference's move along a slot's life
+
+The digits model trained as configs/digits.yaml says but at batch {train["batch"]} for {train["updates"]} updates (EMA decay
+{train["decay"]}, pool {train["pool"]}). Every {train["every"]} updates all live slots are compared with a replay from the
+same start noise by the EMA of that moment. *Age* is the number of updates since the slot's start; the last two columns are
+rms distances per sample over the rms of the replayed states, *replay to original* being how far the EMA has moved the
+trajectory since training began. At t = {oldest["t"]} a live state is {cell(oldest["distance_to_current"], 4)} from its
+replay, the replay {cell(oldest["distance_current_to_original"], 4)} from the original's. All indices are in the JSON.
+
+{move_table(result["reference_move"])}
+## 4. Correlation of gradients k updates apart
+
+Student and reference both stay the digits model, so that only the pairs differ; batch {lag["batch"]}, {lag["count"]}
+consecutive minibatches, {lag["seeds"]} seeds. The mean gradient is taken off. In a pool of P, minibatches P apart come from
+the same samples one grid step on. The last column is the variance of the mean of {WINDOW} consecutive gradients relative to
+independent ones, from lags 1 to {WINDOW - 1}: {inflation}.
+
+{lag_table(result)}"""
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -331,7 +387,8 @@ def main() -> None:
     folder: Path = ROOT / "build" if arguments.quick else RESULTS
     folder.mkdir(exist_ok=True)
     (folder / "closed_form.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "closed_form.md").write_text(json.dumps(result))
+    (folder / "closed_form.md").write_text(report(result))
+    print(report(result))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,86 @@ A value that cannot work raises UserError here, with the field's name, before an
 
 from __future__ import annotations
 
+import math
+import re
+import reprlib
 from dataclasses import dataclass, field
-from typing import Literal
+from types import NoneType
+from typing import Literal, get_args, get_type_hints
 
 from selfnpo_fast.errors import UserError
+
+MAX_YAML_CHARACTERS, MAX_YAML_DEPTH = 1 << 20, 20  # this config needs 3 levels; libyaml's recursion overflows the stack
+_CODE_KEYS = ("class_path", "init_args")  # with which jsonargparse names a class to import
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxlong = _shown.maxother = 80
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # controls, and surrogates, which UTF-8 has no bytes for
+
+
+def load_yaml(text: str) -> object:
+    """The value of a YAML text made of plain mappings, lists and scalars: it builds no objects and names no code.
+
+    Raises UserError for tags, anchors, keys that are repeated or no plain words, deep nesting, and too long a text;
+    yaml.YAMLError for what is no YAML.
+    """
+    import yaml
+    from jsonargparse import get_loader
+
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise UserError(f"{len(text):,} characters are no config; at most {MAX_YAML_CHARACTERS:,} are read")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        line = f"line {event.start_mark.line + 1}"
+        if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
+            raise UserError(f"{line}: tags (!) and anchors (& and *) are not read; write the value itself")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise UserError(f"{line}: nested more than {MAX_YAML_DEPTH} levels deep")
+    _check_keys(yaml.compose(text, Loader=loader))
+    return get_loader("yaml")(text)
+
+
+def _check_keys(node) -> None:
+    """Refuse keys that are repeated, no plain words, or would name code; `node` is a composed YAML node or None."""
+    if not isinstance(getattr(node, "value", None), list):
+        return
+    pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in node.value]
+    seen = set()
+    for key, value in pairs:
+        if key is not None:
+            name = key.value if key.tag == "tag:yaml.org,2002:str" else None
+            where = f"line {key.start_mark.line + 1}: the key {_shown.repr(name)}"
+            if name is None or name.startswith("__") or name in _CODE_KEYS:
+                raise UserError(f"{where} names no option")
+            if name in seen:
+                raise UserError(f"{where} is there twice; keep one")
+            seen.add(name)
+        _check_keys(value)
 
 
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise UserError(f"{name}: {value!r} is not possible; expected {expected}")
+        raise UserError(f"{name}: {_shown.repr(value)} is not possible; expected {expected}")
+
+
+def _check_fields(prefix: str, section: object) -> None:
+    """Refuse what jsonargparse lets pass in any field: null, true for 1, inf and nan, what is beyond 64 bits, NULs."""
+    for name, kind in get_type_hints(type(section)).items():
+        _check_value(prefix + name, get_args(kind) or (kind,), getattr(section, name))
+
+
+def _check_value(name: str, kinds: tuple, value: object) -> None:
+    _check(value is not None or NoneType in kinds, name, value, "a value")
+    _check(not isinstance(value, bool) or bool in kinds, name, value, "no true or false")
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(item, float):
+            _check(math.isfinite(item), name, value, "finite numbers")
+        elif isinstance(item, int):
+            _check(abs(item) < 2**63, name, value, "whole numbers below 2^63")
+        elif isinstance(item, str):
+            _check(item.strip() != "" and not _UNWRITABLE.search(item), name, value, "text without control characters")
 
 
 @dataclass(kw_only=True)
@@ -28,6 +99,11 @@ class ModelConfig:
     """Weight variant such as fp16."""
     resolution: int | None = None
     """Picture height and width in pixels; the model's own by default."""
+
+    def __post_init__(self) -> None:
+        _check_fields("model.", self)
+        possible = self.resolution is None or 1 <= self.resolution <= 2**14
+        _check(possible, "model.resolution", self.resolution, "1 to 16384")
 
 
 @dataclass(kw_only=True)
@@ -56,6 +132,7 @@ class RolloutConfig:
     """Continuous: weigh noise levels as often as lockstep mode with the same start, stop and k sees them."""
 
     def __post_init__(self) -> None:
+        _check_fields("rollout.", self)
         _check(self.grid_steps >= 2, "rollout.grid_steps", self.grid_steps, "at least 2")
         _check(
             1 <= self.max_steps <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
@@ -73,7 +150,7 @@ class RolloutConfig:
             self.pair_weight,
             "'uniform' in lockstep mode",
         )
-        _check(self.pool >= 1, "rollout.pool", self.pool, "at least 1")
+        _check(1 <= self.pool <= 2**10, "rollout.pool", self.pool, "1 to 1024")
         _check(abs(self.w) <= 100, "rollout.w", self.w, "between -100 and 100 (-1 is the paper's choice for SD1.5)")
 
     @property
@@ -92,6 +169,7 @@ class LossConfig:
     """Width of the pseudo-Huber loss."""
 
     def __post_init__(self) -> None:
+        _check_fields("loss.", self)
         _check(self.c > 0, "loss.c", self.c, "a positive number")
 
 
@@ -105,6 +183,7 @@ class ReferenceConfig:
     """EMA decay per update."""
 
     def __post_init__(self) -> None:
+        _check_fields("reference.", self)
         _check(0 <= self.decay < 1, "reference.decay", self.decay, "at least 0 and below 1")
 
 
@@ -124,6 +203,7 @@ class PromptConfig:
     """A control experiment: the student sees the prompt of another sample than the one that the rollout had."""
 
     def __post_init__(self) -> None:
+        _check_fields("prompts.", self)
         _check(self.limit >= 1, "prompts.limit", self.limit, "at least 1")
         _check(0 <= self.dropout <= 1, "prompts.dropout", self.dropout, "between 0 and 1")
 
@@ -138,6 +218,7 @@ class DataConfig:
     """Use at most this many images; their latents are held in memory."""
 
     def __post_init__(self) -> None:
+        _check_fields("data.", self)
         _check(self.limit >= 1, "data.limit", self.limit, "at least 1")
 
 
@@ -163,6 +244,7 @@ class OptimizerConfig:
     """Stop after this many updates in a row whose loss or gradient was not finite (they are skipped); 0 for never."""
 
     def __post_init__(self) -> None:
+        _check_fields("optimizer.", self)
         _check(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
         _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _check(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
@@ -184,7 +266,8 @@ class LoraConfig:
     """Names of the layers that get an update."""
 
     def __post_init__(self) -> None:
-        _check(self.rank >= 0, "lora.rank", self.rank, "0 (full weights) or more")
+        _check_fields("lora.", self)
+        _check(0 <= self.rank <= 2**12, "lora.rank", self.rank, "0 (full weights) to 4096")
         _check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
         _check(self.rank == 0 or bool(self.targets), "lora.targets", self.targets, "at least one layer name")
 
@@ -205,8 +288,9 @@ class EngineConfig:
     """Recompute activations in the backward pass."""
 
     def __post_init__(self) -> None:
-        _check(self.batch_size >= 1, "engine.batch_size", self.batch_size, "at least 1")
-        _check(self.accumulation >= 1, "engine.accumulation", self.accumulation, "at least 1")
+        _check_fields("engine.", self)
+        _check(1 <= self.batch_size <= 2**20, "engine.batch_size", self.batch_size, "1 to 1048576")
+        _check(1 <= self.accumulation <= 2**20, "engine.accumulation", self.accumulation, "1 to 1048576")
 
     def micro_batch(self, world_size: int) -> int:
         """Pairs per rank and micro-batch."""
@@ -245,6 +329,7 @@ class LogConfig:
     """Report an update whose loss is this many times the median of the last 100; 0 for none."""
 
     def __post_init__(self) -> None:
+        _check_fields("log.", self)
         _check(self.every >= 1, "log.every", self.every, "at least 1")
         _check(self.sample_every >= -1, "log.sample_every", self.sample_every, "-1, 0 or more")
         _check(self.sample_prompts >= 1, "log.sample_prompts", self.sample_prompts, "at least 1")
@@ -277,6 +362,7 @@ class TrainConfig:
     """Folder that receives the negative model, config, metrics, logs and checkpoints."""
 
     def __post_init__(self) -> None:
+        _check_fields("", self)
         _check(self.updates >= 1, "updates", self.updates, "at least 1")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _check(

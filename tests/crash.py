@@ -74,7 +74,7 @@ def words(case: Case, model: Path, output: Path) -> list[str]:
     return ["--config", str(CONFIG), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
 
 
-def _train(argv: list[str], env: dict[str, str], log: Path) -> None:
+def run_child(argv: list[str], env: dict[str, str], log: Path) -> None:
     """What a child process does: a training command with its own environment and its output in a file."""
     os.environ.update(env)
     with log.open("a") as file:
@@ -86,7 +86,7 @@ def _train(argv: list[str], env: dict[str, str], log: Path) -> None:
     sys.exit(train.main(argv))
 
 
-def start(ranks: int, argv: list[str], logs: Path) -> list[multiprocessing.Process]:
+def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[multiprocessing.Process]:
     """One process per rank, forked from a server that has imported everything: a start costs a second."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -100,7 +100,7 @@ def start(ranks: int, argv: list[str], logs: Path) -> list[multiprocessing.Proce
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        process = context.Process(target=_train, args=(argv, env | own, logs / f"rank{rank}.log"))
+        process = context.Process(target=child, args=(argv, env | own, logs / f"rank{rank}.log"))
         process.start()
         processes.append(process)
     return processes

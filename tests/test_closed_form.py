@@ -197,6 +197,21 @@ def loss_gradient(pairs, target: torch.Tensor, schedule: NoiseSchedule, shift: f
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, (means, logs))])
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_loss_of_the_true_denoiser_is_eq17(prediction_type):
+    """Whatever the network's output is called: the mean square of E[x_0 | x_s] - x_{t->0}; observed within 1e-6."""
+    pairs, _ = exact_batch(make_maker(config()), 500, 0)
+    schedule = NoiseSchedule.from_scheduler(scheduler(prediction_type))
+    pred = ExactDenoiser(MIXTURE, schedule)(pairs.x_s, pairs.s, TABLE.gather(pairs.rows))
+    weight = torch.rand(500, generator=rng(1))
+    loss, per_pair = Objective.build(LossConfig(), schedule, CPU)(pred, pairs.x_s, pairs.s, pairs.target, weight)
+    a = scheduler().alphas_cumprod[pairs.s].double()
+    mean = MIXTURE.posterior_mean(pairs.x_s, TABLE.rows["weights"][pairs.rows], a.sqrt(), (1 - a).sqrt())
+    exact = (mean - pairs.target).square().flatten(1).mean(1)
+    torch.testing.assert_close(per_pair, exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, (weight * exact).mean(), rtol=0, atol=1e-5)
+
+
 def batches(noising: str):
     """40 batches of 1,000 exact pairs with their x_0, and the schedule."""
     maker = make_maker(config(noising=noising))

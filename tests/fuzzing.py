@@ -1,0 +1,61 @@
+"""What the fuzz tests share: settings that make them repeatable, and how a refusal has to look."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+SLOW_STARTERS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+
+
+def fuzz(examples: int) -> settings:
+    """The same examples on every machine and in every run."""
+    return settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=SLOW_STARTERS
+    )
+
+
+def call(main: Callable[[list[str]], int], words: Iterable[str]) -> tuple[int, str]:
+    """Exit code and standard error of a command run in this process; whatever it raises comes through."""
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = main(list(words))
+    return code, error.getvalue()
+
+
+def assert_refused(code: int, error: str, *words: str) -> None:
+    """Exit code 2 and a single line of readable length that starts with `error: ` and holds `words`."""
+    assert code == 2, error
+    assert_one_line(error.removesuffix("\n"), *words)
+    assert error.startswith("error: ")
+
+
+def assert_one_line(message: str, *words: str) -> None:
+    """One line that a terminal can show."""
+    assert message == message.strip() != ""
+    assert len(message.splitlines()) == 1, message
+    assert "Traceback" not in message
+    assert len(re.sub(r"/\S+", "", message)) < 600, message
+    for word in words:
+        assert word in message
+
+
+class Marked:
+    """An object whose unpickling writes the file `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def hostile_pickle(marker: Path) -> bytes:
+    return pickle.dumps({"conv_in.weight": Marked(marker)})
