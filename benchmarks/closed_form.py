@@ -336,11 +336,11 @@ Made by `python -m benchmarks.closed_form` on {where["date"]}: torch {where["tor
 {sum(result["seconds"].values()) / 60:.0f} minutes. Everything is seeded. ± is one standard error. The proofs are in
 tests/test_closed_form.py; nothing here is one.
 
-Parts 1 and 2 use the exact denoiser of a Gaussian mixture ({DIMS} dimensions, {COMPONENTS} components, data mean 0.5 on
-average, Stable Diffusion's noise schedule): {settings["count"]:,} trajectories in {settings["replicates"]} replicates, at
-timestep t against the exact p_t. *Shift of the mean* is along the true mean's direction; *total variance, relative* is
-measured / true - 1; the energy distance is unbiased, so it falls on both sides of 0 where there is no difference. All arms
-are compared with the same draws. Other mixtures give other sizes.
+Parts 1 and 2 use the exact denoiser of a Gaussian mixture ({DIMS} dimensions, {COMPONENTS} components, mean about 0.5
+per dimension, Stable Diffusion's noise schedule): {settings["count"]:,} trajectories in {settings["replicates"]}
+replicates, at timestep t against the exact p_t. *Shift of the mean* is along the true mean's direction; *total
+variance, relative* is measured / true - 1; the energy distance is unbiased, so that it falls on both sides of 0 where
+there is no difference. All arms are compared with the same draws. Other mixtures give other sizes.
 
 ## 1. Solver bias: DDIM started from exact p_T
 
@@ -350,27 +350,28 @@ At t = 0 the total variance is off by {cell(solver["10"]["0"]["variance"])} with
 {marginal_table("steps", solver)}
 ## 2. Start bias: N(0, I) in place of p_T
 
-{settings["fine_steps"]} DDIM steps. At t = 0 the mean is off by {cell(start["noise"]["0"]["mean_shift"])} when started from
-noise, by {cell(start["p_T"]["0"]["mean_shift"])} from exact p_T. At zero terminal SNR p_T is N(0, I), so that start has no
-bias to show: {cell(start["noise_zero_terminal_snr"]["0"]["mean_shift"])}.
+{settings["fine_steps"]} DDIM steps. At t = 0 the mean is off by {cell(start["noise"]["0"]["mean_shift"])} when started
+from noise, by {cell(start["p_T"]["0"]["mean_shift"])} from exact p_T. At zero terminal SNR p_T is N(0, I), and that
+start has no bias to show: {cell(start["noise_zero_terminal_snr"]["0"]["mean_shift"])}.
 
 {marginal_table("start", start)}
 ## 3. The reference's move along a slot's life
 
-The digits model trained as configs/digits.yaml says but at batch {train["batch"]} for {train["updates"]} updates (EMA decay
-{train["decay"]}, pool {train["pool"]}). Every {train["every"]} updates all live slots are compared with a replay from the
-same start noise by the EMA of that moment. *Age* is the number of updates since the slot's start; the last two columns are
-rms distances per sample over the rms of the replayed states, *replay to original* being how far the EMA has moved the
-trajectory since training began. At t = {oldest["t"]} a live state is {cell(oldest["distance_to_current"], 4)} from its
-replay, the replay {cell(oldest["distance_current_to_original"], 4)} from the original's. All indices are in the JSON.
+The digits model trained as configs/digits.yaml says, but at batch {train["batch"]} for {train["updates"]} updates (EMA
+decay {train["decay"]}, pool {train["pool"]}). Every {train["every"]} updates all live slots are compared with a replay
+from the same start noise by the EMA of that moment. *Age* is the number of updates since the slot's start; the last two
+columns are rms distances per sample over the rms of the replayed states, *replay to original* being how far the EMA has
+moved the trajectory since training began. At t = {oldest["t"]} a live state is
+{cell(oldest["distance_to_current"], 4)} from its replay, the replay
+{cell(oldest["distance_current_to_original"], 4)} from the original's. All indices are in the JSON.
 
 {move_table(result["reference_move"])}
 ## 4. Correlation of gradients k updates apart
 
 Student and reference both stay the digits model, so that only the pairs differ; batch {lag["batch"]}, {lag["count"]}
-consecutive minibatches, {lag["seeds"]} seeds. The mean gradient is taken off. In a pool of P, minibatches P apart come from
-the same samples one grid step on. The last column is the variance of the mean of {WINDOW} consecutive gradients relative to
-independent ones, from lags 1 to {WINDOW - 1}: {inflation}.
+consecutive minibatches, {lag["seeds"]} seeds. The mean gradient is taken off. In a pool of P, minibatches P apart come
+from the same samples one grid step on. The last column is the variance of the mean of {WINDOW} consecutive gradients
+relative to independent ones, from lags 1 to {WINDOW - 1}: {inflation}.
 
 {lag_table(result)}"""
 

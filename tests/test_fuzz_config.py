@@ -267,18 +267,203 @@ OUT_OF_RANGE = {
 }
 
 
-@st.composite
-def broken_fields(draw) -> tuple[tuple[str, ...], object]:
-    path = draw(st.sampled_from(sorted(FIELDS)))
-    return path, draw(st.sampled_from(broken_values(FIELDS[path]) + OUT_OF_RANGE.get(".".join(path), [])))
-
 
 @pytest.mark.parametrize("name", [".".join(path) for path in FIELDS])
 def test_no_field_takes_a_broken_value_from_a_file(base, name):
-    """Every field against every broken value of its type; the line names the section or the field."""
+    """Every field against every broken value of its type; all but what fits no float at all name the field."""
     path = tuple(name.split("."))
+    file = fresh(base).with_suffix(".yaml")
     for value in broken_values(FIELDS[path]) + OUT_OF_RANGE.get(name, []):
-        text = yaml.safe_dump(nested(path, value))
+        file.write_text(yaml.safe_dump(nested(path, value)))
         with pytest.raises(UserError) as caught:
-            train.parse(["--config", _written(base, text)])
-        assert_one_line(str(caught.value))
+            train.parse(["--config", str(file)])
+        assert_one_line(str(caught.value), *([] if value == 10**400 else [name]))
+
+
+@st.composite
+def broken_fields(draw, texts: bool = True) -> tuple[str, object]:
+    paths = [path for path, kind in FIELDS.items() if texts or str not in (kind, *get_args(kind))]
+    path = draw(st.sampled_from(paths))
+    name = ".".join(path)
+    return name, draw(st.sampled_from(broken_values(FIELDS[path]) + OUT_OF_RANGE.get(name, [])))
+
+
+@fuzz(100)
+@given(broken=broken_fields())
+def test_broken_files_get_one_line_and_no_folder(base, broken):
+    name, value = broken
+    if name in ("output", "model.path"):
+        return  # which `refuse` gives on the command line; the test above has them
+    refuse(base, yaml.safe_dump(nested(tuple(name.split(".")), value)), *([] if value == 10**400 else [name]))
+
+
+@fuzz(100)
+@given(broken=broken_fields(texts=False))
+def test_broken_words_get_one_line_and_no_folder(base, broken):
+    """As `--section.field value`, where text fields take any word."""
+    name, value = broken
+    word = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n")
+    refuse(base, "updates: 1\n", *([] if value == 10**400 else [name]), words=(f"--{name}={word.strip()}",))
+
+
+KEYS = st.text(st.characters(exclude_characters=".+", exclude_categories=["Cs"]), max_size=20)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@fuzz(60)
+@given(key=KEYS, value=ANYTHING, section=st.sampled_from(["", *SECTIONS]), deeper=st.integers(0, 2))
+def test_unknown_keys_at_any_depth(base, key, value, section, deeper):
+    known = get_type_hints(SECTIONS[section]) if section else get_type_hints(TrainConfig)
+    if key in known or (not section and key in ("config", "resume", "overwrite", "replay_step")):
+        return
+    path = (*([section] if section else []), key, *["deeper"] * deeper)
+    refuse(base, yaml.safe_dump(nested(path, value), allow_unicode=True))
+
+
+@fuzz(40)
+@given(field=st.sampled_from(sorted(FIELDS)), again=st.booleans())
+def test_repeated_keys(base, field, again):
+    """The same line twice, or the same section twice."""
+    if len(field) == 1:
+        text = f"{field[0]}: 1\n" * 2
+    elif again:
+        text = f"{field[0]}:\n  {field[1]}: 1\n" * 2
+    else:
+        text = f"{field[0]}: {{{field[1]}: 1, {field[1]}: 2}}\n"
+    refuse(base, text, "is there twice", field[-1] if len(field) == 1 or not again else field[0])
+
+
+WHOLE = yaml.safe_dump(yaml.safe_load((train.CONFIGS / "sd15_fast.yaml").read_text())).encode()
+
+
+@fuzz(100)
+@given(cut=st.integers(0, len(WHOLE)), place=st.integers(0, 8 * len(WHOLE) - 1), junk=st.binary(max_size=8))
+def test_damaged_config_files(base, cut, place, junk):
+    """A flipped bit and bytes put in between: whatever is left, one line."""
+    damaged = bytearray(WHOLE)
+    damaged[place // 8] ^= 1 << place % 8
+    refuse(base, bytes(damaged[:cut]) + junk + bytes(damaged[cut:]))
+
+
+@fuzz(60)
+@given(content=st.binary(max_size=200) | st.text("[]{}:-,?!&*#|>'\"%@` \t\nab1.", max_size=60))
+def test_any_bytes_as_a_config(base, content):
+    refuse(base, content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "3", "- a\n- b\n", "a: [", "model: {path: a", "model:\n\tpath: x\n", "a: 1\n---\nb: 2\n", "\0"),
+        *("[" * 100_000, "[" * 30 + "]" * 30, "{a: " * 100_000, "- " * 100_000, "? " * 5000, "a:\n" + " " * 10**6),
+        *("x" * 200_000, "a: " + "x" * 2_000_000, f"updates: {'9' * 5000}", "resume: [1]", "overwrite: {}"),
+        *("model: []", "model: 3", "model: null", "rollout: ''", "lora: [[]]", "__path__: x", "model: {__path__: x}"),
+        *("null: 1", "1: 2", "{[1]: 2}", "? {a: b}\n: c\n", "'': 1", "<<: {updates: 1}", "\x1b[31m: 1", '"\\e[31m": 1'),
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_shapes_that_no_config_has(base, content):
+    refuse(base, content)
+
+
+# Hostile configs
+
+MODULE = """
+import os
+os.mkdir({marker!r})
+class Evil:
+    def __init__(self, *args, **kwargs):
+        os.mkdir({marker!r} + "-made")
+"""
+
+
+@pytest.fixture
+def marker(tmp_path, monkeypatch) -> Path:
+    """A path that hostile code would make; `hostile_module` is importable and does, too."""
+    marker = tmp_path / "marker"
+    (tmp_path / "hostile_module.py").write_text(MODULE.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield marker
+    assert not marker.exists()
+    assert "hostile_module" not in sys.modules
+
+
+def test_the_marker_would_tell(tmp_path):
+    """The traps of this file work: unpickling and YAML's own unsafe loader do make the marker."""
+    pickle.loads(hostile_pickle(tmp_path / "pickled"))
+    yaml.load(f"!!python/object/apply:os.mkdir [{tmp_path / 'yaml'}]", yaml.UnsafeLoader)
+    assert (tmp_path / "pickled").is_dir()
+    assert (tmp_path / "yaml").is_dir()
+
+
+HOSTILE = [
+    "!!python/object/apply:os.mkdir [{marker}]",
+    "!!python/object/new:os.mkdir [{marker}]",
+    "!!python/name:hostile_module.Evil",
+    "!!python/module:hostile_module",
+    "!!python/object:hostile_module.Evil {{}}",
+    "{{class_path: hostile_module.Evil}}",
+    "{{class_path: hostile_module.Evil, init_args: {{a: 1}}}}",
+    "{{class_path: os.mkdir, init_args: {{path: {marker}}}}}",
+    "{{init_args: {{path: {marker}}}}}",
+    "&a [*a]",
+    "&a {{b: *a}}",
+    "&a 3",
+    "*a",
+    "!custom 3",
+    "!!binary aGVsbG8=",
+    "!!timestamp x",
+    "hostile_module.Evil",
+]
+PLACES = ["{}", "updates: {}", "model: {}", "model: {{path: {}}}", "optimizer: {{lr: {}}}", "lora: {{targets: [{}]}}",
+          "config: {}", "surprise: {}", "? {}\n: 1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_config_names_no_code(base, marker, place, hostile):
+    refuse(base, place.format(hostile.format(marker=marker)))
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "loss", "updates", "lora.targets", "reference"])
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_words_name_no_code(base, marker, name, hostile):
+    refuse(base, "updates: 1\n", words=(f"--{name}={hostile.format(marker=marker)}",))
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+def test_words_give_a_section_no_class(base, marker, name):
+    for key in ("class_path", "__class__", "init_args.path"):
+        refuse(base, "updates: 1\n", key.split(".")[0], words=(f"--{name}.{key}=hostile_module.Evil",))
+
+
+def test_config_may_be_a_pickle_or_another_folder(base, marker):
+    refuse(base, hostile_pickle(marker))
+    refuse(base, pickle.dumps({"updates": 1}, protocol=0))
+    for path in (base, base / "nowhere.yaml", base / "model" / "unet" / "diffusion_pytorch_model.safetensors"):
+        assert_refused(*call(train.main, ["--config", str(path), "--output", str(fresh(base))]))
+
+
+def test_yaml_is_read_as_written():
+    """What is plain comes through as PyYAML's safe loader has it; all shipped configs do."""
+    for path in train.CONFIGS.glob("*.yaml"):
+        text = path.read_text()
+        assert load_yaml(text) == yaml.safe_load(text)
+
+
+@fuzz(200)
+@example(text="a: 1\na: 2", value={})
+@given(text=st.text("[]{}:-,?!&*# \nab1", max_size=30), value=st.dictionaries(KEYS.filter(bool), ANYTHING, max_size=4))
+def test_plain_yaml_or_refusal(text, value):
+    try:
+        load_yaml(text)
+    except (UserError, yaml.YAMLError):
+        pass
+    dumped = yaml.safe_dump(value)
+    if "&id" not in dumped and not any(key.startswith("__") for key in value):
+        loaded = load_yaml(dumped)
+        assert yaml.safe_dump(loaded) == dumped

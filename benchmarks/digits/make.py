@@ -21,7 +21,7 @@ BASE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 WORK = Path("build/report")
 CHOICE_SEED, CONFIRMATION_SEED = 1, 0
-"""Seeds of the prompts' order and the pictures' noise: recipes are chosen by the first, the choice judged by the other."""
+"""Seeds of the prompts' order and the pictures' noise: the first chooses a recipe, the other judges the choice."""
 
 
 def load_calibration(work: Path) -> dict[str, dict[str, float]]:

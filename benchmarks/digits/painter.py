@@ -53,8 +53,8 @@ class Painter:
                 self._block(block, folder, arm, settings)
                 for block, folder in enumerate(negatives or [None] * (len(self.cases) // PROMPTS))
             ]
-            self.cache[arm, scale] = torch.cat(blocks).float() / 127.5 - 1
-        return self.cache[arm, scale]
+            self.cache[arm, scale] = torch.cat(blocks)
+        return self.cache[arm, scale].float() / 127.5 - 1
 
     def _block(self, block: int, negative: Path | None, arm: str, settings: SamplerConfig) -> torch.Tensor:
         """The pictures (560, 3, 32, 32) uint8 of one training run."""

@@ -189,6 +189,10 @@ class Results:
             return None
         return self.comparison(arm, ours.guidance_scale, theirs.guidance_scale)
 
+    def recall_gains_of(self, arm: str) -> list[RecallGain]:
+        """What each of the arm's points gains in recall at equal precision."""
+        return [gain for gain in self.recall_gains if gain.arm == arm]
+
     def frontier(self, arm: str) -> list[FrontierPoint]:
         """Which points of the arm the baseline dominates, and which of the baseline's the arm dominates."""
         pairs = [(row, self.baseline) for row in self.of(arm)] + [(row, arm) for row in self.of(self.baseline)]
@@ -206,7 +210,7 @@ class Results:
         """What the arm gains over the baseline at all scales."""
         base = self.of(self.baseline)
         frontier = [row for row in base if not any(other.dominates(row) for other in base)]
-        gains = {gain.guidance_scale: gain for gain in self.recall_gains if gain.arm == arm}
+        gains = {gain.guidance_scale: gain for gain in self.recall_gains_of(arm)}
         against = {
             row.guidance_scale: [self.comparison(arm, row.guidance_scale, other.guidance_scale) for other in base]
             for row in self.of(arm)

@@ -112,7 +112,7 @@ def statements(results: Results, arm: str) -> list[str]:
         f"{arm}: {'a gain' if verdict.gain else 'no gain'} in precision and recall over plain "
         "guidance at all scales tried."
     ]
-    most = max((gain for gain in results.recall_gains if gain.arm == arm), key=lambda gain: gain.recall.value)
+    most = max(results.recall_gains_of(arm), key=lambda gain: gain.recall.value)
     if verdict.gains:
         most = max(verdict.gains, key=lambda gain: gain.recall.value)
         lines.append(
@@ -297,7 +297,7 @@ def _comparison_table(results: Results, arm: str) -> tuple[list[str], list[list[
 
 
 def _frontier_table(results: Results, arm: str) -> tuple[list[str], list[list[str]]]:
-    gains = {gain.guidance_scale: _signed(gain.recall) for gain in results.recall_gains if gain.arm == arm}
+    gains = {gain.guidance_scale: _signed(gain.recall) for gain in results.recall_gains_of(arm)}
     rows = []
     for point in results.frontier(arm):
         scales = ", ".join(f"{scale:g}" for scale in point.dominated_by)
