@@ -1,7 +1,7 @@
 """What the closed form does not promise about real rollouts, measured; every number is a measurement, not a proof.
 
-    python -m benchmarks.closed_form            # about ten minutes on one core; writes results/closed_form.{json,md}
-    python -m benchmarks.closed_form --quick    # under a minute, other and rougher numbers, written to build/
+    python -m benchmarks.closed_form            # ten minutes on one core, 5 GB; writes results/closed_form.{json,md}
+    python -m benchmarks.closed_form --quick    # a minute, other and rougher numbers, written to build/
 
 1. solver bias: DDIM from exact p_T, against the exact marginals of a Gaussian mixture
 2. start bias: the same from N(0, I), with so many steps that the solver's share is small
@@ -328,7 +328,9 @@ def report(result: dict) -> str:
     train, lag = settings["train"], settings["lag"]
     solver, start = result["solver_bias"], result["start_bias"]
     oldest, pools = result["reference_move"][-1], result["lag_correlation"]
-    inflation = ", ".join(f"{cell(arm['variance_inflation'], 2)} (pool {pool})" for pool, arm in pools.items())
+    own_lag = ", ".join(
+        f"{cell(arm['lags'][int(P) - 1], 2)} (P = {P})" for P, arm in pools.items() if int(P) <= lag["lags"]
+    )
     return f"""# Rollouts against closed form: measurements
 
 Made by `python -m benchmarks.closed_form` on {where["date"]}: torch {where["torch"]}, {where["threads"]} thread of
@@ -351,8 +353,8 @@ At t = 0 the total variance is off by {cell(solver["10"]["0"]["variance"])} with
 ## 2. Start bias: N(0, I) in place of p_T
 
 {settings["fine_steps"]} DDIM steps. At t = 0 the mean is off by {cell(start["noise"]["0"]["mean_shift"])} when started
-from noise, by {cell(start["p_T"]["0"]["mean_shift"])} from exact p_T. At zero terminal SNR p_T is N(0, I), and that
-start has no bias to show: {cell(start["noise_zero_terminal_snr"]["0"]["mean_shift"])}.
+from noise, by {cell(start["p_T"]["0"]["mean_shift"])} from exact p_T. At zero terminal SNR p_T is N(0, I) and the
+start adds nothing: measured {cell(start["noise_zero_terminal_snr"]["0"]["mean_shift"])}.
 
 {marginal_table("start", start)}
 ## 3. The reference's move along a slot's life
@@ -370,8 +372,9 @@ moved the trajectory since training began. At t = {oldest["t"]} a live state is
 
 Student and reference both stay the digits model, so that only the pairs differ; batch {lag["batch"]}, {lag["count"]}
 consecutive minibatches, {lag["seeds"]} seeds. The mean gradient is taken off. In a pool of P, minibatches P apart come
-from the same samples one grid step on. The last column is the variance of the mean of {WINDOW} consecutive gradients
-relative to independent ones, from lags 1 to {WINDOW - 1}: {inflation}.
+from the same samples one grid step on; at that lag the correlation is {own_lag}.
+The last column is the variance of the mean of {WINDOW} consecutive gradients relative to independent ones, from lags 1
+to {WINDOW - 1}; longer windows meet more of the lags that are multiples of P.
 
 {lag_table(result)}"""
 

@@ -267,7 +267,6 @@ OUT_OF_RANGE = {
 }
 
 
-
 @pytest.mark.parametrize("name", [".".join(path) for path in FIELDS])
 def test_no_field_takes_a_broken_value_from_a_file(base, name):
     """Every field against every broken value of its type; all but what fits no float at all name the field."""

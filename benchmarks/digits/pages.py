@@ -171,9 +171,9 @@ def _confirmed(arms: Mapping[str, Mapping]) -> list[str]:
     seeds = ", ".join(f"{value:+.3f}" for value in record["reach"]["realness"]["by_seed"])
     return [
         "## The shipped config, judged afresh",
-        "`configs/digits.yaml` was chosen from the arms below. Judged on the same pictures it would be flattered, so it "
-        f"was trained again with other seeds ({', '.join(map(str, CONFIRMATION_SEEDS))}) and drew other pictures, as "
-        "did plain guidance.",
+        "`configs/digits.yaml` was chosen from the arms below. Judged on the same pictures it would be flattered, so "
+        f"it was trained again with other seeds ({', '.join(map(str, CONFIRMATION_SEEDS))}) and drew other pictures, "
+        "as did plain guidance.",
         "\n".join(f"- {line}" for line in record["statements"]),
         f"Realness by training seed: {seeds}.",
         "![Precision against recall of the shipped config](digits/shipped.png)",
@@ -192,11 +192,11 @@ def _head(arms: Mapping[str, Mapping]) -> list[str]:
     return [
         "# The digits report",
         "Does a Self-NPO negative help the embedded digits model, and what does the help come from? Every arm was "
-        f"trained with {len(TRAINING_SEEDS)} seeds and drew {images} pictures per guidance scale: the {PROMPTS} prompts "
-        f"once for each training seed, from the same noise in all arms, in {STEPS} DPM-Solver++ steps. guidance_scale "
-        "is diffusers' (omega + 1). Brackets are 95% bootstrap intervals over prompts (recall: over real pictures), "
-        "each for itself: among many some exclude zero by chance. What the training seeds give one by one stands in "
-        "parentheses. Made by `make report`.",
+        f"trained with {len(TRAINING_SEEDS)} seeds and drew {images} pictures per guidance scale: the {PROMPTS} "
+        f"prompts once for each training seed, from the same noise in all arms, in {STEPS} DPM-Solver++ steps. "
+        "guidance_scale is diffusers' (omega + 1). Brackets are 95% bootstrap intervals over prompts (recall: over real "
+        "pictures), each for itself: among many some exclude zero by chance. What the training seeds give one by one "
+        "stands in parentheses. Made by `make report`.",
         FINDINGS.read_text(encoding="utf-8").strip() if FINDINGS.exists() else "",
     ]
 
