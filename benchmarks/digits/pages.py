@@ -194,9 +194,9 @@ def _head(arms: Mapping[str, Mapping]) -> list[str]:
         "Does a Self-NPO negative help the embedded digits model, and what does the help come from? Every arm was "
         f"trained with {len(TRAINING_SEEDS)} seeds and drew {images} pictures per guidance scale: the {PROMPTS} "
         f"prompts once for each training seed, from the same noise in all arms, in {STEPS} DPM-Solver++ steps. "
-        "guidance_scale is diffusers' (omega + 1). Brackets are 95% bootstrap intervals over prompts (recall: over real "
-        "pictures), each for itself: among many some exclude zero by chance. What the training seeds give one by one "
-        "stands in parentheses. Made by `make report`.",
+        "guidance_scale is diffusers' (omega + 1). Brackets are 95% bootstrap intervals over prompts (recall: over "
+        "real pictures), each for itself: among many some exclude zero by chance. What the training seeds give one by "
+        "one stands in parentheses. Made by `make report`.",
         FINDINGS.read_text(encoding="utf-8").strip() if FINDINGS.exists() else "",
     ]
 
