@@ -114,7 +114,7 @@ def trajectory_errors(grid_steps: int, start: str, count: int, replicates: int, 
 
 
 def training_parts(batch: int, pool: int, seed: int, reference):
-    """A continuous rollout of the digits model as configs/digits.yaml wires it, but `batch`; with table and adapter."""
+    """A continuous rollout of the digits model from noise at w = -1; with table and adapter."""
     adapter = load_adapter("digits")
     prompts = read_prompts("digits")[:512]
     table = ConditioningTable.build(adapter.encode_empty(CPU), adapter.encode_prompts(prompts, CPU))
@@ -359,8 +359,8 @@ start adds nothing: measured {cell(start["noise_zero_terminal_snr"]["0"]["mean_s
 {marginal_table("start", start)}
 ## 3. The reference's move along a slot's life
 
-The digits model trained as configs/digits.yaml says, but at batch {train["batch"]} for {train["updates"]} updates (EMA
-decay {train["decay"]}, pool {train["pool"]}). Every {train["every"]} updates all live slots are compared with a replay
+The digits model trained from noise at w = -1 with half of the prompts empty, batch {train["batch"]}, for
+{train["updates"]} updates (EMA decay {train["decay"]}, pool {train["pool"]}). Every {train["every"]} updates all live slots are compared with a replay
 from the same start noise by the EMA of that moment. *Age* is the number of updates since the slot's start; the last two
 columns are rms distances per sample over the rms of the replayed states, *replay to original* being how far the EMA has
 moved the trajectory since training began. At t = {oldest["t"]} a live state is
