@@ -10,15 +10,20 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 SLOW_STARTERS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 
 
 def fuzz(examples: int) -> settings:
-    """The same examples on every machine and in every run."""
+    """The same examples on every machine and in every run; not shrunk, since an example may be a whole training run."""
     return settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=SLOW_STARTERS
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=SLOW_STARTERS,
     )
 
 
