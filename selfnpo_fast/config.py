@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from types import NoneType
 from typing import Literal, get_args, get_type_hints
 
@@ -25,8 +25,8 @@ _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # controls, and surro
 def load_yaml(text: str) -> object:
     """The value of a YAML text made of plain mappings, lists and scalars: it builds no objects and names no code.
 
-    Raises UserError for tags, anchors, keys that are repeated or no plain words, deep nesting, and too long a text;
-    yaml.YAMLError for what is no YAML.
+    Raises UserError for tags, anchors, keys that are repeated or no plain words, sections that are no mapping, deep
+    nesting, and too long a text; yaml.YAMLError for what is no YAML.
     """
     import yaml
     from jsonargparse import get_loader
@@ -42,8 +42,18 @@ def load_yaml(text: str) -> object:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
             raise UserError(f"{line}: nested more than {MAX_YAML_DEPTH} levels deep")
-    _check_keys(yaml.compose(text, Loader=loader))
+    node = yaml.compose(text, Loader=loader)
+    _check_keys(node)
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        # jsonargparse imports the module that a string in the place of a section names.
+        if key.value in section_names() and not isinstance(value, yaml.MappingNode):
+            raise UserError(f"{key.value}: it has no value of its own; write its fields, indented, below it")
     return get_loader("yaml")(text)
+
+
+def section_names() -> set[str]:
+    """The fields of TrainConfig that hold fields of their own."""
+    return {name for name, kind in get_type_hints(TrainConfig).items() if is_dataclass(kind)}
 
 
 def _check_keys(node) -> None:

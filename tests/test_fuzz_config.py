@@ -160,8 +160,8 @@ def run_valid(base: Path, config: dict) -> None:
     negative = load_negative(load_adapter(str(model)), str(output), torch.float32)
     assert all(parameter.isfinite().all() for parameter in negative.parameters())
     stored = yaml.safe_load((output / "config.yaml").read_text())
-    for name in config:
-        assert stored[name] == config[name] or config[name].items() <= stored[name].items(), name
+    for name in SECTIONS:
+        assert {field: value for field, value in config[name].items() if value is not None}.items() <= stored[name].items()
 
 
 @fuzz(16)
@@ -387,8 +387,8 @@ def marker(tmp_path, monkeypatch) -> Path:
     (tmp_path / "hostile_module.py").write_text(MODULE.format(marker=str(marker)))
     monkeypatch.syspath_prepend(str(tmp_path))
     yield marker
-    assert not marker.exists()
-    assert "hostile_module" not in sys.modules
+    ran = sys.modules.pop("hostile_module", None) is not None or marker.exists()
+    assert not ran
 
 
 def test_the_marker_would_tell(tmp_path):
