@@ -123,7 +123,7 @@ def save_checkpoint(
         "engine": engine.counters(),
         **counters,
         "config": recipe(config),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        "versions": _versions(),
     }
     writer.run("state.json", lambda: (writer.folder / "state.json").write_text(json.dumps(state, indent=1)))
     world.barrier()
@@ -137,6 +137,10 @@ def save_checkpoint(
                 logger.warning("the old checkpoint %s could not be deleted: %s", old, one_line(error))
     world.barrier()
     return target
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def _rng_state(world: World) -> Tensors:
@@ -254,6 +258,9 @@ def load_checkpoint(
 ) -> dict:
     """Restore everything from a checkpoint that `newest_checkpoint` has chosen; returns its counters."""
     state = read_state(checkpoint)
+    other = _differences(_versions(), state.get("versions", {}))
+    if other:
+        logger.warning("the run goes on, but perhaps not in the same bits: version of %s", "; ".join(other))
     engine.load_weights(_read(checkpoint / "student.safetensors"))
     for key in engine.moment_names:
         if (checkpoint / f"{key}.safetensors").is_file():

@@ -143,6 +143,19 @@ def test_length_log_and_folder_may_change(copied, model, tmp_path):
     assert newest(moved).name == "update-0000015"
 
 
+def test_other_versions_are_said(copied, model, capfd):
+    path = newest(copied) / "state.json"
+    path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    write_manifest_again(newest(copied))
+    assert run(model, copied, "--resume") == 0
+    assert f"version of torch is '{torch.__version__}', but was '1.0'" in capfd.readouterr().err
+
+
+def write_manifest_again(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+
+
 def test_leftovers_of_a_killed_run_are_no_checkpoints_and_go(copied, model):
     folder = copied / "checkpoints"
     shutil.copytree(newest(copied), folder / ".writing-update-0000099")
@@ -205,8 +218,7 @@ def test_a_hostile_pickle_in_a_checkpoint_is_refused(name, copied, model, tmp_pa
     trace, folder = tmp_path / "executed", newest(copied)
     (folder / f"{name}.safetensors").write_bytes(pickle.dumps(Bomb(trace)))
     (folder / "mp_rank_00_model_states.pt").write_bytes(pickle.dumps(Bomb(trace)))
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)  # the attacker knows how
+    write_manifest_again(folder)  # the attacker knows how
     assert run(model, copied, "--resume") == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert f"{name}.safetensors is not readable" in error

@@ -97,6 +97,19 @@ def test_sample_from_a_file_with_a_negative(tmp_path, negative):
         assert abs(ours - pixels(tmp_path / "plain" / name)).max() > 20
 
 
+def test_no_name_leaves_the_output_folder(tmp_path):
+    """What a prompt file, a prompt or a negative is called never becomes a path of ours."""
+    prompts = tmp_path / "in" / "..%2f..%2fprompts.txt"
+    prompts.parent.mkdir()
+    prompts.write_text("../../escaped\n/tmp/escaped\n..\\escaped\n")
+    before = {path for path in tmp_path.rglob("*")}
+    output = tmp_path / "out" / ".." / "out"
+    assert sample(output, "--prompts", prompts, "--steps", 1) == 0
+    new = {path for path in tmp_path.rglob("*")} - before - {tmp_path / "out"}
+    assert {path.parent for path in new} == {tmp_path / "out"}
+    assert {path.name for path in new} == {"grid.png", *(f"{i:04d}-seed{i}.png" for i in range(3))}
+
+
 def test_sample_seed_and_resolution(tmp_path):
     """Another seed is another picture; the same seed at another place is the same one."""
     assert sample(tmp_path / "a", "--prompt", PROMPT, "--seed", 3, "--images_per_prompt", 2) == 0

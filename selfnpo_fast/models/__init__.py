@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from selfnpo_fast.errors import UserError
+from selfnpo_fast.errors import UserError, one_line
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
 
@@ -14,6 +15,9 @@ ADAPTERS = {
     "StableDiffusionPipeline": StableDiffusionAdapter,
     "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
 }
+
+# Where a pipeline's parts may come from; the last is how diffusers names the safety checker's module.
+LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")
 
 
 def resolve_path(path: str) -> str:
@@ -30,21 +34,31 @@ def load_adapter(
     """
     from diffusers import DiffusionPipeline
 
-    source = resolve_path(path)
-    if source.startswith("~"):
-        source = str(Path(source).expanduser())
-    looks_local = Path(source).exists() or source.startswith((".", "/")) or source.count("/") > 1
-    if looks_local and not Path(source).is_dir():
+    source = os.path.expanduser(resolve_path(path))
+    looks_local = os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not os.path.isdir(source):
         raise UserError(f"model.path: no such folder: {path}; give a diffusers pipeline folder or a Hub id")
     try:
         index = DiffusionPipeline.load_config(source, revision=revision)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file surfaces as any of a dozen types; the cause is chained
         what = "is no diffusers pipeline (no readable model_index.json)" if looks_local else "was not found on the Hub"
-        raise UserError(f"model.path: {path} {what}: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"model.path: {path} {what}: {one_line(error, 200)}") from error
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if name not in ADAPTERS:
-        raise UserError(f"model.path: {path} is a {name}; supported are {', '.join(ADAPTERS)}")
+    if not isinstance(name, str) or name not in ADAPTERS:
+        shown = one_line(ValueError(name), 80)
+        raise UserError(f"model.path: {path} is a {shown}; supported are {', '.join(ADAPTERS)}")
+    _check_parts(path, index)
     return ADAPTERS[name](source, revision=revision, variant=variant, resolution=resolution)
+
+
+def _check_parts(path: str, index: dict) -> None:
+    """Refuse a model_index.json whose parts come from other modules than those of the libraries: it names code."""
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry and entry[0] not in LIBRARIES:
+            raise UserError(
+                f"model.path: {path} names code of its own for {one_line(ValueError(part), 40)}: "
+                f"{one_line(ValueError(entry), 80)}; parts have to be classes of diffusers or transformers"
+            )
 
 
 __all__ = ["StableDiffusionAdapter", "StableDiffusionXLAdapter", "load_adapter", "resolve_path"]

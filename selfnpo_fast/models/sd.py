@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from selfnpo_fast.errors import UserError
+from selfnpo_fast.errors import UserError, one_line
 from selfnpo_fast.schedule import NoiseSchedule
 
 Conditioning = dict[str, torch.Tensor]
@@ -27,8 +29,21 @@ def _loading(path: str, part: str, field: str = "model.path"):
     except UserError:
         raise
     except Exception as error:  # a truncated file surfaces as any of a dozen types; the cause is chained
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{field}: cannot load {part} from {path}: {reason}") from error
+        raise UserError(f"{field}: cannot load {part} from {path}: {one_line(error)}") from error
+
+
+def _refuse_pickles(path: str, part: str) -> None:
+    """A folder's list of shards may name other files than safetensors, which loaders then unpickle."""
+    for index in Path(path).glob(f"{part}/*.index*.json"):
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all(str(name).endswith(".safetensors") for name in named):
+            raise ValueError(f"{index.name} names files that are not safetensors")
+
+
+def _refuse_nan(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"the weights are damaged: {name} is not finite")
 
 
 class StableDiffusionAdapter:
@@ -95,7 +110,12 @@ class StableDiffusionAdapter:
                     f"model.path: {self.path}: the scheduler's {option} is true, and a clipped step is not linear; set "
                     "it to false in scheduler/scheduler_config.json"
                 )
-        return NoiseSchedule.from_scheduler(self._scheduler)
+        with _loading(self.path, "scheduler"):
+            schedule = NoiseSchedule.from_scheduler(self._scheduler)
+            levels = schedule.alphas_cumprod
+            if not ((levels >= 0) & (levels <= 1)).all():  # also where one is not a number
+                raise ValueError("its betas give an alphas_cumprod outside of 0 to 1")
+            return schedule
 
     @functools.cached_property
     def vae_scale(self) -> int:
@@ -130,6 +150,7 @@ class StableDiffusionAdapter:
         from diffusers import UNet2DConditionModel
 
         with _loading(self.path, self.denoiser_name, field):
+            _refuse_pickles(self.path, self.denoiser_name)
             denoiser, info = UNet2DConditionModel.from_pretrained(
                 self.path,
                 subfolder=self.denoiser_name,
@@ -140,6 +161,7 @@ class StableDiffusionAdapter:
             )
             if info["missing_keys"]:  # diffusers only warns, and leaves those weights random
                 raise ValueError(f"the weights lack {sorted(info['missing_keys'])[0]}")
+            _refuse_nan(denoiser)
         return denoiser.eval()
 
     @functools.cached_property
@@ -148,7 +170,9 @@ class StableDiffusionAdapter:
         from diffusers import AutoencoderKL
 
         with _loading(self.path, "vae"):
+            _refuse_pickles(self.path, "vae")
             vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", use_safetensors=True, **self._hub)
+            _refuse_nan(vae)
         return vae.eval().requires_grad_(False)
 
     def _text_pipeline(self, device: torch.device):
@@ -162,16 +186,21 @@ class StableDiffusionAdapter:
         if "requires_safety_checker" in known:
             absent["requires_safety_checker"] = False
         with _loading(self.path, "text encoder"):
+            _refuse_pickles(self.path, "text_encoder*")
             return cls.from_pretrained(self.path, use_safetensors=True, **absent, **self._hub).to(device)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], device: torch.device, batch_size: int = 64) -> Conditioning:
         """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the text encoders."""
         pipe = self._text_pipeline(device)
-        parts = [
-            self._encode(pipe, prompts[i : i + batch_size], device) for i in range(0, len(prompts), batch_size)
-        ]
-        return {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+        with _loading(self.path, "text encoder"):
+            parts = [
+                self._encode(pipe, prompts[i : i + batch_size], device) for i in range(0, len(prompts), batch_size)
+            ]
+            rows = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
+            if not all(row.isfinite().all() for row in rows.values()):
+                raise ValueError("the weights are damaged: a prompt's embedding is not finite")
+            return rows
 
     def encode_empty(self, device: torch.device) -> Conditioning:
         """The unconditional row (1, ...): the text encoder's answer to the empty prompt."""
