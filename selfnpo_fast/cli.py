@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from selfnpo_fast.console import quiet_libraries, setup_logging
-from selfnpo_fast.errors import RunError, UserError
+from selfnpo_fast.errors import RunError, UserError, one_line
 from selfnpo_fast.folders import check_writable
 
 USAGE = """usage: selfnpo COMMAND [options]
@@ -113,8 +113,8 @@ def parse_options(cls: type, argv: list[str], prog: str):
         parser.add_argument(f"--{name}", action="store_true", help=LIST_HELP[name])
     try:
         return cls(**vars(parser.instantiate(parser.parse_args(argv))))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except (ArgumentError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(one_line(error, 500)) from error
 
 
 def check_seeds(seeds: list[int]) -> None:

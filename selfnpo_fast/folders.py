@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from selfnpo_fast.errors import UserError
+from selfnpo_fast.errors import UserError, one_line
 
 RUN_ENTRIES = frozenset(
     {"negative", "checkpoints", "samples", "tensorboard", "replay", "config.yaml", "metrics.jsonl", "train.log"}
@@ -23,15 +23,17 @@ MANIFEST = "manifest.json"
 
 def check_writable(path: str) -> Path:
     """The folder `path`, which exists and can be written, or can be made. Raises UserError; changes nothing."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
+    if path.startswith("~") and str(folder).startswith("~"):
+        raise UserError(f"output: {path} names nobody's home; name another folder, or ./{path}")
     try:
         nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not nearest.is_dir():
             raise UserError(f"output: {nearest} is a file; name a folder")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"output: {nearest} cannot be written; name another folder")
-    except PermissionError as error:
-        raise UserError(f"output: {folder} cannot be reached: {error}; name another folder") from error
+    except OSError as error:  # no permission, or a name longer than any can be
+        raise UserError(f"output: {one_line(error)}; name another folder") from error
     return folder
 
 
@@ -128,5 +130,5 @@ def why_not_whole(folder: Path) -> str | None:
             if _facts(path) != expected:
                 return f"{name} has changed since it was written (its SHA-256 differs)"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{MANIFEST} is not readable: {' '.join(str(error).split())}"
+        return f"{MANIFEST} is not readable: {one_line(error)}"
     return None

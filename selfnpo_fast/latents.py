@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def load_real_data(source: str, adapter, *, limit: int, seed: int, device: torch
     """
     if source == "digits":
         return _embedded(adapter, limit)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes names of any length
         raise UserError(f"data.source: no such folder: {source}; give a folder of images with captions, or 'digits'")
     pairs = _captioned(folder)[:limit]
     if not pairs:

@@ -12,9 +12,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _H
 import os  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
-from selfnpo_fast.config import TrainConfig  # noqa: E402
+from selfnpo_fast.config import TrainConfig, load_yaml, section_names  # noqa: E402
 from selfnpo_fast.console import logger, quiet_libraries, setup_logging  # noqa: E402
-from selfnpo_fast.errors import RunError, UserError  # noqa: E402
+from selfnpo_fast.errors import RunError, UserError, one_line  # noqa: E402
 from selfnpo_fast.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
 
 # A checkout has them beside the package, an installed package inside it.
@@ -26,10 +26,13 @@ def build_parser():
     """The command line: --config, --print_config, one dotted option per field of TrainConfig, and how to treat the
     output folder.
     """
-    from jsonargparse import ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentParser, set_loader
 
+    set_loader("plain_yaml", load_yaml, exceptions=(yaml.YAMLError, UserError))
     parser = ArgumentParser(
         prog="selfnpo train",
+        parser_mode="plain_yaml",
         description="Train a negative model (Self-NPO).",
         exit_on_error=False,
         allow_abbrev=False,
@@ -63,6 +66,9 @@ def parse(argv: list[str]) -> Request:
     from jsonargparse import ArgumentError, Namespace
 
     argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    for name in (word.partition("=")[0] for word in argv):
+        if name.startswith("--") and name[2:] in section_names():  # whose value jsonargparse would try to import
+            raise UserError(f"{name}: it has no value of its own; give its fields, as {name}.field VALUE")
     if not any(word.startswith(("--config", "-h", "--help")) for word in argv):
         logger.info("no --config given: running %s", DEFAULT_CONFIG)
         argv = ["--config", str(DEFAULT_CONFIG), *argv]
@@ -74,8 +80,11 @@ def parse(argv: list[str]) -> Request:
         text = parser.dump(Namespace(**namespace), skip_validation=True)
         config = parser.instantiate(namespace)
         config = TrainConfig(**{key: value for key, value in vars(config).items() if not key.startswith("__")})
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except (ArgumentError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(one_line(error, 500)) from error
+    for name in ("resume", "overwrite"):
+        if not isinstance(asked[name], bool):  # a config file can hold the key
+            raise UserError(f"--{name}: it takes no value, not {one_line(asked[name], 80)!r}")
     step = asked["replay_step"]
     if sum((asked["resume"], asked["overwrite"], step is not None)) > 1:
         raise UserError("--resume, --overwrite and --replay-step exclude each other; give one")

@@ -14,7 +14,7 @@ from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
 from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.errors import RunError
-from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
+from selfnpo_fast.guidance.sampler import SamplerConfig, check_steps, sample_images
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.latents import load_real_data
 from selfnpo_fast.lifecycle import StopRequest
@@ -47,6 +47,8 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
         model.path, revision=model.revision, variant=model.variant, resolution=model.resolution
     )
     Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"))
+    if config.log.sample_every >= 0:
+        check_steps(adapter, config.log.sample_steps, "log.sample_steps")
     latents = None
     if config.rollout.start == "data":
         data = load_real_data(

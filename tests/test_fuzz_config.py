@@ -161,17 +161,18 @@ def run_valid(base: Path, config: dict) -> None:
     assert all(parameter.isfinite().all() for parameter in negative.parameters())
     stored = yaml.safe_load((output / "config.yaml").read_text())
     for name in SECTIONS:
-        assert {field: value for field, value in config[name].items() if value is not None}.items() <= stored[name].items()
+        asked = {field: value for field, value in config[name].items() if value is not None}
+        assert asked.items() <= stored[name].items()
 
 
-@fuzz(16)
+@fuzz(8)
 @given(config=valid_configs())
 def test_valid_configs_train(base, config):
     run_valid(base, config)
 
 
 @pytest.mark.slow
-@fuzz(90)
+@fuzz(60)
 @given(config=valid_configs())
 def test_many_valid_configs_train(base, config):
     run_valid(base, config)
@@ -287,7 +288,7 @@ def broken_fields(draw, texts: bool = True) -> tuple[str, object]:
     return name, draw(st.sampled_from(broken_values(FIELDS[path]) + OUT_OF_RANGE.get(name, [])))
 
 
-@fuzz(100)
+@fuzz(50)
 @given(broken=broken_fields())
 def test_broken_files_get_one_line_and_no_folder(base, broken):
     name, value = broken
@@ -296,7 +297,7 @@ def test_broken_files_get_one_line_and_no_folder(base, broken):
     refuse(base, yaml.safe_dump(nested(tuple(name.split(".")), value)), *([] if value == 10**400 else [name]))
 
 
-@fuzz(100)
+@fuzz(50)
 @given(broken=broken_fields(texts=False))
 def test_broken_words_get_one_line_and_no_folder(base, broken):
     """As `--section.field value`, where text fields take any word."""
@@ -305,15 +306,15 @@ def test_broken_words_get_one_line_and_no_folder(base, broken):
     refuse(base, "updates: 1\n", *([] if value == 10**400 else [name]), words=(f"--{name}={word.strip()}",))
 
 
-KEYS = st.text(st.characters(exclude_characters=".+", exclude_categories=["Cs"]), max_size=20)
+KEYS = st.text(st.characters(exclude_characters=".+_", exclude_categories=["Cs", "Nd"]), max_size=20)
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | st.floats() | KEYS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=8,
 )
 
 
-@fuzz(60)
+@fuzz(40)
 @given(key=KEYS, value=ANYTHING, section=st.sampled_from(["", *SECTIONS]), deeper=st.integers(0, 2))
 def test_unknown_keys_at_any_depth(base, key, value, section, deeper):
     known = get_type_hints(SECTIONS[section]) if section else get_type_hints(TrainConfig)
@@ -339,7 +340,7 @@ def test_repeated_keys(base, field, again):
 WHOLE = yaml.safe_dump(yaml.safe_load((train.CONFIGS / "sd15_fast.yaml").read_text())).encode()
 
 
-@fuzz(100)
+@fuzz(80)
 @given(cut=st.integers(0, len(WHOLE)), place=st.integers(0, 8 * len(WHOLE) - 1), junk=st.binary(max_size=8))
 def test_damaged_config_files(base, cut, place, junk):
     """A flipped bit and bytes put in between: whatever is left, one line."""
@@ -463,6 +464,6 @@ def test_plain_yaml_or_refusal(text, value):
     except (UserError, yaml.YAMLError):
         pass
     dumped = yaml.safe_dump(value)
-    if "&id" not in dumped and not any(key.startswith("__") for key in value):
+    if "&id" not in dumped:
         loaded = load_yaml(dumped)
         assert yaml.safe_dump(loaded) == dumped

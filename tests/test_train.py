@@ -290,6 +290,8 @@ BAD_OPTIONS = {
     "data.source": ["--rollout.start", "data"],
     "prompts: no such file": ["--prompts.source", "nowhere.txt"],
     "--resume": ["--resume", "--overwrite"],
+    "log.sample_steps": ["--log.sample_steps", "1000"],
+    "output": ["--output", "~nosuchuser/run"],
     "lora.targets": ["--lora.rank", "2", "--lora.targets", "[nothing]"],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 def locate_negative(path: str, denoiser_name: str) -> Path:
     """The folder that holds the weights: `path` itself, or its `negative` part when it is a run's output folder."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(path))
+    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes names of any length
         raise UserError(f"negative: no such folder: {path}; give a run's output folder or its negative/ part")
     for candidate in (folder, folder / "negative"):
         if (candidate / denoiser_name / "config.json").is_file() or (candidate / LORA_FILE).is_file():

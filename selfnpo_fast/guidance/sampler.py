@@ -62,11 +62,11 @@ def make_scheduler(name: str, config: dict):
     raise UserError(f"solver: {name!r} is not supported; expected one of {', '.join(SOLVERS)}")
 
 
-def check_steps(adapter: StableDiffusionAdapter, steps: int) -> None:
+def check_steps(adapter: StableDiffusionAdapter, steps: int, field: str = "steps") -> None:
     """UserError where the model has too few timesteps for `steps` solver steps."""
     most = adapter.schedule.num_train_timesteps
     if steps >= most:
-        raise UserError(f"steps: {steps} is not possible; the model has {most} timesteps, give fewer")
+        raise UserError(f"{field}: {steps} is not possible; the model has {most} timesteps, give fewer")
 
 
 def start_noise(seeds: list[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

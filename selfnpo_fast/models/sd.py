@@ -17,6 +17,7 @@ from torch import nn
 from selfnpo_fast.errors import UserError, one_line
 from selfnpo_fast.schedule import NoiseSchedule
 
+MAX_RESOLUTION = 2**14  # pixels
 Conditioning = dict[str, torch.Tensor]
 """Named tensors with one row per prompt, as the denoiser's keyword arguments."""
 
@@ -141,8 +142,11 @@ class StableDiffusionAdapter:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
         cells, rest = divmod(self.resolution, self.vae_scale)
-        if rest or cells < 1:
-            raise UserError(f"model.resolution: {self.resolution} is no multiple of {self.vae_scale}")
+        if rest or not 1 <= self.resolution <= MAX_RESOLUTION:
+            raise UserError(
+                f"model.resolution: {self.resolution} is no multiple of {self.vae_scale} from {self.vae_scale} to "
+                f"{MAX_RESOLUTION}"
+            )
         return (self.denoiser_config["in_channels"], cells, cells)
 
     def load_denoiser(self, dtype: torch.dtype, field: str = "model.path") -> nn.Module:
