@@ -362,7 +362,8 @@ start adds nothing: measured {cell(start["noise_zero_terminal_snr"]["0"]["mean_s
 The digits model trained from noise at w = -1 with half of the prompts empty, batch {train["batch"]}, for
 {train["updates"]} updates (EMA decay {train["decay"]}, pool {train["pool"]}).
 Every {train["every"]} updates all live slots are compared with a replay from the same start noise by the EMA of that
-moment. *Age* is the number of updates since the slot's start; the last two columns are rms distances per sample over the rms of the replayed states, *replay to original* being how far the EMA has
+moment. *Age* is the number of updates since the slot's start; the last two columns are rms distances per sample over
+the rms of the replayed states, *replay to original* being how far the EMA has
 moved the trajectory since training began. At t = {oldest["t"]} a live state is
 {cell(oldest["distance_to_current"], 4)} from its replay, the replay
 {cell(oldest["distance_current_to_original"], 4)} from the original's. All indices are in the JSON.
