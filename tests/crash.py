@@ -9,6 +9,7 @@ are killed or one of them: the other then has to end by itself within a minute a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import itertools
 import json
@@ -123,38 +124,48 @@ def tail(logs: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()[-6000:]}" for path in sorted(logs.glob("rank*.log")))
 
 
-def _wait_for_moment(kind: str, output: Path, processes, chance: random.Random) -> None:
-    """Return at the instant at which to kill; at once where a process has ended by itself."""
-    if kind == "anywhere":
-        deadline, seen = time.monotonic() + chance.uniform(0, 4), lambda: False
-    elif kind == "after an update":
-        row = chance.randrange(1, UPDATES // 3)
-        metrics = output / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        seen = lambda: metrics.exists() and metrics.read_text().count("\n") >= row  # noqa: E731
-    else:
-        deadline = time.monotonic() + 120
-        checkpoints = output / "checkpoints"
-        seen = lambda: any(checkpoints.glob(".writing-*"))  # noqa: E731
+def _wait_for_moment(kind: str, output: Path, processes, chance: random.Random) -> bool:
+    """Return at the instant at which to kill; at once where a process has ended by itself.
+
+    Says whether the ranks have met: the run's folder then holds what this start wrote.
+    """
+    begun, row = time.time(), chance.randrange(1, UPDATES // 3)
+    deadline = time.monotonic() + (chance.uniform(0, 4) if kind == "anywhere" else 120)
+
+    def new(path: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_mtime > begun
+        return False
+
+    def met() -> bool:
+        return new(output / "config.yaml")
+
+    def seen() -> bool:
+        if kind == "after an update":
+            metrics = output / "metrics.jsonl"
+            return met() and new(metrics) and metrics.read_text().count("\n") >= row
+        return kind == "while writing" and any(new(path) for path in (output / "checkpoints").glob(".writing-*"))
+
     while time.monotonic() < deadline and not seen() and all(process.is_alive() for process in processes):
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.04))
+    return met()
 
 
 def kill_once(case: Case, argv: list[str], output: Path, logs: Path, chance: random.Random, counts: Counter) -> None:
     """Start or resume a run and kill it."""
     processes = start(int(case["ranks"]), [*argv, "--resume"], logs)
     kind = chance.choice(("anywhere", "after an update", "while writing", "while writing"))
-    _wait_for_moment(kind, output, processes, chance)
+    met = _wait_for_moment(kind, output, processes, chance)
     writing = any((output / "checkpoints").glob(".writing-*")) if output.exists() else False
     # Ranks that have not met yet wait for each other as long as torch lets them; that is the launcher's to end.
-    alone = len(processes) > 1 and kind != "anywhere" and chance.random() < 0.5
+    alone = len(processes) > 1 and met and chance.random() < 0.5
     victims = [chance.choice(processes)] if alone and all(p.is_alive() for p in processes) else processes
     for victim in victims:
         if victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)
     codes = finish(processes, logs, LOST_WITHIN)
-    counts[kind if not writing else "inside checkpoint writing"] += 1
+    counts[kind if not (met and writing) else "inside checkpoint writing"] += 1
     assert all(code in (-signal.SIGKILL, 0, 1) for code in codes), f"{codes}\n{tail(logs)}"
 
 

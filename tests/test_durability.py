@@ -170,9 +170,10 @@ def test_a_vanished_folder_is_made_again(model, whole, tmp_path, monkeypatch):
     output = tmp_path / "run"
     at_update(monkeypatch, 5, lambda trainer: shutil.rmtree(output))
     assert run(model, output) == 0
-    assert crash.files(output).keys() == crash.files(whole).keys()
-    for name, tensors in crash.files(whole).items():
-        assert all(torch.equal(value, crash.files(output)[name][key]) for key, value in tensors.items())
+    expected, found = crash.files(whole), crash.files(output)
+    assert found.keys() == expected.keys()
+    for name, tensors in expected.items():
+        assert all(torch.equal(value, found[name][key]) for key, value in tensors.items())
 
 
 # Losses and gradients that are not finite.
