@@ -338,7 +338,7 @@ def launch(module: list[str], output: Path, *words: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-@pytest.mark.parametrize("stage", ["0", "2"])
+@pytest.mark.parametrize("stage", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_two_ranks_train_like_one(stage, tmp_path):
     """`deepspeed --num_gpus 2` on CPU: the same pairs, losses to rounding, weights to Adam's sign noise."""
     words = ["--updates", "4", "--engine.batch_size", "8", "--log.every", "1", "--log.sample_every", "-1"]
