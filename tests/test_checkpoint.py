@@ -186,10 +186,10 @@ def test_another_number_of_ranks_goes_on(zero, ranks, model, tmp_path):
         # Filling the slots takes each rank until its own last one has arrived: forwards depend on the split.
         expected.pop("reference_forwards_per_pair"), found.pop("reference_forwards_per_pair")
         for key, value in expected.items():
-            assert found[key] == (value and pytest.approx(value, rel=2e-4)), key
+            assert found[key] == (value and pytest.approx(value, rel=5e-6)), key  # observed: 6e-7
     expected, found = (load_file(newest(folder) / "exp_avg.safetensors") for folder in (whole, parts))
     scale = max(value.abs().max() for value in expected.values())
-    assert max((expected[key] - found[key]).abs().max() for key in expected) < 1e-3 * scale
+    assert max((expected[key] - found[key]).abs().max() for key in expected) < 1e-5 * scale  # observed: 1.4e-6
     one, other = (load_file(newest(folder) / "rank0.safetensors") for folder in (whole, parts))
     lanes = slice(0, 4 // ranks[1])
     assert torch.equal(one["rollout.ids"][:, lanes], other["rollout.ids"])
