@@ -38,10 +38,9 @@ class Report:
 
     def __init__(self, work: Path, results: Path, fresh: bool) -> None:
         self.work, self.store = work, results / "digits.json"
-        self.calibration = load_calibration(work)
         old = {} if fresh or not self.store.exists() else json.loads(self.store.read_text())
         self.arms: dict[str, dict] = old.get("arms", {})
-        self.calibration = old.get("calibration") or self.calibration
+        self.calibration = old.get("calibration") or load_calibration(work)
         self.scorers = DigitsScorers.load()
 
     def save(self) -> None:
