@@ -84,14 +84,14 @@ class ReleasedRollout(LockstepRollout):
         self.next_id += self.stride
         draws, latents, rows = self.draws(ids), maker.start_latents(ids), maker.rows(ids)
         index = draws.start_index
-        x = draws.noise if latents is None else affine_noise(latents, grid.start[index + 1], draws.noise)
+        x = draws.noise if latents is None else affine_noise(latents, grid.start, draws.noise, index=index + 1)
         for _ in range(maker.config.max_steps):
             pos, neg = predictor(x, grid.timestep(index), rows)
-            moved, _ = guided_step(pos, neg, x, predictor.w, grid.step[index + 1])
+            moved, _ = guided_step(pos, neg, x, grid.step, index=index + 1)
             x = torch.where((index >= 0).view(-1, *[1] * (x.ndim - 1)), moved, x)
             index = (index - 1).clamp(min=-1)
         pos, neg = predictor(x, grid.timestep(index), rows)
-        _, target = guided_step(pos, neg, x, predictor.w, grid.step[index + 1])
+        _, target = guided_step(pos, neg, x, grid.step, index=index + 1)
         return maker.finish(x, index, target, ids)
 
 
@@ -138,7 +138,6 @@ class Workbench:
         self.reference = share_frozen(self.student)
         self.cond = net.table(ITEMS, dtype, device)
         self.latents = net.latents(ITEMS, device)
-        self.grid = Grid.build(net.schedule, K5.grid_steps, device)
         self.objective = Objective.build(LossConfig(), net.schedule, device)
         self.forwards = 0
 
@@ -150,7 +149,7 @@ class Workbench:
         """A new rollout of the arm from sample id 0."""
         maker = PairMaker(
             arm.predictor(self._predict, self.cond, arm.config.w),
-            self.grid,
+            Grid.build(self.net.schedule, arm.config.grid_steps, self.device, w=arm.config.w),
             arm.config,
             latent_shape=self.net.latent_shape,
             items=ITEMS,

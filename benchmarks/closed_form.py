@@ -98,7 +98,7 @@ def trajectory_errors(grid_steps: int, start: str, count: int, replicates: int, 
     )
     truth, schedule = mixture(), NoiseSchedule.from_scheduler(scheduler)
     generator = torch.Generator().manual_seed(1)
-    grid = Grid.build(schedule, grid_steps, CPU)
+    grid = Grid.build(schedule, grid_steps, CPU, w=0.0)
     rows = {"weights": torch.full((1, COMPONENTS), 1 / COMPONENTS)}
     predictor = GuidedPredictor(ExactDenoiser(truth, schedule), ConditioningTable.build(rows, rows), w=0)
     if start == "noise":
@@ -121,7 +121,7 @@ def training_parts(batch: int, pool: int, seed: int, reference):
     setting = RolloutConfig(grid_steps=GRID_STEPS, w=-1.0, pool=pool)
     maker = PairMaker(
         GuidedPredictor(lambda x, t, cond: adapter.predict(reference, x, t, cond), table, setting.w),
-        Grid.build(adapter.schedule, GRID_STEPS, CPU),
+        Grid.build(adapter.schedule, GRID_STEPS, CPU, w=setting.w),
         setting,
         latent_shape=adapter.latent_shape,
         items=len(prompts),
@@ -146,9 +146,9 @@ def replay(rollout: ContinuousRollout, adapter: StableDiffusionAdapter, network)
     predictor = GuidedPredictor(
         lambda x, t, cond: adapter.predict(network, x, t, cond), maker.predictor.table, maker.config.w
     )
-    noise = normal(maker.key(Draw.START_NOISE, rollout.ids), maker.latent_shape)
-    first = torch.full_like(rollout.index, GRID_STEPS - 1)
-    return walk(predictor, maker.grid, noise, first, rollout.index, maker.rows(rollout.ids))
+    ids, index = rollout.ids.flatten(), rollout.index.flatten()
+    noise = normal(maker.key(Draw.START_NOISE, ids), maker.latent_shape)
+    return walk(predictor, maker.grid, noise, torch.full_like(index, GRID_STEPS - 1), index, maker.rows(ids))
 
 
 def reference_move(updates: int, every: int, batch: int, pool: int, decay: float) -> list[dict]:
@@ -169,8 +169,8 @@ def reference_move(updates: int, every: int, batch: int, pool: int, decay: float
         optimizer.step()
         reference.update()
         if update % every == 0 and update >= 2 * every:
-            index.append(rollout.index.clone())
-            live.append(rollout.x.flatten(1).clone())
+            index.append(rollout.index.flatten())
+            live.append(rollout.x.flatten(0, 1).flatten(1).clone())
             current.append(replay(rollout, adapter, reference.module).flatten(1))
             first.append(replay(rollout, adapter, original).flatten(1))
     at, live, current, first = (torch.cat(parts) for parts in (index, live, current, first))

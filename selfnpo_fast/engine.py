@@ -13,7 +13,6 @@ from torch import nn
 from selfnpo_fast.config import OptimizerConfig, TrainConfig
 from selfnpo_fast.console import logger, quiet_libraries
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.moving_reference import no_gather
 from selfnpo_fast.world import World
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -128,7 +127,7 @@ class StudentEngine:
     def gather(self, params: list[nn.Parameter], modify: bool = False) -> AbstractContextManager:
         """Makes ZeRO-3 parameters whole inside the context; with `modify`, rank 0's changes reach the shards."""
         if self.stage != 3:
-            return no_gather(params)
+            return contextlib.nullcontext()
         return self._deepspeed.zero.GatheredParameters(params, modifier_rank=0 if modify else None)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -11,12 +11,7 @@ from torch import nn
 from selfnpo_kernels import ema_update
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
-"""Makes sharded parameters whole inside the context (ZeRO 3); a null context otherwise."""
-
-
-def no_gather(params: list[nn.Parameter]) -> AbstractContextManager:
-    """For parameters that every rank holds whole."""
-    return nullcontext()
+"""Makes sharded parameters whole inside the context (ZeRO 3)."""
 
 
 class Reference:
@@ -49,7 +44,7 @@ class MovingReference(Reference):
         module: nn.Module,
         live: Iterable[tuple[str, nn.Parameter]],
         decay: float,
-        gather: Gather = no_gather,
+        gather: Gather | None = None,
     ) -> None:
         super().__init__(module)
         self.decay, self.gather = decay, gather
@@ -60,12 +55,22 @@ class MovingReference(Reference):
 
     def update(self) -> None:
         """master <- decay master + (1 - decay) student, then the shadow is rewritten."""
-        # ZeRO 3 gathers parameter by parameter: never more than one whole tensor beyond the shards.
-        for name, live in self._live.items():
-            master, shadow = self._master[name], self._shadow[name]
-            with self.gather([live]):
-                ema_update(master, live.detach(), None if master is shadow else shadow, self.decay)
+        if self.gather is None:
+            self._move(list(self._live))
+        else:
+            # Parameter by parameter: never more than one whole tensor beyond the shards.
+            for name, live in self._live.items():
+                with self.gather([live]):
+                    self._move([name])
         self.version += 1
+
+    def _move(self, names: list[str]) -> None:
+        # A float32 parameter is its own master; a module may hold both kinds.
+        for own in (True, False):
+            part = [name for name in names if (self._master[name] is self._shadow[name]) == own]
+            if part:
+                masters, live = [self._master[name] for name in part], [self._live[name] for name in part]
+                ema_update(masters, live, [] if own else [self._shadow[name] for name in part], self.decay)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The float32 masters by parameter name, and the version."""

@@ -29,4 +29,4 @@ class Objective:
         self, pred: torch.Tensor, x_s: torch.Tensor, s: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted mean loss (scalar, with gradient) and the loss per pair (B,) for raw outputs pred (B, ...)."""
-        return x0_loss(pred, x_s, target, self.k[s], self.kind, weight, self.c)
+        return x0_loss(pred, x_s, target, self.k, self.kind, weight, self.c, index=s)

@@ -10,13 +10,13 @@ from dataclasses import fields
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from selfnpo_fast.console import logger
 from selfnpo_fast.folders import begin_aside, finish_aside
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.recorder import Recorder
 from selfnpo_fast.rollout import Pairs
-from selfnpo_fast.schedule import x0_coefficients
 from selfnpo_fast.trainer import Trainer
 from selfnpo_kernels import guided_step
 
@@ -67,8 +67,8 @@ def _look(trainer: Trainer, pairs: Pairs) -> dict[str, torch.Tensor]:
     """The fields of the pairs, the loss (B,) and the student's own x0 (B, ...) of each."""
     pred = trainer.adapter.predict(trainer.engine, pairs.x_s, pairs.s, trainer.table.gather(pairs.rows))
     _, loss = trainer.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
-    k = x0_coefficients(trainer.adapter.schedule, pairs.s.cpu()).float().to(pred.device)
-    _, x0 = guided_step(pred, None, pairs.x_s, 0.0, torch.cat([k, k], dim=1))
+    k = nn.functional.pad(trainer.objective.k, (0, 5))  # x0 alone; the step it makes leads nowhere
+    _, x0 = guided_step(pred, None, pairs.x_s, k, index=pairs.s)
     return {field.name: getattr(pairs, field.name) for field in fields(pairs)} | {"loss": loss, "student_x0": x0}
 
 

@@ -7,7 +7,7 @@ B pairs of one micro-batch, S slots of this rank, N grid steps, T training times
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +20,20 @@ from selfnpo_fast.schedule import (
     forward_coefficients,
     renoise_coefficients,
 )
-from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, guided_step, normal, permute, randint, uniform
+from selfnpo_kernels import (
+    Draw,
+    NoiseKey,
+    TdftRules,
+    TdftTables,
+    affine_noise,
+    draw_id,
+    guided_step,
+    normal,
+    permute,
+    randint,
+    tdft_step,
+    uniform,
+)
 
 Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 """(x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
@@ -41,26 +54,36 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Grid:
-    """Timesteps and coefficients of one rollout grid; row i + 1 of each table belongs to grid index i."""
+    """Timesteps and coefficients of one rollout grid; row i + 1 of each table belongs to grid index i, row 0 to t = 0."""
 
     schedule: NoiseSchedule
     timesteps: torch.Tensor  # (N + 1,) int64: 0, then the grid in ascending order
-    step: torch.Tensor  # (N + 1, 4) float32: x0 and DDIM coefficients; row 0 (t = 0) steps nowhere
+    step: torch.Tensor  # (N + 2, 7) float32: guided DDIM steps; row 0 steps nowhere, the last leaves x as it is
     start: torch.Tensor  # (N + 1, 2) float32: forward diffusion to the grid
+    renoise: torch.Tensor  # (N + 1, T, 2) float32: from x_t (Eq. 16), or from x_{t->0} (Eq. 15), to timestep s
+    naive: bool  # whether it is Eq. 15
 
     @classmethod
-    def build(cls, schedule: NoiseSchedule, grid_steps: int, device: torch.device) -> Grid:
-        """The DDIM grid of `grid_steps` steps; the step from grid index 0 ends at timestep 0."""
-        schedule = schedule.to(device)
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
-        timesteps = torch.cat([zero, ddim_grid(schedule.num_train_timesteps, grid_steps).to(device)])
+    def build(
+        cls, schedule: NoiseSchedule, grid_steps: int, device: torch.device, *, w: float, noising: str = "from_x_t"
+    ) -> Grid:
+        """The DDIM grid of `grid_steps` steps under guidance w; the step from grid index 0 ends at timestep 0."""
+        zero = torch.zeros(1, dtype=torch.int64)
+        timesteps = torch.cat([zero, ddim_grid(schedule.num_train_timesteps, grid_steps)])
         previous = torch.cat([zero, timesteps[:-1]])
-        return cls(
-            schedule,
-            timesteps,
-            ddim_coefficients(schedule, timesteps, previous).float(),
-            forward_coefficients(schedule, timesteps).float(),
+        stay = torch.tensor([[0, 0, 1, 0, 0, 0, w]], dtype=torch.float64)
+        every_s = torch.arange(schedule.num_train_timesteps).expand(grid_steps + 1, -1)
+        naive = noising != "from_x_t"
+        if naive:
+            renoise = forward_coefficients(schedule, every_s)
+        else:
+            renoise = renoise_coefficients(schedule, timesteps[:, None].expand_as(every_s), every_s)
+        tables = (
+            torch.cat([ddim_coefficients(schedule, timesteps, previous, w), stay]),
+            forward_coefficients(schedule, timesteps),
+            renoise,
         )
+        return cls(schedule, timesteps.to(device), *(k.float().contiguous().to(device) for k in tables), naive)
 
     @property
     def steps(self) -> int:
@@ -71,13 +94,10 @@ class Grid:
         """Timesteps (B,) of grid indices (B,)."""
         return self.timesteps[index + 1]
 
-    def renoise(self, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, noise) -> torch.Tensor:
-        """x_s from x_t (Eq. 16), both (B, ...)."""
-        return affine_noise(x, renoise_coefficients(self.schedule, t, s).float(), noise)
-
-    def diffuse(self, x0: torch.Tensor, s: torch.Tensor, noise) -> torch.Tensor:
-        """x_s from a clean estimate (Eq. 15), both (B, ...)."""
-        return affine_noise(x0, forward_coefficients(self.schedule, s).float(), noise)
+    def noised(self, x_t: torch.Tensor, target: torch.Tensor, index: torch.Tensor, s: torch.Tensor, noise):
+        """x_s (B, ...) for pairs taken at grid `index` (B,), by Eq. 16 from x_t or by Eq. 15 from the target."""
+        rows = (index + 1) * self.renoise.shape[1] + s
+        return affine_noise(target if self.naive else x_t, self.renoise.flatten(0, 1), noise, index=rows)
 
 
 class GuidedPredictor:
@@ -111,9 +131,9 @@ class LockstepDraws:
 
     start_index: torch.Tensor  # (B,) int64 grid index
     steps: torch.Tensor  # (B,) int64 number of DDIM steps
-    noise: torch.Tensor  # (B, ...) start noise
+    noise: torch.Tensor | NoiseKey  # (B, ...) start noise; a key of it only beside data
     s: torch.Tensor  # (B,) int64
-    renoise: torch.Tensor  # (B, ...) noise of Eq. 16
+    renoise: torch.Tensor | NoiseKey  # (B, ...) noise of Eq. 16
 
     def stop_index(self) -> torch.Tensor:
         """Grid index (B,) at which each rollout ends; a sample that has passed index 0 stays at t = 0."""
@@ -144,11 +164,11 @@ def walk(
 
     A sample that has arrived stays where it is while the others go on.
     """
+    stay = torch.full_like(index, grid.steps + 1)
     for _ in range(int((index - stop).max())):
         pos, neg = predictor(x, grid.timestep(index), rows)
-        moved, _ = guided_step(pos, neg, x, predictor.w, grid.step[index + 1])
         going = index > stop
-        x = torch.where(going.view(-1, *[1] * (x.ndim - 1)), moved, x)
+        x, _ = guided_step(pos, neg, x, grid.step, index=torch.where(going, index + 1, stay))
         index = torch.where(going, index - 1, index)
     return x
 
@@ -160,22 +180,17 @@ def lockstep_rollout(
     draws: LockstepDraws,
     latents: torch.Tensor | None,
     rows: torch.Tensor,
-    noising: str = "from_x_t",
 ) -> LockstepResult:
     """Eq. 13 (latents None) or Eq. 14 from scaled latents (B, ...): all samples run together, each for its own number
     of steps; one more evaluation gives the Tweedie target. rows (B,) are the table rows of the prompts.
     """
     start, stop = draws.start_index, draws.stop_index()
-    x_start = draws.noise if latents is None else affine_noise(latents, grid.start[start + 1], draws.noise)
+    x_start = draws.noise if latents is None else affine_noise(latents, grid.start, draws.noise, index=start + 1)
     x = walk(predictor, grid, x_start, start, stop, rows)
     t = grid.timestep(stop)
     pos, neg = predictor(x, t, rows)
-    _, target = guided_step(pos, neg, x, predictor.w, grid.step[stop + 1])
-    x_s = (
-        grid.renoise(x, t, draws.s, draws.renoise)
-        if noising == "from_x_t"
-        else grid.diffuse(target, draws.s, draws.renoise)
-    )
+    _, target = guided_step(pos, neg, x, grid.step, index=stop + 1)
+    x_s = grid.noised(x, target, stop, draws.s, draws.renoise)
     return LockstepResult(x_start=x_start, x_t=x, t=t, target=target, x_s=x_s)
 
 
@@ -266,17 +281,26 @@ class PairMaker:
             return None
         return self.latents[self.item(sample_ids).to(self.latents.device)].to(self.device)
 
+    def rules(self, stride: int) -> TdftRules:
+        """What `tdft_step` needs of this; `stride` is the number of slots of all ranks."""
+        return TdftRules(
+            items=self.items,
+            stride=stride,
+            max_steps=self.config.max_steps,
+            seed=self.seed,
+            dropout=self.dropout,
+            shuffled=self.shuffled,
+            naive=self.grid.naive,
+        )
+
     def finish(self, x_t, index, target, sample_ids) -> Pairs:
         """Re-noise states x_t (B, ...) at grid indices (B,) and pack the pairs."""
         s = self.draw_s(sample_ids, index)
-        t = self.grid.timestep(index)
-        noise = self.key(Draw.RENOISE, sample_ids, index)
-        from_x_t = self.config.noising == "from_x_t"
         return Pairs(
-            x_s=self.grid.renoise(x_t, t, s, noise) if from_x_t else self.grid.diffuse(target, s, noise),
+            x_s=self.grid.noised(x_t, target, index, s, self.key(Draw.RENOISE, sample_ids, index)),
             s=s,
             target=target,
-            t=t,
+            t=self.grid.timestep(index),
             rows=self.student_rows(sample_ids, index),
             weight=torch.ones(len(s), device=x_t.device),
             sample_ids=sample_ids,
@@ -303,12 +327,13 @@ class LockstepRollout:
         if config.start == "noise" and config.stop == "uniform":
             steps = 1 + randint(maker.key(Draw.STEPS, ids), config.max_steps)
         stop = (start_index - steps).clamp(min=-1)
+        key = maker.key(Draw.START_NOISE, ids)
         return LockstepDraws(
             start_index=start_index,
             steps=steps,
-            noise=normal(maker.key(Draw.START_NOISE, ids), maker.latent_shape),
+            noise=key if config.start == "data" else normal(key, maker.latent_shape),
             s=maker.draw_s(ids, stop),
-            renoise=normal(maker.key(Draw.RENOISE, ids, stop), maker.latent_shape),
+            renoise=maker.key(Draw.RENOISE, ids, stop),
         )
 
     @torch.no_grad()
@@ -319,7 +344,7 @@ class LockstepRollout:
         self.next_id += self.stride
         draws = self.draws(ids)
         latents = maker.start_latents(ids)
-        out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, maker.rows(ids), maker.config.noising)
+        out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, maker.rows(ids))
         return Pairs(
             x_s=out.x_s,
             s=draws.s,
@@ -352,50 +377,67 @@ class ContinuousRollout:
         self.total_slots = batch * groups * world_size
         group = torch.arange(groups, device=maker.device)[:, None]
         lane = torch.arange(batch, device=maker.device)[None] + rank * batch
+        # One table a group: grid index, sample id, states left in this life after the present one, prompt row.
+        self.slots = torch.zeros(groups, 4, batch, dtype=torch.int64, device=maker.device)
         # Ids start at one whole set of slots: the set below it are the samples that ended just before the run began.
-        self.ids = self.total_slots + (group * batch * world_size + lane).flatten()  # (S,)
-        self.index = torch.zeros_like(self.ids)
-        self.left = torch.zeros_like(self.ids)  # states left in this life after the present one
-        self.x = torch.zeros(len(self.ids), *maker.latent_shape, device=maker.device)
-        self.final = torch.zeros_like(self.x)  # where this slot's previous sample ended
+        self.slots[:, 1] = self.total_slots + group * batch * world_size + lane
+        self._next_slots = torch.zeros_like(self.slots[0])
+        self.x = torch.zeros(groups, batch, *maker.latent_shape, device=maker.device)
+        from_noise = maker.config.start == "noise"
+        self.final = torch.zeros_like(self.x) if from_noise else None  # where this slot's previous sample ended
+        self.latents = None if from_noise else maker.latents.to(maker.device)
         weight = torch.ones(maker.config.grid_steps + 1, dtype=torch.float64)
         if maker.config.pair_weight == "lockstep":
             ours = continuous_frequencies(maker.config)
             weight = torch.where(ours > 0, lockstep_frequencies(maker.config) / ours.clamp(min=1e-12), 0)
-        self.weight = weight.float().to(maker.device)  # row i + 1 belongs to grid index i
+        grid = maker.grid
+        self.tables = TdftTables(
+            step=grid.step,
+            start=grid.start,
+            renoise=grid.renoise,
+            timesteps=grid.timesteps,
+            weight=weight.float().to(maker.device),
+        )
+        self.rules = maker.rules(self.total_slots)
         self.filled = False
 
-    def _begin(self, ids: torch.Tensor, start: torch.Tensor | None = None):
-        """First state (B, ...), its grid index and the states left after it (B,) of new samples."""
-        maker, config = self.maker, self.maker.config
-        n = config.grid_steps
-        noise = normal(maker.key(Draw.START_NOISE, ids), maker.latent_shape)
-        if config.start == "noise":
-            index = torch.full_like(ids, n - 1)
-            return noise, index, index
-        index = randint(maker.key(Draw.START_INDEX, ids), n - 1) if start is None else start
-        x = affine_noise(maker.start_latents(ids), maker.grid.start[index + 1], noise)
-        return x, index, (index + 1).clamp(max=config.max_steps)
+    @property
+    def index(self) -> torch.Tensor:
+        """Grid indices of all slots, (groups, B)."""
+        return self.slots[:, 0]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Sample ids of all slots, (groups, B)."""
+        return self.slots[:, 1]
+
+    def _begin(self, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """First state (B, ...) of samples that start at grid indices (B,)."""
+        maker = self.maker
+        key = maker.key(Draw.START_NOISE, ids)
+        if self.latents is None:
+            return normal(key, maker.latent_shape)
+        return affine_noise(maker.start_latents(ids), maker.grid.start, key, index=start + 1)
 
     @torch.no_grad()
     def _stagger(self) -> None:
         """Fill the slots and walk each to a state drawn from the long-run distribution of states."""
         maker = self.maker
         states = torch.tensor(life_states(maker.config), device=maker.device)
-        from_noise = maker.config.start == "noise"
-        for group in range(self.groups):
-            part = slice(group * self.batch, (group + 1) * self.batch)
-            ids = self.ids[part]
+        for group, slots in enumerate(self.slots):
+            ids = slots[1]
             start, index, left = states[randint(maker.key(Draw.STAGGER, ids), len(states))].unbind(1)
+            slots[0], slots[2], slots[3] = index, left, maker.rows(ids)
             # A slot at the very start of a sample needs the end of the one before it, for the pair at t = 0.
-            fresh = (index == start) & from_noise
+            fresh = (index == start) & (self.final is not None)
             walkers = torch.where(fresh, ids - self.total_slots, ids)
-            x, first, _ = self._begin(walkers, start)
-            x = walk(maker.predictor, maker.grid, x, first, torch.where(fresh, -1, index), maker.rows(walkers))
-            self.final[part] = x
-            here = fresh.view(-1, *[1] * (x.ndim - 1))
-            self.x[part] = torch.where(here, self._begin(ids)[0], x) if from_noise else x
-            self.index[part], self.left[part] = index, left
+            first = self._begin(walkers, start)
+            stop = torch.where(fresh, -1, index)
+            x = walk(maker.predictor, maker.grid, first, start, stop, maker.rows(walkers))
+            self.x[group] = x
+            if self.final is not None:
+                self.final[group] = x
+                self.x[group][fresh] = self._begin(ids, start)[fresh]
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
@@ -403,40 +445,29 @@ class ContinuousRollout:
         if not self.filled:
             self._stagger()
             self.filled = True
-        maker, grid = self.maker, self.maker.grid
-        part = slice(self.cursor * self.batch, (self.cursor + 1) * self.batch)
-        self.cursor = (self.cursor + 1) % self.groups
-        x, index, ids, left = self.x[part], self.index[part], self.ids[part], self.left[part]
-        pos, neg = maker.predictor(x, grid.timestep(index), maker.rows(ids))
-        x_next, x0 = guided_step(pos, neg, x, maker.predictor.w, grid.step[index + 1])
-
-        no_room = index == grid.steps - 1
-        here = no_room.view(-1, *[1] * (x.ndim - 1))
-        final = self.final[part]
-        pair_index = torch.where(no_room, -1, index)
-        pair_ids = torch.where(no_room, ids - self.total_slots, ids)
-        pairs = maker.finish(torch.where(here, final, x), pair_index, torch.where(here, final, x0), pair_ids)
-        pairs = replace(pairs, weight=self.weight[pair_index + 1])
-
-        ended = left == 0
-        gone = ended.view(-1, *[1] * (x.ndim - 1))
-        new_ids = torch.where(ended, ids + self.total_slots, ids)
-        first, first_index, first_left = self._begin(new_ids)
-        self.final[part] = torch.where(gone, x_next, final)
-        self.x[part] = torch.where(gone, first, x_next)
-        self.index[part] = torch.where(ended, first_index, index - 1)
-        self.left[part] = torch.where(ended, first_left, left - 1)
-        self.ids[part] = new_ids
-        return pairs
+        maker, group = self.maker, self.cursor
+        self.cursor = (group + 1) % self.groups
+        slots, x = self.slots[group], self.x[group]
+        final = None if self.final is None else self.final[group]
+        pos, neg = maker.predictor(x, maker.grid.timestep(slots[0]), slots[3])
+        target, x_s, pairs, weight = tdft_step(
+            pos, neg, x, final, slots, self._next_slots, self.tables, self.rules, self.latents
+        )
+        slots.copy_(self._next_slots)
+        t, s, sample_ids, rows = pairs
+        return Pairs(x_s=x_s, s=s, target=target, t=t, rows=rows, weight=weight, sample_ids=sample_ids)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All slots of this rank as (groups, lanes, ...); the lanes of all ranks side by side are those of one."""
-        lanes = (self.groups, self.batch)
-        state = {name: getattr(self, name).unflatten(0, lanes) for name in ("x", "final", "index", "left", "ids")}
-        return {**state, "cursor": torch.tensor(self.cursor)}
+        names = ("index", "ids", "left", "rows")
+        state = {name: column.contiguous() for name, column in zip(names, self.slots.unbind(1), strict=True)}
+        state |= {"x": self.x, "cursor": torch.tensor(self.cursor)}
+        return state if self.final is None else state | {"final": self.final}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict()`."""
-        for name in ("x", "final", "index", "left", "ids"):
-            getattr(self, name).copy_(state[name].flatten(0, 1))
+        self.slots.copy_(torch.stack([state[name] for name in ("index", "ids", "left", "rows")], dim=1))
+        self.x.copy_(state["x"])
+        if self.final is not None:
+            self.final.copy_(state["final"])
         self.cursor, self.filled = int(state["cursor"]), True

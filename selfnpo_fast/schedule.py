@@ -87,11 +87,16 @@ def x0_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
     return _output_as_x0_eps(schedule, t)[:, :2]
 
 
-def ddim_coefficients(schedule: NoiseSchedule, t: torch.Tensor, t_prev: torch.Tensor) -> torch.Tensor:
-    """(n, 4) float64: x0 as above and the deterministic DDIM step (eta = 0) x_{t_prev} = k2 x_t + k3 p."""
+def ddim_coefficients(
+    schedule: NoiseSchedule, t: torch.Tensor, t_prev: torch.Tensor, w: float = 0.0
+) -> torch.Tensor:
+    """(n, 7) float64, the rows of `guided_step`: x0 as above, the deterministic DDIM step (eta = 0)
+    x_{t_prev} = k2 x_t + k3 p, nothing of x0_prev and noise, and guidance w.
+    """
     c0, c1, c2, c3 = _output_as_x0_eps(schedule, t).unbind(-1)
     alpha, sigma = schedule.alpha_sigma(t_prev)
-    return torch.stack([c0, c1, alpha * c0 + sigma * c2, alpha * c1 + sigma * c3], dim=-1)
+    zero = torch.zeros_like(alpha)
+    return torch.stack([c0, c1, alpha * c0 + sigma * c2, alpha * c1 + sigma * c3, zero, zero, zero + w], dim=-1)
 
 
 def forward_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
@@ -100,8 +105,12 @@ def forward_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tens
 
 
 def renoise_coefficients(schedule: NoiseSchedule, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """(n, 2) float64 for s > t: x_s = k0 x_t + k1 noise (Eq. 16). alpha_t is never 0, since t is not the last step."""
+    """(..., 2) float64 for s > t of equal shapes (...): x_s = k0 x_t + k1 noise (Eq. 16).
+
+    alpha_t is never 0, since t is not the last step. Entries where s <= t are 0: no noise leads there.
+    """
     alpha_t, sigma_t = schedule.alpha_sigma(t)
     alpha_s, sigma_s = schedule.alpha_sigma(s)
-    ratio = alpha_s / alpha_t
-    return torch.stack([ratio, (sigma_s.square() - (sigma_t * ratio).square()).clamp(min=0).sqrt()], dim=-1)
+    ratio = torch.where(s > t, alpha_s / alpha_t, 0)
+    added = (sigma_s.square() - (sigma_t * ratio).square()).clamp(min=0).sqrt()
+    return torch.stack([ratio, torch.where(s > t, added, 0)], dim=-1)

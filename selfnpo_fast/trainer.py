@@ -46,7 +46,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     adapter = load_adapter(
         model.path, revision=model.revision, variant=model.variant, resolution=model.resolution
     )
-    Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"))
+    Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"), w=config.rollout.w)
     if config.log.sample_every >= 0:
         check_steps(adapter, config.log.sample_steps, "log.sample_steps")
     latents = None
@@ -89,7 +89,10 @@ class Trainer:
         self.engine = StudentEngine(config, student, world)
         if config.reference.kind == "ema":
             self.reference: Reference = MovingReference(
-                reference, self.engine.trainable, config.reference.decay, self.engine.gather
+                reference,
+                self.engine.trainable,
+                config.reference.decay,
+                self.engine.gather if self.engine.stage == 3 else None,
             )
         else:
             self.reference = Reference(reference)
@@ -102,9 +105,16 @@ class Trainer:
         predictor = GuidedPredictor(
             lambda x, t, cond: self.adapter.predict(self.reference.module, x, t, cond), self.table, config.rollout.w
         )
+        grid = Grid.build(
+            self.adapter.schedule,
+            config.rollout.grid_steps,
+            world.device,
+            w=config.rollout.w,
+            noising=config.rollout.noising,
+        )
         maker = PairMaker(
             predictor,
-            Grid.build(self.adapter.schedule, config.rollout.grid_steps, world.device),
+            grid,
             config.rollout,
             latent_shape=self.adapter.latent_shape,
             items=self.table.prompts,

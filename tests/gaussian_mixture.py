@@ -55,7 +55,7 @@ def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE
     data = mixture.sample(table.rows["weights"][1:], rng(7)).float() if setting.start == "data" else None
     return PairMaker(
         GuidedPredictor(ExactDenoiser(mixture, schedule), table, setting.w),
-        Grid.build(schedule, setting.grid_steps, CPU),
+        Grid.build(schedule, setting.grid_steps, CPU, w=setting.w, noising=setting.noising),
         setting,
         latent_shape=SHAPE,
         items=4,
@@ -80,7 +80,7 @@ def forward_process(x0: torch.Tensor, t: int, seed: int) -> torch.Tensor:
 
 def rollout_of_no_steps(index: int, s: int, count: int, noising: str, mixture=MIXTURE, table=TABLE):
     """The product's (x_s, target), where x_t is drawn exactly from p_t: noised exact data that walks zero steps."""
-    maker = make_maker(config(), mixture=mixture, table=table)
+    maker = make_maker(config(noising=noising), mixture=mixture, table=table)
     rows = torch.randint(1, 5, (count,), generator=rng(11))
     draws = LockstepDraws(
         start_index=torch.full((count,), index),
@@ -90,7 +90,7 @@ def rollout_of_no_steps(index: int, s: int, count: int, noising: str, mixture=MI
         renoise=randn(count, *SHAPE, seed=13),
     )
     latents = mixture.sample(table.rows["weights"][rows], rng(14))
-    out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, rows, noising)
+    out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, rows)
     return out.x_s.flatten(1), out.target.flatten(1)
 
 

@@ -27,6 +27,7 @@ LAYERS = [
     {"errors"},
     {"console", "images", "world", "folders"},
     {"schedule", "config"},
+    {"solvers"},
     {"models", "lora", "prompts", "latents", "conditioning", "objective"},
     {"rollout", "moving_reference", "guidance"},
     {"scoring"},

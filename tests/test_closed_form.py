@@ -335,8 +335,8 @@ def test_continuous_trajectories_are_the_lockstep_ones():
     lockstep = LockstepRollout(maker, batch=8, rank=0, world_size=1)
     seen = set()
     for call in range(3 * STEPS * 3):
-        part = slice(8 * (call % 3), 8 * (call % 3) + 8)
-        here, index = (rollout.x[part].clone(), rollout.index[part].clone()) if call else (None, None)
+        group = call % 3
+        here, index = (rollout.x[group].clone(), rollout.index[group].clone()) if call else (None, None)
         pairs = rollout.next_pairs()
         ids, stop = pairs.sample_ids, torch.where(pairs.t == 0, -1, pairs.t // 100)
         steps = STEPS - 1 - stop

@@ -50,16 +50,23 @@ class Run:
     pool: int = 2
     rank: int = 0
     world_size: int = 1
+    items: int = PROMPTS
 
     def make(self):
-        grid = Grid.build(NoiseSchedule.from_scheduler(scheduler()), self.config.grid_steps, CPU)
+        grid = Grid.build(
+            NoiseSchedule.from_scheduler(scheduler()),
+            self.config.grid_steps,
+            CPU,
+            w=self.config.w,
+            noising=self.config.noising,
+        )
         latents = torch.randn(PROMPTS, *SHAPE, generator=torch.Generator().manual_seed(0))
         maker = PairMaker(
             GuidedPredictor(network, TABLE, self.config.w),
             grid,
             self.config,
             latent_shape=SHAPE,
-            items=PROMPTS,
+            items=self.items,
             latents=latents if self.config.start == "data" else None,
             seed=self.seed,
             dropout=self.dropout,
@@ -270,8 +277,7 @@ def test_prompt_dropout_drops_its_share():
 
 def test_without_the_prompt_in_the_rollout_pairs_do_not_depend_on_it():
     """w = -1 from noise: the trajectory never sees a prompt."""
-    here, there = Run(config(w=-1.0)).make(), Run(config(w=-1.0)).make()
-    there.maker.items = 3  # other prompts for the same samples
+    here, there = Run(config(w=-1.0)).make(), Run(config(w=-1.0), items=3).make()  # other prompts, same samples
     mine, theirs = here.next_pairs(), there.next_pairs()
     assert torch.equal(mine.x_s, theirs.x_s)
     assert not torch.equal(mine.rows, theirs.rows)

@@ -1,23 +1,39 @@
 """Fused operations of truncated diffusion fine-tuning and negative guidance.
 
-Importable alone: needs torch only. The functions here are the public contract; this version serves them all from the
-pure-PyTorch reference in `reference.py`.
+Importable alone: needs torch only. The functions are the public contract, described in `ops.py`; `backends.py` says
+what serves them: Triton on CUDA, a C++ extension on CPUs, plain PyTorch elsewhere.
 """
 
-from selfnpo_kernels.reference import affine_noise, ema_update, guided_step, x0_loss
-from selfnpo_kernels.rng import Draw, NoiseKey, draw_id, normal, permute, philox, randint, uniform
+from selfnpo_kernels import backends
+from selfnpo_kernels.ops import (
+    TdftRules,
+    TdftTables,
+    affine_noise,
+    ema_update,
+    guidance_rescale,
+    guided_step,
+    normal,
+    tdft_step,
+    x0_loss,
+)
+from selfnpo_kernels.rng import Draw, NoiseKey, draw_id, permute, philox, randint, uniform
 
 __all__ = [
     "Draw",
     "NoiseKey",
+    "TdftRules",
+    "TdftTables",
     "affine_noise",
+    "backends",
     "draw_id",
     "ema_update",
+    "guidance_rescale",
     "guided_step",
     "normal",
     "permute",
     "philox",
     "randint",
+    "tdft_step",
     "uniform",
     "x0_loss",
 ]

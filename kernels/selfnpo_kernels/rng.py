@@ -80,15 +80,18 @@ def _blocks(key: NoiseKey, blocks: int) -> torch.Tensor:
     return torch.stack(philox(counter, key.seed), dim=-1)
 
 
-def normal(key: NoiseKey, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normals (B, *shape) float32; element = row-major index within the sample."""
+def normal(key: NoiseKey, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Standard normals (B, *shape), Box-Muller in `dtype` (float32 or float64); element = row-major index in a sample.
+
+    The uniforms are exact in either dtype.
+    """
     count = math.prod(shape)
     bits = _blocks(key, -(-count // 4)) >> 8
-    u1 = (bits[..., 0::2] + 1).float() * 2.0**-24
-    u2 = bits[..., 1::2].float() * 2.0**-24
+    u1 = (bits[..., 0::2] + 1).to(dtype) * 2.0**-24
+    u2 = bits[..., 1::2].to(dtype) * 2.0**-24
     radius, angle = torch.sqrt(-2 * torch.log(u1)), 2 * math.pi * u2
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return pairs.flatten(1)[:, :count].reshape(-1, *shape)
+    return pairs.flatten(1)[:, :count].contiguous().view(-1, *shape)
 
 
 def uniform(key: NoiseKey) -> torch.Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selfnpo_fast.console import logger
 from selfnpo_fast.errors import UserError, one_line
 from selfnpo_fast.schedule import NoiseSchedule
 
@@ -67,6 +68,7 @@ class StableDiffusionAdapter:
         self.path = path
         self._hub = {"revision": revision, "variant": variant}
         self._resolution = resolution
+        self.layout_copies = 0  # outputs that `predict` had to copy into row-major order
 
     @functools.cached_property
     def denoiser_config(self) -> dict:
@@ -217,11 +219,19 @@ class StableDiffusionAdapter:
     def predict(self, denoiser: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """The raw network output (B, C, H, W) at states x (B, C, H, W), timesteps t (B,) and conditioning (B, ...).
 
-        Inputs are cast to the network's dtype; the output keeps it.
+        Inputs are cast to the network's dtype; the output keeps it and is row-major, as the fused ops need it.
         """
         dtype = next(denoiser.parameters()).dtype
         cond = {name: rows.to(dtype) for name, rows in cond.items()}
-        return denoiser(x.to(dtype), t, **self._arguments(cond), return_dict=False)[0]
+        out = denoiser(x.to(dtype), t, **self._arguments(cond), return_dict=False)[0]
+        return out if out.is_contiguous() else self._row_major(out)
+
+    def _row_major(self, out: torch.Tensor) -> torch.Tensor:
+        """A channels_last network output made row-major: one copy, counted and said once."""
+        if not self.layout_copies and not torch.compiler.is_compiling():
+            logger.info("network outputs are made row-major: one copy of %s per forward", tuple(out.shape))
+        self.layout_copies += 1
+        return out.contiguous()
 
     @staticmethod
     def _arguments(cond: Conditioning) -> dict:
