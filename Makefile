@@ -9,11 +9,12 @@ STAMP := .venv/.selfnpo
 
 setup: $(STAMP)
 
-# torch first and by exact version: a range can pull a second, larger build; torch then serves DeepSpeed's own build.
-$(STAMP): pyproject.toml setup.py
+# torch first and by exact version: a range can pull a second, larger build; torch then serves our C++ extension and
+# DeepSpeed's own build.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cpu/kernels/*.*)
 	@echo "setup: torch, triton, then selfnpo_fast and its dependencies, into .venv (minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) setuptools wheel torch==2.13.0
+	@$(PIP) setuptools wheel ninja torch==2.13.0
 	@$(PIP) triton==3.7.1
 	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images, sample_latents, start_noise
@@ -77,7 +81,7 @@ def other() -> torch.nn.Module:
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    # Observed 9e-7: the stock pipeline runs both branches as one batch.
+    # Observed 1.1e-6: the stock pipeline runs both branches as one batch.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
 
 
@@ -133,19 +137,153 @@ def test_negative_takes_the_unconditional_branch(plain, other, negative_prompt):
     assert (ours - plain.latents(solver="ddim", guidance_scale=3.0)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("solver", ["dpm++", "euler"])
 @torch.no_grad()
-def test_negative_in_a_loop_over_the_stock_scheduler(plain, other, solver):
-    scheduler = SCHEDULERS[solver].from_config(plain.pipe.scheduler.config)
-    scheduler.set_timesteps(STEPS)
-    row, empty = plain.prompts["encoder_hidden_states"], plain.empty["encoder_hidden_states"]
-    x = start_noise(SEEDS, (4, 8, 8), CPU) * scheduler.init_noise_sigma
+def stock_loop(
+    scheduler, pos: torch.nn.Module, neg: torch.nn.Module, rows: tuple, seeds: list[int], guidance_scale: float
+) -> torch.Tensor:
+    """Latents by diffusers' `step` in float32 after `set_timesteps`, eager guidance and a network each for two rows."""
+    shape = (pos.config.in_channels, pos.config.sample_size, pos.config.sample_size)
+    row, against = rows
+    x = start_noise(seeds, shape, CPU) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
-        pos = plain.denoiser(scaled, t, row).sample
-        neg = other(scaled, t, empty.repeat(2, 1, 1)).sample
-        x = scheduler.step(neg + 3.0 * (pos - neg), t, x).prev_sample
-    assert_same(plain.latents(other, solver=solver, guidance_scale=3.0), x)
+        p = pos(scaled, t, row).sample
+        if guidance_scale != 1:
+            q = neg(scaled, t, against).sample
+            p = q + guidance_scale * (p - q)
+        x = scheduler.step(p, t, x).prev_sample
+    return x
+
+
+def row_and_empty(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    row, empty = setting.prompts["encoder_hidden_states"], setting.empty["encoder_hidden_states"]
+    return row, empty.expand_as(row)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_negative_in_a_loop_over_the_stock_scheduler(plain, other, monkeypatch, solver, spacing):
+    """Euler starts from less than unit noise when its spacing is not leading."""
+    config = plain.adapter.scheduler_config | {"timestep_spacing": spacing}
+    monkeypatch.setitem(plain.adapter.__dict__, "scheduler_config", config)
+    scheduler = SCHEDULERS[solver].from_config(config)
+    scheduler.set_timesteps(STEPS)
+    theirs = stock_loop(scheduler, plain.denoiser, other, row_and_empty(plain), SEEDS, 3.0)
+    assert_same(plain.latents(other, solver=solver, guidance_scale=3.0), theirs)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the operations on tensors of as many elements as a batch of latents (or two), outside of the networks."""
+
+    def __init__(self, setting: Setting, *networks: torch.nn.Module) -> None:
+        super().__init__()
+        self.size = start_noise(SEEDS, setting.adapter.latent_shape, CPU).numel()
+        self.seen, self.inside = Counter(), False
+        self.hooks = []
+        for network in networks:
+            self.hooks += [
+                network.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)),
+                network.register_forward_hook(lambda *_: setattr(self, "inside", False)),
+            ]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        if not self.inside and any(t.numel() in (self.size, 2 * self.size) for t in tensors):
+            self.seen[f"{func.namespace}.{func.overloadpacket.__name__}"] += 1
+        return out
+
+    def __exit__(self, *args):
+        for hook in self.hooks:
+            hook.remove()
+        return super().__exit__(*args)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_a_step_is_one_fused_call(plain, other, solver, guidance_scale):
+    with Recorder(plain, plain.denoiser, other) as recorder:
+        plain.latents(other, solver=solver, guidance_scale=guidance_scale)
+    assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.guided_step": STEPS}
+
+
+def test_a_start_below_unit_noise_is_fused_too(plain, monkeypatch):
+    config = plain.adapter.scheduler_config | {"timestep_spacing": "trailing"}
+    monkeypatch.setitem(plain.adapter.__dict__, "scheduler_config", config)
+    with Recorder(plain, plain.denoiser) as recorder:
+        plain.latents(solver="euler")
+    assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.affine_noise": 1, "selfnpo.guided_step": STEPS}
+
+
+def test_what_is_not_fused_is_seen(plain, other):
+    """The same recorder on diffusers' own loop."""
+    scheduler = SCHEDULERS["dpm++"].from_config(plain.pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    with Recorder(plain, plain.denoiser, other) as recorder:
+        stock_loop(scheduler, plain.denoiser, other, row_and_empty(plain), SEEDS, 4.0)
+    assert recorder.seen["aten.mul"] >= 4 * STEPS
+    assert recorder.seen["aten.sub"] >= 2 * STEPS
+
+
+@pytest.fixture(scope="module")
+def low(plain) -> torch.nn.Module:
+    return plain.adapter.load_denoiser(torch.bfloat16)
+
+
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_the_state_stays_float32_beside_a_bfloat16_network(plain, low, solver):
+    """One step, so that both see the same input; nothing but the network's input is converted."""
+    scheduler = SCHEDULERS[solver].from_config(plain.pipe.scheduler.config)
+    scheduler.set_timesteps(1)
+    noise, (row, empty) = start_noise(SEEDS, (4, 8, 8), CPU), row_and_empty(plain)
+    t = scheduler.timesteps[0]
+    with torch.no_grad():
+        pos, neg = (low(noise.bfloat16(), t, rows.bfloat16()).sample.float() for rows in (row, empty))
+    x = noise * scheduler.init_noise_sigma
+    scheduler.scale_model_input(x, t)
+    theirs = scheduler.step(neg + 4.0 * (pos - neg), t, x).prev_sample
+
+    config = SamplerConfig(steps=1, guidance_scale=4.0, solver=solver)
+    with Recorder(plain, low) as recorder:
+        ours = sample_latents(plain.adapter, low, None, plain.prompts, plain.empty, SEEDS, config)
+    assert ours.dtype == torch.float32
+    assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.guided_step": 1, "aten._to_copy": 2}
+    assert_same(ours, theirs)
+
+
+def test_a_channels_last_network_changes_nothing(plain):
+    moved = copy.deepcopy(plain.denoiser).to(memory_format=torch.channels_last)
+    before = plain.adapter.layout_copies
+    arguments = (plain.prompts, plain.empty, SEEDS, SamplerConfig(steps=STEPS))
+    assert_same(sample_latents(plain.adapter, moved, None, *arguments), plain.latents())
+    assert plain.adapter.layout_copies == before + 2 * STEPS, "its outputs are channels_last"
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple:
+    """The embedded model: adapter, denoiser, a damaged copy of it, rows of three prompts and of the empty one."""
+    adapter = load_adapter("digits")
+    denoiser = adapter.load_denoiser(torch.float32)
+    worse = copy.deepcopy(denoiser)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in worse.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    prompts = [f"a red handwritten {digit} on a yellow background" for digit in ("zero", "four", "seven")]
+    return adapter, denoiser, worse, adapter.encode_prompts(prompts, CPU), adapter.encode_empty(CPU)
+
+
+@pytest.mark.parametrize("with_negative", [False, True])
+@pytest.mark.parametrize("solver", list(SCHEDULERS))
+def test_digits_are_those_of_the_stock_scheduler(digits, solver, with_negative):
+    adapter, denoiser, worse, prompts, empty = digits
+    scheduler, seeds = SCHEDULERS[solver].from_config(adapter.scheduler_config), [0, 1, 2]
+    scheduler.set_timesteps(12)
+    rows = prompts["encoder_hidden_states"], empty["encoder_hidden_states"].expand(3, -1, -1)
+    latents = stock_loop(scheduler, denoiser, worse if with_negative else denoiser, rows, seeds, 2.5)
+    config = SamplerConfig(steps=12, guidance_scale=2.5, solver=solver)
+    ours = sample_images(adapter, denoiser, worse if with_negative else None, prompts, empty, seeds, config)
+    torch.testing.assert_close(ours, adapter.decode(latents), rtol=0, atol=4e-5)  # observed 8e-6
 
 
 @pytest.mark.parametrize("solver", list(SCHEDULERS))

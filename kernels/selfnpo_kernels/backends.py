@@ -122,8 +122,10 @@ def _tensors(arguments) -> Iterator[torch.Tensor]:
 def implementation(op: str, arguments: tuple) -> Callable:
     """The function that serves this call."""
     tensors = list(_tensors(arguments))
+    if not tensors:  # an empty list of parameters
+        return getattr(reference, op)
     float64 = any(t.dtype == torch.float64 for t in tensors) or torch.float64 in arguments
-    name = backend_of(tensors[0].device.type if tensors else "cpu", float64)
+    name = backend_of(tensors[0].device.type, float64)
     if name == "reference":
         return getattr(reference, op)
     return getattr((_cpp() if name == "cpp" else _triton())[0], op)

@@ -156,6 +156,8 @@ def tdft_step(
         if tuple(latents.shape) != (items, *x.shape[1:]):
             _fail(op, "latents", f"has shape {tuple(latents.shape)}; expected {(items, *x.shape[1:])}")
     batch, rows = x.shape[0], timesteps.shape[0]
+    if rows < (2 if latents is None else 3):
+        _fail(op, "timesteps", f"has {rows} rows; expected t = 0 and a grid of one step, or of two from data")
     _exactly(op, "slots", slots, (4, batch), torch.int64, x)
     _exactly(op, "next_slots", next_slots, (4, batch), torch.int64, x)
     _exactly(op, "timesteps", timesteps, (rows,), torch.int64, x)

@@ -1,7 +1,7 @@
 """Guided sampling with a negative model.
 
 p = p_neg + guidance_scale (p_pos - p_neg), diffusers' convention: guidance_scale = omega + 1. Without a negative model
-this is plain classifier-free guidance.
+this is plain classifier-free guidance. Beyond the networks a step is one fused call: guidance, x0 and the solver.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import nn
 
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.models import StableDiffusionAdapter
-from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
+from selfnpo_fast.solvers import solver_steps
+from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, guided_step, normal
 
 SOLVERS = ("dpm++", "ddim", "euler")
 
@@ -92,21 +93,21 @@ def sample_latents(
     device = next(denoiser.parameters()).device
     scheduler = make_scheduler(config.solver, adapter.scheduler_config)
     check_steps(adapter, config.steps)
-    scheduler.set_timesteps(config.steps, device=device)
-    x = start_noise(seeds, adapter.latent_shape, device) * scheduler.init_noise_sigma
-    guided = config.guidance_scale != 1
+    scheduler.set_timesteps(config.steps)
+    solver = solver_steps(scheduler, w=config.guidance_scale - 1)
+    k, timesteps, keeps_x0 = solver.k.float().to(device), solver.timesteps.to(device), solver.keeps_x0
     negative_rows = {name: rows.expand(len(seeds), *rows.shape[1:]) for name, rows in empty.items()}
     if negative is not None and config.negative_prompt == "same":
         negative_rows = prompts
-    for t in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(x, t)
-        steps = t.to(device).expand(len(seeds))
-        pred = adapter.predict(denoiser, model_input, steps, prompts).float()
-        if guided:
-            branch = denoiser if negative is None else negative
-            against = adapter.predict(branch, model_input, steps, negative_rows).float()
-            pred = against + config.guidance_scale * (pred - against)
-        x = scheduler.step(pred, t, x).prev_sample
+    against = denoiser if negative is None else negative
+    x, x0 = start_noise(seeds, adapter.latent_shape, device), None
+    if solver.init_scale != 1:
+        x = affine_noise(x, torch.tensor([[solver.init_scale, 0.0]], device=device), x)
+    for i in range(len(k)):
+        t = timesteps[i].expand(len(seeds))
+        pos = adapter.predict(denoiser, x, t, prompts)
+        neg = adapter.predict(against, x, t, negative_rows) if config.guidance_scale != 1 else None
+        x, x0 = guided_step(pos, neg, x, k[i : i + 1], x0_prev=x0 if keeps_x0 else None)
     return x
 
 

@@ -1,0 +1,123 @@
+// What the bindings (cpu/<op>.cpp) hand to the kernels (cpu/kernels/<op>.cpp, compiled once per instruction set).
+// Shapes and dtypes have been checked in kernels/selfnpo_kernels/checks.py. B samples of N elements each.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+
+namespace selfnpo {
+
+// A tensor of float32, bfloat16 or float16; data is null where an optional one is absent.
+struct Array {
+  void* data = nullptr;
+  c10::ScalarType type = c10::ScalarType::Float;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// A coefficient table of `columns` columns: each sample's row by index, by its own number, or one for all.
+struct Table {
+  const float* data;
+  int64_t rows, columns;
+  const int64_t* index;
+  const float* row(int64_t b) const { return data + (index ? index[b] : rows == 1 ? 0 : b) * columns; }
+};
+
+// The normals that an op draws for itself, if any.
+struct Noise {
+  bool drawn = false;
+  uint64_t seed = 0;
+  const int64_t* sample_ids = nullptr;
+  int64_t draw = 0;
+  const int64_t* draws = nullptr;
+};
+
+struct NormalArgs {
+  int64_t B, N;
+  Array out;
+  Noise noise;
+};
+
+struct AffineNoiseArgs {
+  int64_t B, N;
+  Array x, noise_tensor, out;
+  Table k;
+  Noise noise;
+};
+
+struct GuidedStepArgs {
+  int64_t B, N;
+  Array pos, neg, x, x0_prev, noise_tensor, x_next, x0;
+  Table k;
+  const float* scale;
+  Noise noise;
+};
+
+struct GuidanceRescaleArgs {
+  int64_t B, N;
+  Array pos, neg;
+  Table k;
+  float phi;
+  float* out;
+};
+
+struct TdftStepArgs {
+  int64_t B, N, T, grid_rows;
+  Array pos, neg, x, final, latents, target, x_s;
+  const int64_t* slots;
+  int64_t* next_slots;
+  const float *step, *start, *renoise, *weights;
+  const int64_t* timesteps;
+  int64_t items, stride, max_steps;
+  uint64_t seed;
+  float dropout;
+  bool shuffled, naive;
+  int64_t* pairs;
+  float* weight;
+};
+
+struct X0LossArgs {
+  int64_t B, N;
+  Array pred, x_s, target, slope;
+  Table k;
+  const float* weight;
+  bool huber;
+  float c;
+  float *loss, *per_sample;
+};
+
+struct X0LossBackwardArgs {
+  int64_t B, N;
+  Array slope, out;
+  Table k;
+  const float *weight, *grad;
+};
+
+struct EmaUpdateArgs {
+  int64_t count;
+  const int64_t* sizes;
+  float* const* masters;
+  const Array* live;
+  const Array* shadows;  // null where there are none
+  double decay;
+};
+
+// One set of kernels per instruction set; `kernels()` gives the one for this machine.
+struct Kernels {
+  const char* name;
+  void (*normal)(const NormalArgs&);
+  void (*affine_noise)(const AffineNoiseArgs&);
+  void (*guided_step)(const GuidedStepArgs&);
+  void (*guidance_rescale)(const GuidanceRescaleArgs&);
+  void (*tdft_step)(const TdftStepArgs&);
+  void (*x0_loss)(const X0LossArgs&);
+  void (*x0_loss_backward)(const X0LossBackwardArgs&);
+  void (*ema_update)(const EmaUpdateArgs&);
+};
+
+const Kernels& kernels();
+
+// True where streaming stores pay: outputs of this many bytes cannot stay in the last-level cache, and rows are aligned.
+bool streams(int64_t bytes, int64_t row);
+
+}  // namespace selfnpo
