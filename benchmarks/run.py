@@ -26,6 +26,7 @@ if not __package__:  # run as a script: Python put this folder on the path, not 
 from benchmarks.environment import RESULTS, describe, pick_device, slug  # noqa: E402
 
 BENCHMARKS: dict[str, Sequence[str]] = {
+    "bench_ops": (sys.executable, "-m", "benchmarks.bench_ops"),
     "bench_step": (sys.executable, "-m", "benchmarks.bench_step"),
 }
 """Commands by name. Each takes --device, --output (a JSON file) and --quick, and exits with 0 if its numbers hold."""

@@ -8,7 +8,7 @@
 static PyObject* capability(PyObject*, PyObject*) { return PyUnicode_FromString(selfnpo::kernels().name); }
 
 static PyMethodDef methods[] = {
-    {"capability", capability, METH_NOARGS, "AVX2 or DEFAULT: what the kernels chosen for this machine are made for."},
+    {"capability", capability, METH_NOARGS, "AVX512, AVX2 or DEFAULT: what the kernels chosen for this machine are made for."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -54,7 +54,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Grid:
-    """Timesteps and coefficients of one rollout grid; row i + 1 of each table belongs to grid index i, row 0 to t = 0."""
+    """Timesteps and coefficients of one rollout grid; row i + 1 of a table belongs to grid index i, row 0 to t = 0."""
 
     schedule: NoiseSchedule
     timesteps: torch.Tensor  # (N + 1,) int64: 0, then the grid in ascending order

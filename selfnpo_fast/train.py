@@ -117,6 +117,7 @@ def _run(request: Request, output: Path, world, stop) -> None:
     from selfnpo_fast.trainer import Trainer, load_inputs
 
     config, replaying, newest = request.config, request.replay_step is not None, None
+    kernels = _kernels(world.device.type)
     if request.resume or replaying:
         newest = newest_checkpoint(output / "checkpoints", config, world, before=request.replay_step)
     trainer = Trainer(config, load_inputs(config, world), world, output)
@@ -135,7 +136,7 @@ def _run(request: Request, output: Path, world, stop) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_file(output / "config.yaml", request.text)
     setup_logging(world.rank, output / "train.log")
-    describe(config, world, trainer)
+    describe(config, world, trainer, kernels)
     recorder.open(output, trainer.update)
     try:
         negative = trainer.run(recorder, stop)
@@ -145,12 +146,22 @@ def _run(request: Request, output: Path, world, stop) -> None:
         logger.info("negative model: %s", negative)
 
 
-def describe(config: TrainConfig, world, trainer) -> None:
+def _kernels(device_type: str) -> str:
+    """What serves the fused ops. Raises UserError where SELFNPO_BACKEND asks for a backend that is not there."""
+    from selfnpo_kernels import backends
+
+    try:
+        return backends.describe(device_type)
+    except backends.BackendError as error:
+        raise UserError(str(error)) from error
+
+
+def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
     """Say once what was chosen."""
     trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainer.engine.trainable)
     logger.info(
         "%s: %d prompts, %.2f M trained parameters (%s), %s on %d x %s, ZeRO %d, %s rollouts from %s with w = %g, "
-        "%s reference, kernels: PyTorch reference",
+        "%s reference, kernels: %s",
         config.model.path,
         trainer.table.prompts,
         trained / 1e6,
@@ -163,6 +174,7 @@ def describe(config: TrainConfig, world, trainer) -> None:
         config.rollout.start,
         config.rollout.w,
         config.reference.kind,
+        kernels,
     )
 
 

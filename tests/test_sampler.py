@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from dispatched import Dispatched
 
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images, sample_latents, start_noise
@@ -172,37 +170,16 @@ def test_negative_in_a_loop_over_the_stock_scheduler(plain, other, monkeypatch, 
     assert_same(plain.latents(other, solver=solver, guidance_scale=3.0), theirs)
 
 
-class Recorder(TorchDispatchMode):
+def recorder_of(setting: Setting, *networks: torch.nn.Module) -> Dispatched:
     """Counts the operations on tensors of as many elements as a batch of latents (or two), outside of the networks."""
-
-    def __init__(self, setting: Setting, *networks: torch.nn.Module) -> None:
-        super().__init__()
-        self.size = start_noise(SEEDS, setting.adapter.latent_shape, CPU).numel()
-        self.seen, self.inside = Counter(), False
-        self.hooks = []
-        for network in networks:
-            self.hooks += [
-                network.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)),
-                network.register_forward_hook(lambda *_: setattr(self, "inside", False)),
-            ]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
-        if not self.inside and any(t.numel() in (self.size, 2 * self.size) for t in tensors):
-            self.seen[f"{func.namespace}.{func.overloadpacket.__name__}"] += 1
-        return out
-
-    def __exit__(self, *args):
-        for hook in self.hooks:
-            hook.remove()
-        return super().__exit__(*args)
+    size = start_noise(SEEDS, setting.adapter.latent_shape, CPU).numel()
+    return Dispatched({size, 2 * size}, *networks)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("solver", list(SCHEDULERS))
 def test_a_step_is_one_fused_call(plain, other, solver, guidance_scale):
-    with Recorder(plain, plain.denoiser, other) as recorder:
+    with recorder_of(plain, plain.denoiser, other) as recorder:
         plain.latents(other, solver=solver, guidance_scale=guidance_scale)
     assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.guided_step": STEPS}
 
@@ -210,7 +187,7 @@ def test_a_step_is_one_fused_call(plain, other, solver, guidance_scale):
 def test_a_start_below_unit_noise_is_fused_too(plain, monkeypatch):
     config = plain.adapter.scheduler_config | {"timestep_spacing": "trailing"}
     monkeypatch.setitem(plain.adapter.__dict__, "scheduler_config", config)
-    with Recorder(plain, plain.denoiser) as recorder:
+    with recorder_of(plain, plain.denoiser) as recorder:
         plain.latents(solver="euler")
     assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.affine_noise": 1, "selfnpo.guided_step": STEPS}
 
@@ -219,7 +196,7 @@ def test_what_is_not_fused_is_seen(plain, other):
     """The same recorder on diffusers' own loop."""
     scheduler = SCHEDULERS["dpm++"].from_config(plain.pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
-    with Recorder(plain, plain.denoiser, other) as recorder:
+    with recorder_of(plain, plain.denoiser, other) as recorder:
         stock_loop(scheduler, plain.denoiser, other, row_and_empty(plain), SEEDS, 4.0)
     assert recorder.seen["aten.mul"] >= 4 * STEPS
     assert recorder.seen["aten.sub"] >= 2 * STEPS
@@ -244,7 +221,7 @@ def test_the_state_stays_float32_beside_a_bfloat16_network(plain, low, solver):
     theirs = scheduler.step(neg + 4.0 * (pos - neg), t, x).prev_sample
 
     config = SamplerConfig(steps=1, guidance_scale=4.0, solver=solver)
-    with Recorder(plain, low) as recorder:
+    with recorder_of(plain, low) as recorder:
         ours = sample_latents(plain.adapter, low, None, plain.prompts, plain.empty, SEEDS, config)
     assert ours.dtype == torch.float32
     assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.guided_step": 1, "aten._to_copy": 2}

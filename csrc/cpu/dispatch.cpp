@@ -1,4 +1,5 @@
 // Chooses the kernels of this machine's instruction set, once: as torch itself does, and as ATEN_CPU_CAPABILITY says.
+// (torch calls a machine AVX512 only where it has the f, vl, bw and dq extensions that ours are compiled for.)
 #include <ATen/Version.h>
 #include <unistd.h>
 
@@ -24,15 +25,17 @@
 namespace selfnpo {
 
 SELFNPO_DECLARE(DEFAULT)
-#ifdef SELFNPO_HAVE_AVX2
+#ifdef SELFNPO_X86
 SELFNPO_DECLARE(AVX2)
+SELFNPO_DECLARE(AVX512)
 #endif
 
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
-#ifdef SELFNPO_HAVE_AVX2
-    const std::string capability = at::get_cpu_capability();  // AVX512 machines have AVX2
-    if (capability == "AVX2" || capability == "AVX512") return kernels_AVX2;
+#ifdef SELFNPO_X86
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return kernels_AVX512;
+    if (capability == "AVX2") return kernels_AVX2;
 #endif
     return kernels_DEFAULT;
   }();

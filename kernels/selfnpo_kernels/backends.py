@@ -111,6 +111,12 @@ def backend_of(device_type: str, float64: bool = False) -> str:
     return forced
 
 
+def describe(device_type: str) -> str:
+    """The backend of a device's tensors in a few words, for a log: `cpp (C++, AVX2)`."""
+    name = backend_of(device_type)
+    return f"{name} ({available(name)[1]})"
+
+
 def _tensors(arguments) -> Iterator[torch.Tensor]:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
@@ -124,7 +130,7 @@ def implementation(op: str, arguments: tuple) -> Callable:
     tensors = list(_tensors(arguments))
     if not tensors:  # an empty list of parameters
         return getattr(reference, op)
-    float64 = any(t.dtype == torch.float64 for t in tensors) or torch.float64 in arguments
+    float64 = any(t.dtype == torch.float64 for t in tensors) or any(a is torch.float64 for a in arguments)
     name = backend_of(tensors[0].device.type, float64)
     if name == "reference":
         return getattr(reference, op)

@@ -20,7 +20,7 @@ def no_gradient(op: str, **tensors) -> None:
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                raise ValueError(f"{op}: {name} requires a gradient, and the op has none; call it under torch.no_grad()")
+                _fail(op, name, "requires a gradient, and the op has none; call it under torch.no_grad()")
 
 
 def _fail(op: str, name: str, what: str) -> None:
@@ -50,8 +50,9 @@ def _device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> Non
 
 def _exactly(op: str, name: str, tensor: torch.Tensor, shape: tuple, dtype: torch.dtype, like: torch.Tensor) -> None:
     """A contiguous tensor of one shape and dtype; float64 in place of float32 where the call is float64 anyway."""
-    wrong = tensor.dtype != dtype and not (dtype == torch.float32 and tensor.dtype == torch.float64)
-    if wrong or tensor.ndim != len(shape) or any(n is not None and m != n for m, n in zip(tensor.shape, shape, strict=False)):
+    right = tensor.dtype == dtype or (dtype == torch.float32 and tensor.dtype == torch.float64)
+    right = right and tensor.ndim == len(shape)
+    if not (right and all(n is None or m == n for m, n in zip(tensor.shape, shape, strict=True))):
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         _fail(op, name, f"is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} of shape ({wanted})")
     if not tensor.is_contiguous():
@@ -112,7 +113,7 @@ def guidance_rescale(pos, neg, k, index, phi):
     _table("guidance_rescale", k, 7, index, pos)
     if not 0 <= phi <= 1:
         _fail("guidance_rescale", "phi", f"is {phi}; expected 0 to 1")
-    if pos[0].numel() < 2:
+    if pos.shape[1:].numel() < 2:
         _fail("guidance_rescale", "pos", "has one element per sample, whose standard deviation is not defined")
 
 

@@ -14,7 +14,7 @@ def load() -> tuple[object | None, str]:
     """(a namespace with one function per op, or None; why)."""
     global _LIBRARY
     try:
-        module = importlib.import_module("selfnpo_kernels._cpp")
+        importlib.import_module("selfnpo_kernels._cpp")
     except ImportError as error:
         return None, f"the extension was not built, or not for this torch ({error}); see csrc/README.md"
     if _LIBRARY is None:
@@ -28,5 +28,5 @@ def load() -> tuple[object | None, str]:
 
 @functools.cache
 def capability() -> str:
-    """The instruction set that the extension chose on this machine: AVX2 or DEFAULT (scalar)."""
+    """The instruction set that the extension chose on this machine: AVX512, AVX2 or DEFAULT (scalar)."""
     return importlib.import_module("selfnpo_kernels._cpp").capability()

@@ -143,7 +143,7 @@ def guided_step(
     `guidance_rescale`; x0_prev (B, ...) in x's dtype, for DPM-Solver++(2M); noise (B, ...) or its key, for stochastic
     solvers. diffusers' guidance_scale is w + 1. Returns `(x_next, x0)`, each (B, ...) in x's dtype.
     """
-    checks.no_gradient("guided_step", pos=pos, neg=neg, x=x)
+    checks.no_gradient("guided_step", pos=pos, neg=neg, x=x, scale=scale, x0_prev=x0_prev, noise=noise)
     return torch.ops.selfnpo.guided_step(pos, neg, x, k, index, scale, x0_prev, *_noise_arguments(noise))
 
 
@@ -171,7 +171,7 @@ def tdft_step(
     Returns `(target, x_s, pairs, weight)`: target and x_s (B, ...) in x's dtype; pairs (4, B) int64 with t, s, sample
     id and the student's row; weight (B,) float32.
     """
-    checks.no_gradient("tdft_step", pos=pos, neg=neg, x=x)
+    checks.no_gradient("tdft_step", pos=pos, neg=neg, x=x, final=final, latents=latents)
     return torch.ops.selfnpo.tdft_step(
         pos, neg, x, final, slots, next_slots,
         tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, latents,
@@ -196,7 +196,7 @@ def x0_loss(
     authors' pseudo-Huber mean(sqrt(d^2 + c^2) - c). Returns the weighted mean over the batch, a scalar that carries
     gradients to `pred` (and to nothing else), and the unweighted loss per sample (B,), detached.
     """
-    checks.no_gradient("x0_loss", x_s=x_s, target=target, weight=weight)
+    checks.no_gradient("x0_loss", x_s=x_s, target=target, k=k, weight=weight)
     slope = torch.is_grad_enabled() and pred.requires_grad
     loss, per_sample, _ = torch.ops.selfnpo.x0_loss(pred, x_s, target, k, index, weight, kind, c, slope)
     return loss, per_sample.detach()
@@ -258,8 +258,8 @@ _FAKES: dict[str, Callable] = {name: globals()[f"_fake_{name}"] for name in SCHE
 
 
 def _x0_loss_setup(ctx, inputs, output) -> None:
-    pred, _, _, k, index, weight, *_ = inputs
-    loss, per_sample, slope = output
+    _, _, _, k, index, weight, *_ = inputs
+    _, per_sample, slope = output
     ctx.mark_non_differentiable(per_sample, slope)
     ctx.save_for_backward(slope, k, index, weight)
 

@@ -19,42 +19,33 @@ struct Moments {
   }
 };
 
-// Mean first, squares about it second, while the block lies in the cache: nothing cancels where the mean is large.
-template <class Value>
-Moments moments(int64_t n, const Value& value) {
-  Vec sum(0.0f);
-  float rest = 0;
-  each(n, [&](auto tag, int64_t i) {
-    using V = decltype(tag);
-    if constexpr (std::is_same_v<V, Vec>) {
-      sum = sum + value(tag, i);
-    } else {
-      rest += value(tag, i);
-    }
-  });
-  const auto total = [](const Vec& v, float more) {
-    float lanes[8];
-    v.store(lanes);
-    double out = more;
-    for (float lane : lanes) out += lane;
-    return out;
-  };
-  const double mean = total(sum, rest) / static_cast<double>(n);
-  const float center = static_cast<float>(mean);
-  Vec squares(0.0f);
-  rest = 0;
-  each(n, [&](auto tag, int64_t i) {
-    using V = decltype(tag);
-    const V d = value(tag, i) - V(center);
-    if constexpr (std::is_same_v<V, Vec>) {
-      squares = fmadd(d, d, squares);
-    } else {
-      rest += d * d;
-    }
-  });
-  const double off = mean - center;
-  return {static_cast<double>(n), mean, total(squares, rest) - static_cast<double>(n) * off * off};
-}
+// Sums of one block of values less its first one: nothing cancels where the mean is large. Eight lanes and a tail.
+struct Sums {
+  float first;
+  Vec sum{0.0f}, squares{0.0f};
+  float tail_sum = 0, tail_squares = 0;
+
+  void add(Vec v) {
+    const Vec d = v - Vec(first);
+    sum = sum + d;
+    squares = fmadd(d, d, squares);
+  }
+  void add(float v) {
+    const float d = v - first;
+    tail_sum += d;
+    tail_squares += d * d;
+  }
+  Moments moments(int64_t n) const {
+    const auto total = [](const Vec& v, double out) {
+      float lanes[8];
+      v.store(lanes);
+      for (float lane : lanes) out += lane;
+      return out;
+    };
+    const double all = total(sum, tail_sum), count = static_cast<double>(n);
+    return {count, first + all / count, total(squares, tail_squares) - all * all / count};
+  }
+};
 
 void guidance_rescale(const GuidanceRescaleArgs& a) {
   const int64_t per_sample = (a.N + kBlock - 1) / kBlock;
@@ -66,12 +57,15 @@ void guidance_rescale(const GuidanceRescaleArgs& a) {
         const auto* neg = at_offset<decltype(tn)>(a.neg, b * a.N + offset);
         const float w = a.k.row(b)[6];
         const int64_t unit = b * per_sample + offset / kBlock;
-        of_pos[unit] = moments(n, [&](auto tag, int64_t i) { return load<decltype(tag)>(pos + i); });
-        of_p[unit] = moments(n, [&](auto tag, int64_t i) {
+        Sums pos_sums{load<float>(pos)}, p_sums{fmadd(w, load<float>(pos) - load<float>(neg), load<float>(pos))};
+        each(n, [&](auto tag, int64_t i) {
           using V = decltype(tag);
           const V p = load<V>(pos + i);
-          return fmadd(V(w), p - load<V>(neg + i), p);
+          pos_sums.add(p);
+          p_sums.add(fmadd(V(w), p - load<V>(neg + i), p));
         });
+        of_pos[unit] = pos_sums.moments(n);
+        of_p[unit] = p_sums.moments(n);
       });
     });
   });

@@ -1,6 +1,8 @@
 // Standard normals of a stream, block by block, in the L1 cache of the thread that uses them.
 #pragma once
 
+#include <bit>
+
 #include "vec.h"
 
 namespace selfnpo {
@@ -39,13 +41,10 @@ constexpr float kHalfPi = 1.57079632679489662f;
 // Two normals of two words: radius sqrt(-2 ln u1), angle 2 pi u2. 4 u2 = q + r with q whole and |r| <= 1/2, exactly.
 inline void box_muller(uint32_t word1, uint32_t word2, float* z) {
   const float u1 = static_cast<float>((word1 >> 8) + 1) * 0x1p-24f;
-  int e;
-  float m = std::frexp(u1, &e);
-  if (m < 0.70710678f) {
-    m *= 2;
-    --e;
-  }
-  const float radius = std::sqrt(-2.0f * log_polynomial<float>(m, static_cast<float>(e)));
+  // Split u1 = m 2^e with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) rounds the exponent.
+  const int32_t root = 0x3F3504F3, shifted = std::bit_cast<int32_t>(u1) - root;
+  const float m = std::bit_cast<float>((shifted & 0x7FFFFF) + root);
+  const float radius = std::sqrt(-2.0f * log_polynomial<float>(m, static_cast<float>(shifted >> 23)));
   const uint32_t turn = word2 >> 8;  // of 2^24
   const uint32_t q = (turn + (1u << 21)) >> 22;
   const float t = static_cast<float>(static_cast<int32_t>(turn) - static_cast<int32_t>(q << 22)) * (0x1p-22f * kHalfPi);
@@ -55,102 +54,194 @@ inline void box_muller(uint32_t word1, uint32_t word2, float* z) {
   z[1] = radius * ((q & 2) ? -s : s);
 }
 
-#ifdef CPU_CAPABILITY_AVX2
+// The generators below make kGroup normals of consecutive counters at a time, in element order, all of them the same
+// numbers: Normals(stream).group(block, z).
 
-struct Words {
-  __m256i w[4];  // word j of 8 counters
+#if defined(CPU_CAPABILITY_AVX2)
+
+// What the generator needs of a register, for 256 and for 512 bits.
+#ifdef SELFNPO_AVX512
+
+struct Floats {
+  __m512 v;
+  Floats(__m512 value) : v(value) {}
+  Floats(float value) : v(_mm512_set1_ps(value)) {}
 };
+inline Floats operator*(Floats a, Floats b) { return _mm512_mul_ps(a.v, b.v); }
+inline Floats operator+(Floats a, Floats b) { return _mm512_add_ps(a.v, b.v); }
+inline Floats operator-(Floats a, Floats b) { return _mm512_sub_ps(a.v, b.v); }
+inline Floats fmadd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Floats sqrt(Floats a) { return _mm512_sqrt_ps(a.v); }
 
-// Ten rounds for 8 consecutive counters. Each 64-bit lane holds one counter's word in its low half (the high half is
-// never looked at), which is what the 32 x 32 -> 64 multiplication wants: even counters in one vector, odd in the other.
-inline Words philox8(const Stream& stream, uint32_t block) {
-  const __m256i m0 = _mm256_set1_epi64x(kMultiplier0), m1 = _mm256_set1_epi64x(kMultiplier1);
-  const __m256i base = _mm256_add_epi64(_mm256_set1_epi64x(block), _mm256_setr_epi64x(0, 2, 4, 6));
-  const __m256i low = _mm256_set1_epi64x(static_cast<uint32_t>(stream.sample_id));
-  const __m256i high = _mm256_set1_epi64x(static_cast<int64_t>(stream.sample_id >> 32));
-  const __m256i draw = _mm256_set1_epi64x(stream.draw);
-  __m256i c[2][4] = {{base, low, high, draw}, {_mm256_add_epi64(base, _mm256_set1_epi64x(1)), low, high, draw}};
-  uint32_t k0 = static_cast<uint32_t>(stream.seed), k1 = stream.seed >> 32;
-  for (int round = 0; round < kRounds; ++round) {
-    const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
-    for (auto& s : c) {
-      const __m256i p0 = _mm256_mul_epu32(s[0], m0), p1 = _mm256_mul_epu32(s[2], m1);
-      s[0] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(s[1], key0));
-      s[1] = p1;
-      s[2] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(s[3], key1));
-      s[3] = p0;
-    }
-    k0 += kWeyl0;
-    k1 += kWeyl1;
-  }
-  Words out;
-  for (int j = 0; j < 4; ++j) out.w[j] = _mm256_blend_epi32(c[0][j], _mm256_slli_epi64(c[1][j], 32), 0xAA);
-  return out;
+using Ints = __m512i;
+inline Ints every32(int value) { return _mm512_set1_epi32(value); }
+inline Ints every64(int64_t value) { return _mm512_set1_epi64(value); }
+inline Ints evens() { return _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14); }
+inline Ints add32(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints sub32(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints add64(Ints a, Ints b) { return _mm512_add_epi64(a, b); }
+inline Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+inline Ints xor3(Ints a, Ints b, Ints c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline Ints multiply(Ints a, Ints b) { return _mm512_mul_epu32(a, b); }
+inline Ints upper(Ints a) { return _mm512_srli_epi64(a, 32); }
+inline Ints interleave(Ints even, Ints odd) { return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)); }
+template <int N> inline Ints left(Ints a) { return _mm512_slli_epi32(a, N); }
+template <int N> inline Ints right(Ints a) { return _mm512_srli_epi32(a, N); }
+template <int N> inline Ints right_signed(Ints a) { return _mm512_srai_epi32(a, N); }
+inline Floats to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Floats as_float(Ints a) { return _mm512_castsi512_ps(a); }
+inline Ints as_int(Floats a) { return _mm512_castps_si512(a.v); }
+inline Floats flip_sign(Floats a, Ints sign) { return _mm512_xor_ps(a.v, _mm512_castsi512_ps(sign)); }
+inline Floats choose(Floats a, Floats b, Ints top_bit) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(top_bit), a.v, b.v);
+}
+constexpr int64_t kGroup = 64;
+
+// Stores a0 b0 c0 d0 a1 b1 ...
+inline void store_interleaved(Floats a, Floats b, Floats c, Floats d, float* z) {
+  const auto pairs = [](__m512 x, __m512 y, bool high) {
+    const __m512d p = _mm512_castps_pd(x), q = _mm512_castps_pd(y);
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(p, q) : _mm512_unpacklo_pd(p, q));
+  };
+  const __m512 ab0 = _mm512_unpacklo_ps(a.v, b.v), ab1 = _mm512_unpackhi_ps(a.v, b.v);
+  const __m512 cd0 = _mm512_unpacklo_ps(c.v, d.v), cd1 = _mm512_unpackhi_ps(c.v, d.v);
+  // r<i> holds counters i, i + 4, i + 8, i + 12 in its quarters.
+  const __m512 r0 = pairs(ab0, cd0, false), r1 = pairs(ab0, cd0, true);
+  const __m512 r2 = pairs(ab1, cd1, false), r3 = pairs(ab1, cd1, true);
+  const __m512 even01 = _mm512_shuffle_f32x4(r0, r1, 0x88), odd01 = _mm512_shuffle_f32x4(r0, r1, 0xDD);
+  const __m512 even23 = _mm512_shuffle_f32x4(r2, r3, 0x88), odd23 = _mm512_shuffle_f32x4(r2, r3, 0xDD);
+  _mm512_storeu_ps(z, _mm512_shuffle_f32x4(even01, even23, 0x88));
+  _mm512_storeu_ps(z + 16, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+  _mm512_storeu_ps(z + 32, _mm512_shuffle_f32x4(even01, even23, 0xDD));
+  _mm512_storeu_ps(z + 48, _mm512_shuffle_f32x4(odd01, odd23, 0xDD));
 }
 
-inline void box_muller8(__m256i word1, __m256i word2, Vec& z0, Vec& z1) {
-  const __m256i one = _mm256_set1_epi32(1);
-  const __m256 u1 = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_srli_epi32(word1, 8), one)),
-                                  _mm256_set1_ps(0x1p-24f));
-  // Split u1 = m 2^e with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) rounds the exponent.
-  const __m256i root = _mm256_set1_epi32(0x3F3504F3);
-  const __m256i shifted = _mm256_sub_epi32(_mm256_castps_si256(u1), root);
-  const __m256i e = _mm256_srai_epi32(shifted, 23);
-  const __m256i mantissa = _mm256_and_si256(shifted, _mm256_set1_epi32(0x7FFFFF));
-  const Vec m = _mm256_castsi256_ps(_mm256_add_epi32(mantissa, root));
-  const Vec radius = (Vec(-2.0f) * log_polynomial<Vec>(m, _mm256_cvtepi32_ps(e))).sqrt();
-  const __m256i turn = _mm256_srli_epi32(word2, 8);
-  const __m256i q = _mm256_srli_epi32(_mm256_add_epi32(turn, _mm256_set1_epi32(1 << 21)), 22);
-  const Vec t = Vec(_mm256_cvtepi32_ps(_mm256_sub_epi32(turn, _mm256_slli_epi32(q, 22)))) * Vec(0x1p-22f * kHalfPi);
-  const __m256 c = cos_polynomial<Vec>(t), s = sin_polynomial<Vec>(t);
-  const __m256 swap = _mm256_castsi256_ps(_mm256_slli_epi32(q, 31));
-  const __m256i two = _mm256_set1_epi32(2);
-  const __m256i minus_c = _mm256_slli_epi32(_mm256_and_si256(_mm256_add_epi32(q, one), two), 30);
-  const __m256i minus_s = _mm256_slli_epi32(_mm256_and_si256(q, two), 30);
-  z0 = radius * Vec(_mm256_xor_ps(_mm256_blendv_ps(c, s, swap), _mm256_castsi256_ps(minus_c)));
-  z1 = radius * Vec(_mm256_xor_ps(_mm256_blendv_ps(s, c, swap), _mm256_castsi256_ps(minus_s)));
-}
+#else
 
-// 32 normals of 8 consecutive counters, in element order.
-inline void normals32(const Stream& stream, uint32_t block, float* z) {
-  const Words words = philox8(stream, block);
-  Vec a, b, c, d;
-  box_muller8(words.w[0], words.w[1], a, b);
-  box_muller8(words.w[2], words.w[3], c, d);
+using Floats = Vec;
+using Ints = __m256i;
+inline Ints every32(int value) { return _mm256_set1_epi32(value); }
+inline Ints every64(int64_t value) { return _mm256_set1_epi64x(value); }
+inline Ints evens() { return _mm256_setr_epi64x(0, 2, 4, 6); }
+inline Ints add32(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints sub32(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+inline Ints add64(Ints a, Ints b) { return _mm256_add_epi64(a, b); }
+inline Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+inline Ints xor3(Ints a, Ints b, Ints c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+inline Ints multiply(Ints a, Ints b) { return _mm256_mul_epu32(a, b); }
+inline Ints upper(Ints a) { return _mm256_srli_epi64(a, 32); }
+inline Ints interleave(Ints even, Ints odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+template <int N> inline Ints left(Ints a) { return _mm256_slli_epi32(a, N); }
+template <int N> inline Ints right(Ints a) { return _mm256_srli_epi32(a, N); }
+template <int N> inline Ints right_signed(Ints a) { return _mm256_srai_epi32(a, N); }
+inline Floats to_float(Ints a) { return _mm256_cvtepi32_ps(a); }
+inline Floats as_float(Ints a) { return _mm256_castsi256_ps(a); }
+inline Ints as_int(Floats a) { return _mm256_castps_si256(a); }
+inline Floats flip_sign(Floats a, Ints sign) { return _mm256_xor_ps(a, _mm256_castsi256_ps(sign)); }
+inline Floats choose(Floats a, Floats b, Ints top_bit) { return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(top_bit)); }
+constexpr int64_t kGroup = 32;
+
+// Stores a0 b0 c0 d0 a1 b1 ...
+inline void store_interleaved(Floats a, Floats b, Floats c, Floats d, float* z) {
+  const auto pairs = [](__m256 x, __m256 y, bool high) {
+    const __m256d p = _mm256_castps_pd(x), q = _mm256_castps_pd(y);
+    return _mm256_castpd_ps(high ? _mm256_unpackhi_pd(p, q) : _mm256_unpacklo_pd(p, q));
+  };
   const __m256 ab0 = _mm256_unpacklo_ps(a, b), ab1 = _mm256_unpackhi_ps(a, b);
   const __m256 cd0 = _mm256_unpacklo_ps(c, d), cd1 = _mm256_unpackhi_ps(c, d);
-  const auto join = [](__m256 x, __m256 y, bool upper) {
-    const __m256d p = _mm256_castps_pd(x), q = _mm256_castps_pd(y);
-    return _mm256_castpd_ps(upper ? _mm256_unpackhi_pd(p, q) : _mm256_unpacklo_pd(p, q));
-  };
-  // Each holds counters (i, i + 4) as its two halves.
-  const __m256 r0 = join(ab0, cd0, false), r1 = join(ab0, cd0, true);
-  const __m256 r2 = join(ab1, cd1, false), r3 = join(ab1, cd1, true);
+  // r<i> holds counters i and i + 4 in its halves.
+  const __m256 r0 = pairs(ab0, cd0, false), r1 = pairs(ab0, cd0, true);
+  const __m256 r2 = pairs(ab1, cd1, false), r3 = pairs(ab1, cd1, true);
   _mm256_storeu_ps(z, _mm256_permute2f128_ps(r0, r1, 0x20));
   _mm256_storeu_ps(z + 8, _mm256_permute2f128_ps(r2, r3, 0x20));
   _mm256_storeu_ps(z + 16, _mm256_permute2f128_ps(r0, r1, 0x31));
   _mm256_storeu_ps(z + 24, _mm256_permute2f128_ps(r2, r3, 0x31));
 }
 
+#endif
+
+// `box_muller` above, lane by lane.
+inline void box_muller(Ints word1, Ints word2, Floats& z0, Floats& z1) {
+  const Floats u1 = to_float(add32(right<8>(word1), every32(1))) * Floats(0x1p-24f);
+  const Ints root = every32(0x3F3504F3), shifted = sub32(as_int(u1), root);
+  const Floats m = as_float(add32(both(shifted, every32(0x7FFFFF)), root));
+  const Floats radius = sqrt(Floats(-2.0f) * log_polynomial<Floats>(m, to_float(right_signed<23>(shifted))));
+  const Ints turn = right<8>(word2), q = right<22>(add32(turn, every32(1 << 21)));
+  const Floats t = to_float(sub32(turn, left<22>(q))) * Floats(0x1p-22f * kHalfPi);
+  const Floats c = cos_polynomial<Floats>(t), s = sin_polynomial<Floats>(t);
+  const Ints odd = left<31>(q), two = every32(2);
+  z0 = radius * flip_sign(choose(c, s, odd), left<30>(both(add32(q, every32(1)), two)));
+  z1 = radius * flip_sign(choose(s, c, odd), left<30>(both(q, two)));
+}
+
+// Each 64-bit lane holds one counter's word in its low half (the high half is never looked at), which is what the
+// 32 x 32 -> 64 multiplication wants: even counters in one register, odd in the other. The rounds' keys are laid out
+// once per block of noise, as memory operands.
+class Normals {
+ public:
+  explicit Normals(const Stream& stream)
+      : low_(every64(static_cast<uint32_t>(stream.sample_id))),
+        high_(every64(static_cast<int64_t>(stream.sample_id >> 32))),
+        draw_(every64(stream.draw)) {
+    uint32_t k0 = static_cast<uint32_t>(stream.seed), k1 = stream.seed >> 32;
+    for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
+      keys_[round][0] = every64(k0);
+      keys_[round][1] = every64(k1);
+    }
+  }
+
+  void group(uint32_t block, float* z) const {
+    const Ints m0 = every64(kMultiplier0), m1 = every64(kMultiplier1), even = add64(every64(block), evens());
+    Ints c[2][4] = {{even, low_, high_, draw_}, {add64(even, every64(1)), low_, high_, draw_}};
+    for (const auto& key : keys_) {
+      for (auto& s : c) {
+        const Ints p0 = multiply(s[0], m0), p1 = multiply(s[2], m1);
+        s[0] = xor3(upper(p1), s[1], key[0]);
+        s[1] = p1;
+        s[2] = xor3(upper(p0), s[3], key[1]);
+        s[3] = p0;
+      }
+    }
+    Ints words[4];
+    for (int j = 0; j < 4; ++j) words[j] = interleave(c[0][j], c[1][j]);
+    Floats z0(0.0f), z1(0.0f), z2(0.0f), z3(0.0f);
+    box_muller(words[0], words[1], z0, z1);
+    box_muller(words[2], words[3], z2, z3);
+    store_interleaved(z0, z1, z2, z3, z);
+  }
+
+ private:
+  Ints low_, high_, draw_, keys_[kRounds][2];
+};
+
 #else
 
-inline void normals32(const Stream& stream, uint32_t block, float* z) {
-  for (uint32_t i = 0; i < 8; ++i) {
-    const auto w = philox(stream, block + i);
-    box_muller(w[0], w[1], z + 4 * i);
-    box_muller(w[2], w[3], z + 4 * i + 2);
+constexpr int64_t kGroup = 4;
+
+class Normals {
+ public:
+  explicit Normals(const Stream& stream) : stream_(stream) {}
+
+  void group(uint32_t block, float* z) const {
+    const auto words = philox(stream_, block);
+    box_muller(words[0], words[1], z);
+    box_muller(words[2], words[3], z + 2);
   }
-}
+
+ private:
+  Stream stream_;
+};
 
 #endif
 
-// A buffer of one block's noise; filled in whole groups of 32, so it may run over the sample's end.
+// A buffer of one block's noise; filled in whole groups, so it may run over the sample's end.
 struct alignas(64) NoiseBlock {
   float z[kBlock];
 
   // The n normals of a stream from element `offset` (a multiple of 4) of its sample on.
   const float* draw(const Stream& stream, int64_t offset, int64_t n) {
-    for (int64_t i = 0; i < n; i += 32) normals32(stream, static_cast<uint32_t>((offset + i) / 4), z + i);
+    const Normals normals(stream);
+    for (int64_t i = 0; i < n; i += kGroup) normals.group(static_cast<uint32_t>((offset + i) / 4), z + i);
     return z;
   }
 

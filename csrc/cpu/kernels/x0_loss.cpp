@@ -21,8 +21,10 @@ double loss_block(const X0LossArgs& a, int64_t b, int64_t offset, int64_t n) {
     V loss, rise;
     if constexpr (Huber) {
       const V root = sqrt(fmadd(d, d, V(c2)));
-      loss = d * d / (root + V(c));  // root - c would cancel where |d| is far below c
-      rise = d / root;
+      // d / root and d^2 / (root + c) by one division; root - c would cancel where |d| is far below c.
+      const V more = root + V(c), inverse = V(1.0f) / (root * more);
+      loss = d * d * root * inverse;
+      rise = d * more * inverse;
     } else {
       loss = d * d;
       rise = d + d;

@@ -1,0 +1,113 @@
+"""Between the networks there are fused ops alone: no eager arithmetic on latents, and none on weights for the EMA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from dispatched import Dispatched
+
+from selfnpo_fast import rollout, train
+from selfnpo_fast.guidance.sampler import SamplerConfig, sample_latents
+from selfnpo_fast.models import load_adapter
+from selfnpo_fast.trainer import Trainer
+from selfnpo_kernels import reference
+
+CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+BATCH, LATENT = 7, 4 * 8 * 8  # no parameter of the model has as many elements
+SHORT = ["--engine.batch_size", str(BATCH), "--prompts.limit", "20", "--log.sample_every", "-1", "--log.every", "1"]
+
+
+class WholeUpdate:
+    """Watches the last update of a run: everything but the networks, their backward and the optimiser."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.latents = self.weights = None
+        original = Trainer.train_update
+        watched = lambda trainer, recorder: self._watched(original, trainer, recorder)  # noqa: E731
+        monkeypatch.setattr(Trainer, "train_update", watched)
+
+    def _watched(self, original, trainer: Trainer, recorder) -> None:
+        if trainer.update + 1 < trainer.config.updates:
+            original(trainer, recorder)
+            return
+        sizes = {BATCH * LATENT, 2 * BATCH * LATENT}
+        networks = trainer.engine.engine, trainer.reference.module
+        engine, predict, move = trainer.engine, trainer.adapter.predict, trainer.reference.update
+        with Dispatched(sizes, *networks) as mode:
+
+            def predicted(*arguments):
+                out = predict(*arguments)
+                if out.requires_grad:  # the loss's own backward ends where the network's begins
+                    out.register_hook(lambda _: mode.enter())
+                return out
+
+            def stepped(step=engine.step):
+                mode.enter()
+                result = step()
+                mode.leave()
+                return result
+
+            def moved():
+                weights = Dispatched({p.numel() for _, p in trainer.engine.trainable})
+                with weights:
+                    move()
+                self.weights = weights.computing
+
+            trainer.adapter.predict, engine.step, trainer.reference.update = predicted, stepped, moved
+            original(trainer, recorder)
+        self.latents = mode.computing
+
+
+def run(monkeypatch, output: Path, *words: str) -> WholeUpdate:
+    update = WholeUpdate(monkeypatch)
+    assert train.main(["--config", str(CONFIG), "--output", str(output), "--updates", "2", *SHORT, *words]) == 0
+    return update
+
+
+LOSS = {"selfnpo.x0_loss": 1, "selfnpo.x0_loss_backward": 1}
+
+
+@pytest.mark.parametrize("w", ["-1", "0", "-5"])
+def test_an_update_of_continuous_rollouts(w, monkeypatch, tmp_path):
+    update = run(monkeypatch, tmp_path / "run", "--rollout.w", w)
+    assert update.latents == {"selfnpo.tdft_step": 1, **LOSS}
+    assert update.weights == {"selfnpo.ema_update": 1}
+
+
+def test_an_update_of_lockstep_rollouts(monkeypatch, tmp_path):
+    words = ["--rollout.mode", "lockstep", "--rollout.stop", "fixed", "--rollout.k", "2"]
+    update = run(monkeypatch, tmp_path / "run", *words)
+    # Start noise, two steps and one more evaluation for the target, Eq. 16.
+    fused = {"selfnpo.normal": 1, "selfnpo.guided_step": 3, "selfnpo.affine_noise": 1}
+    assert update.latents == {**fused, **LOSS}
+    assert update.weights == {"selfnpo.ema_update": 1}
+
+
+def test_eager_arithmetic_would_be_seen(monkeypatch, tmp_path):
+    """The reference's step in place of the op that calls it."""
+
+    def eager(pos, neg, x, final, slots, next_slots, tables, rules, latents):
+        return reference.tdft_step(
+            pos, neg, x, final, slots, next_slots,
+            tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, latents,
+            rules.items, rules.stride, rules.max_steps, rules.seed, rules.dropout, rules.shuffled, rules.naive,
+        )  # fmt: skip
+
+    monkeypatch.setattr(rollout, "tdft_step", eager)
+    update = run(monkeypatch, tmp_path / "run")
+    assert {"aten.mul", "aten.add", "aten.where"} <= update.latents.keys()
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "ddim", "euler"])
+def test_a_sampler_step(solver):
+    adapter = load_adapter("digits")
+    denoiser = adapter.load_denoiser(torch.float32)
+    negative = adapter.load_denoiser(torch.float32)
+    empty = adapter.encode_empty(torch.device("cpu"))
+    prompts = {name: row.expand(BATCH, *row.shape[1:]) for name, row in empty.items()}
+    config = SamplerConfig(steps=1, guidance_scale=3.0, solver=solver)
+    with Dispatched({BATCH * LATENT, 2 * BATCH * LATENT}, denoiser, negative) as mode:
+        sample_latents(adapter, denoiser, negative, prompts, empty, list(range(BATCH)), config)
+    assert mode.computing == {"selfnpo.normal": 1, "selfnpo.guided_step": 1}
