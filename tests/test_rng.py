@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from selfnpo_kernels import Draw, NoiseKey, draw_id, normal, permute, philox, randint, uniform
+from selfnpo_kernels import Draw, NoiseKey, draw_id, permute, philox, randint, uniform
+from selfnpo_kernels.rng import normal
 
 MASK = 0xFFFFFFFF
 
@@ -54,6 +55,33 @@ def test_noise_does_not_depend_on_the_shape():
     assert torch.equal(normal(key, (2, 3, 5)).flatten(), normal(key, (31,))[0, :30])
 
 
+def test_float64_normals_have_the_same_uniforms():
+    """Box-Muller in the wider type, from the same 24 bits."""
+    key = NoiseKey(11, torch.arange(50) + 2**40, 3)
+    narrow, wide = normal(key, (401,)), normal(key, (401,), torch.float64)
+    assert narrow.dtype == torch.float32
+    assert wide.dtype == torch.float64
+    # Observed 9e-7: an angle of up to 2 pi, rounded to 24 bits, times a radius of up to 5.8.
+    torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=3e-6)
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1), sample=st.integers(-(2**63), 2**63 - 1), draw=st.integers(0, 2**32 - 1))
+def test_keys_are_64_bits_whatever_their_sign(seed, sample, draw):
+    """A negative seed is the unsigned one of the same bits, and one draw for all the same as one for each."""
+    out = normal(NoiseKey(seed, ids(sample), draw), (5,))
+    assert torch.equal(out, normal(NoiseKey(seed % 2**64, ids(sample), draw), (5,)))
+    assert torch.equal(out, normal(NoiseKey(seed, ids(sample), ids(draw)), (5,)))
+    assert torch.isfinite(out).all()
+
+
+@given(seed=st.integers(0, 2**64 - 1), bit=st.integers(0, 63))
+def test_every_bit_of_seed_and_id_counts(seed, bit):
+    base = normal(NoiseKey(seed, ids(5), 1), (4,))
+    other = 5 ^ 1 << bit if bit < 63 else 5 - 2**63
+    assert not torch.equal(base, normal(NoiseKey(seed ^ 1 << bit, ids(5), 1), (4,)))
+    assert not torch.equal(base, normal(NoiseKey(seed, ids(other), 1), (4,)))
+
+
 def test_normals_are_normal():
     draws = normal(NoiseKey(1, torch.arange(64), draw_id(Draw.START_NOISE)), (4096,))
     assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 1e-3
@@ -86,6 +114,28 @@ def test_uniform_and_randint_cover_their_range_evenly():
     counts = randint(NoiseKey(2, samples, draw_id(Draw.RENOISE_TIME)), 7).bincount(minlength=7)
     assert len(counts) == 7
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@given(seed=st.integers(0, 2**64 - 1), high=st.integers(1, 2**31 - 1))
+def test_randint_and_uniform_share_their_first_word(seed, high):
+    """floor(high * bits / 2^32), and the upper 24 of those bits: exact for every `high`."""
+    key = NoiseKey(seed, ids(1, 2, 3), 4)
+    counter = (torch.zeros(3, dtype=torch.int64), ids(1, 2, 3), ids(0, 0, 0), ids(4, 4, 4))
+    words = [int(word) for word in philox(counter, seed)[0]]
+    assert randint(key, high).tolist() == [word * high >> 32 for word in words]
+    assert uniform(key).tolist() == [(word >> 8) / 2**24 for word in words]
+    highs = ids(high, 1, 2)
+    assert randint(key, highs).tolist() == [word * h >> 32 for word, h in zip(words, highs.tolist(), strict=True)]
+
+
+@given(size=st.integers(1, 2**31 - 1), key=st.integers(0, 2**64 - 1), epoch=st.integers(-3, 2**40))
+def test_permute_stays_in_range_and_apart(size, key, epoch):
+    """For sizes that no table could hold: neighbours at both ends land in range, and on different places."""
+    position = torch.tensor(sorted({*range(min(size, 5)), *range(max(0, size - 5), size)}))
+    out = permute(position, size, key, torch.full_like(position, epoch))
+    assert 0 <= out.min()
+    assert out.max() < size
+    assert len(out.unique()) == len(position)
 
 
 @given(size=st.integers(1, 300), key=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40))

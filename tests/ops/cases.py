@@ -1,0 +1,170 @@
+"""Backends, dtype mixtures, shapes and tensors of the tests of the ops; how an error is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import exact
+import numpy as np
+import pytest
+import torch
+from tolerances import tolerance
+
+from selfnpo_kernels import NoiseKey
+
+BACKENDS = ("reference", "cpp", "triton")
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+UNIT = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24, F64: 2.0**-53}
+HALF_SUBNORMAL = {F16: 2.0**-25}  # half a step near zero, where it matters
+SEED = 2**63 - 3 * 2**33 + 12345  # both words of the key are in use, and the sum with 1 stays below 2^63
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the networks put out beside what the states are kept in."""
+
+    name: str
+    network: torch.dtype
+    state: torch.dtype
+
+
+FLOAT32 = Mixture("fp32", F32, F32)
+MIXTURES = (
+    FLOAT32,
+    Mixture("bf16-outputs", BF16, F32),
+    Mixture("fp16-outputs", F16, F32),
+    Mixture("bf16", BF16, BF16),
+    Mixture("fp16", F16, F16),
+    Mixture("crossed", F32, BF16),
+)
+FLOAT64 = Mixture("fp64", F64, F64)  # the reference alone
+EVERY_MIXTURE = tuple(Mixture("any", network, state) for network in (F32, BF16, F16) for state in (F32, BF16, F16))
+IMAGE, VIDEO = (3, 4, 5, 7), (2, 3, 4, 5, 3)  # B, C, H, W and B, F, C, H, W; no size is a multiple of a vector
+SHAPES = (IMAGE, VIDEO, (1, 1), (1, 2), (5, 63), (257, 4), (2, 4, 64, 64), (3000, 3))
+INTERPRETED = (IMAGE, (2, 67))  # every mixture, in Triton's interpreter, which takes some 10 ms for a program
+INTERPRETED_IN_FLOAT32 = (VIDEO, (1, 1), (1, 2), (5, 63), (40, 3), (2, 4, 64, 64))
+
+
+def device(backend: str) -> str:
+    """Where the tensors of a backend's tests live."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def grid(*, least: int = 1) -> list:
+    """Parameters (backend, mixture, shape), `least` elements a sample."""
+    out = []
+    for backend in BACKENDS:
+        interpreted = backend == "triton" and device(backend) == "cpu"
+        for mixture in MIXTURES:
+            shapes = INTERPRETED if interpreted else (*SHAPES, (2, 67))
+            if interpreted and mixture is FLOAT32:
+                shapes += INTERPRETED_IN_FLOAT32
+            for shape in shapes:
+                if np.prod(shape[1:]) < least:
+                    continue
+                marks = pytest.mark.slow if interpreted and np.prod(shape) > 1000 else ()
+                name = f"{backend}-{mixture.name}-{'x'.join(map(str, shape))}"
+                out.append(pytest.param(backend, mixture, shape, id=name, marks=marks))
+    return out
+
+
+def some_slow(values, quick: tuple) -> list:
+    """Parameters (backend, value), of which the interpreter leaves all but a few to the slow tests."""
+
+    def slow(backend: str, value) -> bool:
+        return backend == "triton" and device(backend) == "cpu" and value not in quick
+
+    return [
+        pytest.param(backend, value, id=f"{backend}-{value}", marks=pytest.mark.slow if slow(backend, value) else ())
+        for backend in BACKENDS
+        for value in values
+    ]
+
+
+def over_grid(**options):
+    """Run a test for every backend, mixture and shape, under that backend."""
+    return pytest.mark.parametrize(("backend", "mixture", "shape"), grid(**options), indirect=["backend"])
+
+
+def draw(seed: int, *sizes: tuple[int, ...], dtype: torch.dtype = F32, on: str = "cpu") -> list[torch.Tensor]:
+    """Standard normal tensors, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator, dtype=F64).to(dtype).to(on) for size in sizes]
+
+
+def key(batch: int, on: str = "cpu", seed: int = SEED, per_sample: bool = True) -> NoiseKey:
+    """A noise key with ids beyond 2^32 and negative ones, and draws beyond 2^31 or one draw for all."""
+    ids = torch.arange(batch, dtype=torch.int64) * 0x1_2345_6789 - 5
+    draws = (torch.arange(batch) % 7 * 0x2345_6789).to(on) if per_sample else 0x9ABC_DEF0
+    return NoiseKey(seed, ids.to(on), draws)
+
+
+def wide(tensor: torch.Tensor | None) -> np.ndarray | None:
+    """A copy in float64."""
+    return None if tensor is None else tensor.detach().cpu().to(F64, copy=True).numpy()
+
+
+def rows(k: torch.Tensor, index: torch.Tensor | None, batch: int) -> np.ndarray:
+    """Each sample's row of a coefficient table."""
+    table = wide(k)
+    return table[index.cpu().numpy()] if index is not None else np.broadcast_to(table, (batch, table.shape[1]))
+
+
+def tables(seed: int, batch: int, columns: int, on: str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The three ways to give coefficients: a row for each, an index into another number of rows, one row for all."""
+    each, some, one = draw(seed, (batch, columns), (5, columns), (1, columns), on=on)
+    yield each, None
+    yield some, (torch.arange(batch, dtype=torch.int64) * 3 % 5).to(on)
+    yield one, None
+
+
+def large(backend: str) -> tuple[int, ...]:
+    """A shape that several threads share; smaller where the interpreter walks it."""
+    return (3, 70) if backend == "triton" and device(backend) == "cpu" else (3, 4, 96, 100)
+
+
+def assert_repeatable(call: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    """Bit-equal results of the same call, with one thread and with two."""
+    threads, first = torch.get_num_threads(), call()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for a, b in zip(first, call(), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def noise_terms(noise: torch.Tensor | NoiseKey, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(values, sizes), each (B, ...), of a noise tensor or of the normals of a key."""
+    if not isinstance(noise, NoiseKey):
+        return wide(noise), wide(noise)
+    draws = noise.draws.cpu() if isinstance(noise.draws, torch.Tensor) else noise.draws
+    return exact.sized_normals(noise.seed, noise.sample_ids.cpu(), draws, tuple(shape[1:]))
+
+
+OBSERVED: dict[tuple[str, str], float] = {}  # (op, backend) -> largest error seen, in the unit of `tolerances.py`
+
+
+def within(op: str, backend: str, mixture: Mixture, excess: np.ndarray, unit: np.ndarray) -> None:
+    """`excess` errors are at most the tolerance times `unit`; the largest ratio is kept for the summary."""
+    if excess.size == 0:
+        return
+    ratio = np.where(excess > 0, excess, 0) / np.where(excess > 0, np.maximum(unit, 1e-300), 1)
+    worst = float(ratio.max()) if np.isfinite(excess).all() else float("inf")
+    OBSERVED[op, backend] = max(OBSERVED.get((op, backend), 0.0), worst)
+    allowed = tolerance(op, backend, mixture.name)
+    assert worst <= allowed, f"{op}, {backend}, {mixture.name}: {worst:.3g} where {allowed} is allowed"
+
+
+def assert_rounded(
+    op: str, backend: str, mixture: Mixture, out: torch.Tensor, exact: np.ndarray, terms: np.ndarray, *, roundings=1
+) -> None:
+    """`out` is `exact` rounded (once) to its dtype, after some roundings of the arithmetic on terms of this size."""
+    assert tuple(out.shape) == exact.shape
+    arithmetic = F64 if mixture is FLOAT64 else F32
+    bound = HALF_SUBNORMAL.get(out.dtype, 0.0)
+    if out.dtype not in (F32, F64):
+        bound = bound + roundings * UNIT[out.dtype] * np.abs(exact)
+    within(op, backend, mixture, np.abs(wide(out) - exact) - bound, UNIT[arithmetic] * terms)

@@ -1,0 +1,47 @@
+"""Every test runs in poisoned memory, and under the backend that its parameters name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import cases
+import pytest
+import torch
+
+from selfnpo_kernels import backends
+
+if not torch.cuda.is_available():
+    # Kernels are compiled or interpreted as the variable stood when they were imported; nothing else shall see it. The
+    # interpreter itself imports gluon when it first runs.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.experimental.gluon")
+        importlib.import_module("selfnpo_kernels.triton")
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fill fresh memory with NaN (integers with their largest value): what an op forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=cases.BACKENDS)
+def backend(request) -> Iterator[str]:
+    """The name of a backend that serves every op meanwhile."""
+    with backends.use(request.param):
+        yield request.param
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.get_verbosity() > 0 and cases.OBSERVED:
+        terminalreporter.section("largest errors, in the unit of tests/tolerances.py")
+        for (op, backend), worst in sorted(cases.OBSERVED.items()):
+            terminalreporter.write_line(f"{op:24} {backend:10} {worst:.2f}")

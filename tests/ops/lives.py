@@ -1,0 +1,142 @@
+"""A continuous rollout told sample by sample, in Python and float64, from the design's words.
+
+A slot holds one sample at a time. Each call moves the sample down by one grid step and leaves a pair of the state it
+was in; a sample whose last state that was makes way for the one with the next id of the slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import exact
+import numpy as np
+import torch
+from cases import F32, UNIT, draw, wide
+
+from selfnpo_kernels import Draw, TdftRules, TdftTables
+
+
+@dataclass
+class World:
+    """What is the same for all slots: the op's tables, in float64, its rules, and the latents of real data."""
+
+    tables: TdftTables
+    rules: TdftRules
+    latents: torch.Tensor | None
+    state: torch.dtype
+
+    def row(self, table: str, *at: int) -> np.ndarray:
+        return wide(getattr(self.tables, table)[at])
+
+    @property
+    def top(self) -> int:
+        return len(self.tables.timesteps) - 2
+
+    def item(self, sample: int, order: int = 0) -> int:
+        return exact.item(sample, self.rules.items, self.rules.seed + order)
+
+    def kept(self, value: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A value that may have been rounded to the state's dtype on its way."""
+        return value, size + np.abs(value) * UNIT[self.state] / UNIT[F32]
+
+
+@dataclass
+class Slot:
+    """One sample on its way; x and final (...) with the sizes that their roundings are relative to."""
+
+    index: int
+    sample: int
+    left: int
+    x: tuple[np.ndarray, np.ndarray]
+    final: tuple[np.ndarray, np.ndarray] | None
+
+
+@dataclass
+class Pair:
+    """What a call leaves of one slot."""
+
+    target: tuple[np.ndarray, np.ndarray]
+    x_s: tuple[np.ndarray, np.ndarray]
+    numbers: list[int]  # t, s, sample id, the student's row
+    weight: float
+
+
+def begin(world: World, slot: Slot, sample: int) -> None:
+    """Put a new sample into the slot."""
+    seed, shape = world.rules.seed, slot.x[0].shape
+    value, size = (a[0] for a in exact.sized_normals(seed, [sample], exact.draw_id(Draw.START_NOISE), shape))
+    slot.sample = sample
+    if world.latents is None:
+        slot.index = slot.left = world.top
+        slot.x = value, size
+        return
+    slot.index = exact.randint(seed, sample, exact.draw_id(Draw.START_INDEX), world.top)  # below the last
+    slot.left = min(slot.index + 1, world.rules.max_steps)
+    signal, disturbance = world.row("start", slot.index + 1)
+    latent = wide(world.latents[world.item(sample)])
+    slot.x = exact.linear((signal, *world.kept(latent, np.abs(latent))), (disturbance, value, size))
+
+
+def pair_of(world: World, slot: Slot, x0: tuple[np.ndarray, np.ndarray]) -> Pair:
+    """The pair of the state that the slot is in; its predecessor's end where no s lies above."""
+    rules, index, sample, state, target = world.rules, slot.index, slot.sample, slot.x, x0
+    if world.latents is None and index == world.top:
+        index, sample, state, target = -1, sample - rules.stride, slot.final, slot.final
+    t, end = int(world.tables.timesteps[index + 1]), world.tables.renoise.shape[1]
+    s = t + 1 + exact.randint(rules.seed, sample, exact.draw_id(Draw.RENOISE_TIME, index), end - 1 - t)
+    noise = exact.sized_normals(rules.seed, [sample], exact.draw_id(Draw.RENOISE, index), state[0].shape)
+    signal, disturbance = world.row("renoise", index + 1, s)
+    x_s = exact.linear(
+        (signal, *(world.kept(*target) if rules.naive else state)), (disturbance, noise[0][0], noise[1][0])
+    )
+    dropped = exact.uniform(rules.seed, sample, exact.draw_id(Draw.PROMPT_DROPOUT, index)) < np.float32(rules.dropout)
+    row = 0 if dropped else world.item(sample, order=int(rules.shuffled)) + 1
+    return Pair(target, x_s, [t, s, sample, row], float(world.row("weight", index + 1)))
+
+
+def advance(world: World, slot: Slot, pos: np.ndarray | None, neg: np.ndarray | None) -> Pair:
+    """One call for one slot, whose network outputs (...) these are."""
+    k = world.row("step", slot.index + 1)
+    p = [a[0] for a in exact.guided(*(a if a is None else a[None] for a in (pos, neg)), k[None])]
+    x0, moved = exact.linear((k[0], *slot.x), (k[1], *p)), exact.linear((k[2], *slot.x), (k[3], *p))
+    pair = pair_of(world, slot, x0)
+    if slot.left == 0:
+        slot.final = moved if world.latents is None else None
+        begin(world, slot, slot.sample + world.rules.stride)
+    else:
+        slot.index, slot.left, slot.x = slot.index - 1, slot.left - 1, moved
+    return pair
+
+
+def make_world(
+    seed: int,
+    shape: tuple[int, ...],
+    *,
+    steps: int,
+    w: float,
+    start: str,
+    state: torch.dtype = F32,
+    latent_dtype: torch.dtype = F32,
+    on: str = "cpu",
+    **rules,
+) -> World:
+    """Random tables, in which no two rows are alike; `steps` of 30 training timesteps."""
+    timesteps = torch.tensor([0, *((i + 1) * 30 // steps - 1 for i in range(steps))])
+
+    def table(*size: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed + len(size) + size[-1])
+        return (0.4 + 0.5 * torch.rand(size, generator=generator)).to(on)
+
+    step = table(steps + 2, 7)  # one row more than the grid has, as lockstep rollouts keep their identity in
+    step[:, 6] = w
+    defaults = {"items": 3, "stride": 11, "max_steps": steps, "seed": seed}
+    rules = TdftRules(**(defaults | rules))
+    tables = TdftTables(
+        step=step,
+        start=table(steps + 1, 2),
+        renoise=table(steps + 1, 30, 2),
+        timesteps=timesteps.to(on),
+        weight=table(steps + 1),
+    )
+    latents = draw(seed, (rules.items, *shape[1:]), dtype=latent_dtype, on=on)[0] if start == "data" else None
+    return World(tables, rules, latents, state)

@@ -1,0 +1,210 @@
+"""Which backend serves a call, asked by default, by name and by environment; what importing brings along."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from cases import F64, draw
+
+from selfnpo_kernels import affine_noise, backends, cpp, normal
+
+KERNELS = Path(backends.__file__).parents[1]
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}:
+            raise ImportError(f"{{name}} is not there")
+sys.meta_path.insert(0, Block())
+"""
+ONE_CALL = """
+import torch
+from selfnpo_kernels import affine_noise, backends
+x = torch.ones(2, 3)
+print(affine_noise(x, torch.ones(1, 2), x).sum().item(), backends.backend_of("cpu"))
+"""
+
+
+def child(code: str, *, without: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
+    """Run code in an interpreter of its own, in which some modules cannot be imported."""
+    names = ("SELFNPO_BACKEND", "SELFNPO_REQUIRE_CPP", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY")
+    clean = {k: v for k, v in os.environ.items() if k not in names} | environment
+    clean["PYTHONPATH"] = str(KERNELS)
+    code = (BLOCK.format(names=without) if without else "") + code
+    return subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=False)
+
+
+def said(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def failure(done: subprocess.CompletedProcess) -> str:
+    """The last line of a traceback."""
+    assert done.returncode != 0, done.stdout
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_every_backend_is_there():
+    """A backend that was not built is no reason to skip its tests."""
+    for name in backends.NAMES:
+        there, why = backends.available(name)
+        assert there, f"{name}: {why}"
+        assert why
+
+
+def test_cpu_tensors_go_to_cpp_and_float64_to_the_reference():
+    assert backends.backend_of("cpu") == "cpp"
+    assert backends.backend_of("cpu", float64=True) == "reference"
+    assert backends.backend_of("mps") == "reference"
+
+
+def test_use_forces_a_backend_and_leaves_no_trace(monkeypatch):
+    served = []
+    implementation = backends.implementation
+
+    def watched(op, arguments):
+        function = implementation(op, arguments)
+        served.append((op, getattr(function, "__module__", "")))
+        return function
+
+    monkeypatch.setattr(backends, "implementation", watched)
+    x, k = draw(1, (2, 3), (1, 2))
+    for name, module in (("reference", "selfnpo_kernels.reference"), ("cpp", "selfnpo_cpp"), ("triton", "triton")):
+        with backends.use(name):
+            assert backends.backend_of("cpu") == name
+            with backends.use("reference"):
+                assert backends.backend_of("cpu") == "reference"
+            assert backends.backend_of("cpu") == name
+            if name != "triton" or cases.device(name) == "cpu":
+                affine_noise(x, k, x)
+                assert module in served[-1][1]
+    assert backends.backend_of("cpu") == "cpp"
+    with pytest.raises(ZeroDivisionError), backends.use("reference"):
+        raise ZeroDivisionError
+    assert backends.backend_of("cpu") == "cpp"
+
+
+def test_a_backend_that_is_not_one_is_refused():
+    with pytest.raises(backends.BackendError, match="'cudnn' is no backend; expected one of reference, cpp, triton"):
+        with backends.use("cudnn"):
+            pass
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_forced_backend_refuses_float64(name):
+    x, k = draw(2, (2, 3), (1, 2), dtype=F64)
+    with backends.use(name):
+        with pytest.raises(backends.BackendError, match=f"backend {name} .* float64"):
+            affine_noise(x, k.float(), x)
+        with pytest.raises(backends.BackendError, match="float64"):
+            normal(cases.key(2), (3,), F64)
+    assert affine_noise(x, k, x).dtype == F64
+
+
+def test_a_forced_backend_refuses_other_devices():
+    with backends.use("cpp"), pytest.raises(backends.BackendError, match="does not serve cuda"):
+        backends.backend_of("cuda")
+
+
+def test_environment_forces_a_backend():
+    assert said(child(ONE_CALL, SELFNPO_BACKEND="reference")) == "12.0 reference"
+    assert said(child(ONE_CALL, SELFNPO_BACKEND="")) == "12.0 cpp"
+    assert "'cudnn' is no backend" in failure(child(ONE_CALL, SELFNPO_BACKEND="cudnn"))
+
+
+def test_environment_names_a_backend_that_is_not_there():
+    missing = {"without": ("selfnpo_kernels.triton",)}
+    line = failure(child(ONE_CALL, SELFNPO_BACKEND="triton", **missing))
+    assert "BackendError: backend triton was asked for and is not there: triton cannot be imported" in line
+    code = "from selfnpo_kernels import backends\nwith backends.use('triton'): pass"
+    assert "BackendError: backend triton was asked for and is not there" in failure(child(code, **missing))
+
+
+def test_triton_needs_a_device_or_its_interpreter():
+    code = "from selfnpo_kernels import backends\nprint(*backends.available('triton'))"
+    there = torch.cuda.is_available()
+    assert said(child(code)).startswith("True Triton kernels" if there else "False no CUDA device")
+    if not there:
+        assert said(child(code, TRITON_INTERPRET="1")).startswith("True Triton's interpreter")
+
+
+def test_without_the_extension_the_reference_serves_and_says_so():
+    missing = {"without": ("selfnpo_kernels._cpp",)}
+    done = child(ONE_CALL, **missing)
+    assert said(done) == "12.0 reference"
+    assert "fused ops on cpu: the PyTorch reference, since cpp is not there" in done.stderr
+    assert done.stderr.count("fused ops on cpu") == 1
+
+
+def test_a_required_extension_that_is_missing_is_a_failure():
+    missing = {"without": ("selfnpo_kernels._cpp",)}
+    line = failure(child(ONE_CALL, SELFNPO_REQUIRE_CPP="1", **missing))
+    assert "BackendError: SELFNPO_REQUIRE_CPP=1, and the C++ extension is not there" in line
+    assert said(child(ONE_CALL, SELFNPO_REQUIRE_CPP="1")) == "12.0 cpp"
+
+
+def test_importing_brings_neither_triton_nor_diffusers_nor_the_trainer():
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import selfnpo_kernels
+brought = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(brought - set(sys.stdlib_module_names)))
+import selfnpo_kernels.ops
+x = torch.ones(2, 3)
+selfnpo_kernels.affine_noise(x, torch.ones(1, 2), x)
+print([name for name in ("triton", "diffusers", "selfnpo_fast") if name in sys.modules])
+"""
+    assert said(child(code)) == "['selfnpo_kernels']\n[]"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import torch; import selfnpo_kernels._cpp",
+        "from selfnpo_kernels import cpp; cpp.load(); cpp.load()",
+        "import torch; getattr(torch.ops, 'selfnpo'); getattr(torch.ops, 'selfnpo_cpp')",
+        "import selfnpo_kernels.ops, selfnpo_kernels.backends",
+    ],
+    ids=["extension", "loader", "torch.ops", "submodules"],
+)
+def test_import_order(first):
+    """Every op is registered once, whatever comes first."""
+    assert said(child(first + "\n" + ONE_CALL)) == "12.0 cpp"
+
+
+def test_the_extension_falls_back_to_scalar_code():
+    """With ATEN_CPU_CAPABILITY=default, as on a machine without AVX2: it passes the tests of its values."""
+    chosen = "cpp and (3x4x5x7 or 1x2 or 257x4 or test_bits or test_integers or test_whole_runs or test_lists)"
+    code = f"""
+import sys
+import pytest
+from selfnpo_kernels import cpp
+assert cpp.capability() == "DEFAULT"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, {str(Path(__file__).parent)!r}]))
+"""
+    line = said(child(code, ATEN_CPU_CAPABILITY="default")).splitlines()[-1]
+    assert int(line.split(" passed")[0].split()[-1]) > 150, line
+
+
+def test_the_table(tmp_path):
+    """`python -m selfnpo_kernels`: a line for each backend, with the reason."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(KERNELS)}
+    done = subprocess.run(
+        [sys.executable, "-m", "selfnpo_kernels"], env=clean, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    text = said(done)
+    for name in backends.NAMES:
+        assert name in text
+    assert cpp.capability() in text
+    assert "plain PyTorch" in text
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in text

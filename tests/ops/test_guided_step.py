@@ -1,0 +1,145 @@
+"""`guided_step` against its formulas in float64 numpy."""
+
+from __future__ import annotations
+
+import cases
+import exact
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, draw, rows, wide
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfnpo_kernels import backends, guided_step, normal
+
+BRANCHES = ("both", "pos", "neg")
+
+
+def outputs(seed: int, shape, dtype, branches: str, on: str = "cpu") -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    pos, neg = draw(seed, shape, shape, dtype=dtype, on=on)
+    return pos if branches != "neg" else None, neg if branches != "pos" else None
+
+
+def check(backend, mixture, pos, neg, x, k, index=None, *, scale=None, x0_prev=None, noise=None) -> None:
+    results = guided_step(pos, neg, x, k, index=index, scale=scale, x0_prev=x0_prev, noise=noise)
+    each = rows(k, index, len(x))
+    k0, k1, k2, k3, k4, k5 = (exact.column(each, j, x.ndim) for j in range(6))
+    p, state = exact.guided(wide(pos), wide(neg), each, wide(scale)), (wide(x), wide(x))
+    x0, x_next = [(k0, *state), (k1, *p)], [(k2, *state), (k3, *p)]
+    if x0_prev is not None:
+        x_next.append((k4, wide(x0_prev), wide(x0_prev)))
+    if noise is not None:
+        x_next.append((k5, *cases.noise_terms(noise, x.shape)))
+    for out, terms in zip(results, (x_next, x0), strict=True):
+        assert out.dtype == x.dtype
+        cases.assert_rounded("guided_step", backend, mixture, out, *exact.linear(*terms))
+
+
+def extras(seed: int, shape, mixture, on: str = "cpu") -> list[dict]:
+    """Every optional argument alone, none, and all."""
+    (scale,), (x0_prev,) = draw(seed, (shape[0],), on=on), draw(seed + 1, shape, dtype=mixture.state, on=on)
+    (noise,) = draw(seed + 2, shape, dtype=mixture.network, on=on)
+    key = cases.key(shape[0], on)
+    return [
+        {},
+        {"scale": scale},
+        {"x0_prev": x0_prev},
+        {"noise": noise},
+        {"scale": scale, "x0_prev": x0_prev, "noise": key},
+    ]
+
+
+@cases.over_grid()
+def test_values(backend, mixture, shape):
+    """Every pair of (branches, optional arguments), with the three ways to give coefficients in turn."""
+    on = cases.device(backend)
+    (x,) = draw(1, shape, dtype=mixture.state, on=on)
+    before, ways = x.clone(), list(cases.tables(2, shape[0], 7, on))
+    for i, branches in enumerate(BRANCHES):
+        pos, neg = outputs(3, shape, mixture.network, branches, on)
+        for j, extra in enumerate(extras(4, shape, mixture, on)):
+            check(backend, mixture, pos, neg, x, *ways[(i + j) % 3], **extra)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_float64(branches):
+    shape = cases.IMAGE
+    x, k = draw(7, shape, (shape[0], 7), dtype=F64)
+    pos, neg = outputs(8, shape, F64, branches)
+    for extra in extras(9, shape, cases.FLOAT64):
+        check("reference", cases.FLOAT64, pos, neg, x, k, **extra)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple),
+    seed=st.integers(0, 2**31),
+    mixture=st.sampled_from(cases.EVERY_MIXTURE),
+    branches=st.sampled_from(BRANCHES),
+    w=st.floats(-8, 8, width=32),
+    scale=st.sampled_from([1e-4, 1.0, 1e3]),
+)
+def test_any_shape_mixture_and_guidance(name, shape, seed, mixture, branches, w, scale):
+    x = (draw(seed, shape)[0] * scale).to(mixture.state)
+    pos, neg = outputs(seed + 1, shape, mixture.network, branches)
+    with backends.use(name):
+        chosen = extras(seed + 2, shape, mixture)[2:]
+        for (k, index), extra in zip(cases.tables(seed, shape[0], 7), chosen, strict=True):
+            k[:, 6] = w
+            check(name, mixture, pos, neg, x, k, index, **extra)
+
+
+def table(*row: float, on: str) -> torch.Tensor:
+    return torch.tensor([row], device=on)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_identity_row_leaves_x_as_it_is(backend, dtype):
+    """Slots that wait in lockstep rollouts get it."""
+    on, shape = cases.device(backend), (2, 3, 67)
+    (x,) = draw(10, shape, dtype=dtype, on=on)
+    pos, neg = outputs(11, shape, F32, "both", on)
+    k = table(0.7, -0.3, 1.0, 0.0, 0.0, 0.0, 4.0, on=on)
+    assert torch.equal(guided_step(pos, neg, x, k)[0], x)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_guidance_0_is_the_positive_branch_alone(backend, dtype):
+    on, shape = cases.device(backend), (2, 3, 67)
+    (x,), (k,) = draw(12, shape, on=on), draw(13, (2, 7), on=on)
+    pos, neg = outputs(14, shape, dtype, "both", on)
+    without = guided_step(pos, None, x, k)
+    k[:, 6] = 0
+    for a, b in zip(guided_step(pos, neg, x, k), without, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_branch_alone_takes_no_guidance(backend):
+    """Whatever w says: the negative branch alone is w = -1, the positive alone w = 0."""
+    on, shape = cases.device(backend), (2, 67)
+    (x,), (k,) = draw(15, shape, on=on), draw(16, (2, 7), on=on)
+    pos, neg = outputs(17, shape, F32, "both", on)
+    other = k.clone()
+    other[:, 6] = float("nan")
+    for branches in ((pos, None), (None, neg)):
+        for a, b in zip(guided_step(*branches, x, k), guided_step(*branches, x, other), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_key_gives_the_normals_of_its_key(backend):
+    on, shape = cases.device(backend), (3, 2, 35)
+    (x,), (k,) = draw(18, shape, on=on), draw(19, (3, 7), on=on)
+    pos, neg = outputs(20, shape, F32, "both", on)
+    drawn = guided_step(pos, neg, x, k, noise=cases.key(3, on))
+    given_ = guided_step(pos, neg, x, k, noise=normal(cases.key(3, on), shape[1:]))
+    torch.testing.assert_close(drawn[0], given_[0], rtol=0, atol=2e-6)
+    assert torch.equal(drawn[1], given_[1])
+
+
+def test_the_same_call_twice_is_the_same(backend):
+    on, shape = cases.device(backend), cases.large(backend)
+    (x,), (k,) = draw(21, shape, on=on), draw(22, (1, 7), on=on)
+    pos, neg = outputs(23, shape, BF16, "both", on)
+    cases.assert_repeatable(lambda: guided_step(pos, neg, x, k, noise=cases.key(len(x), on)))
