@@ -3,7 +3,8 @@
 Python owns every schema (`selfnpo::<op>`); `backends.py` says which implementation serves a call. Shape letters: B
 samples; `...` the latent axes, any rank (images C, H, W; video F, C, H, W); R rows of a coefficient table.
 
-Every op takes row-major tensors of float32, bfloat16 or float16 in any mixture, computes in float32 and rounds once.
+Every op takes row-major tensors of float32, bfloat16 or float16 in any mixture, computes in float32 and rounds once
+(the gradient of `x0_loss` twice: it is made of a slope that is kept in the dtype of `pred`).
 A float64 tensor takes the call to the reference, which then computes in float64. Coefficient tables are float32 (R, n):
 `index` (B,) int64 names each sample's row; without it R is B, or 1 for all samples alike. Errors are ValueErrors that
 name the argument. Ops other than `x0_loss` have no gradient and refuse inputs that ask for one.

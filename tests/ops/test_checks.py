@@ -51,6 +51,10 @@ def arguments(op: str) -> tuple:
         "affine_noise": (affine_noise, {**tensors("x", "noise"), "k": k2}),
         "guidance_rescale": (guidance_rescale, {**tensors("pos", "neg"), "k": k7, "phi": 0.7}),
         "guided_step": (guided_step, {**tensors("pos", "neg", "x"), "k": k7}),
+        "guided_step with all": (
+            guided_step,
+            {**tensors("pos", "neg", "x", "x0_prev", "noise"), "k": k7, "scale": torch.ones(3)},
+        ),
         "tdft_step": (tdft_step, tdft_arguments("noise")),
         "tdft_step from data": (tdft_step, tdft_arguments("data")),
         "x0_loss": (
@@ -68,6 +72,7 @@ STATES = {
     "affine_noise": ("x", "noise"),
     "guidance_rescale": ("pos", "neg"),
     "guided_step": ("pos", "neg", "x"),
+    "guided_step with all": ("x0_prev", "noise"),
     "tdft_step": ("pos", "neg", "x", "final"),
     "tdft_step from data": ("pos", "neg", "x"),
     "x0_loss": ("pred", "x_s", "target"),
@@ -93,7 +98,9 @@ def test_states(op, name, fault):
     assert "\n" not in str(caught.value)
 
 
-DIFFERENTIABLE = [(op, n) for op, names in STATES.items() for n in names if n not in ("pred", "final")]
+DIFFERENTIABLE = [(op, n) for op, names in STATES.items() for n in names if n != "pred"]
+DIFFERENTIABLE += [("guided_step with all", "scale"), ("tdft_step from data", "latents"), ("x0_loss", "k")]
+DIFFERENTIABLE += [("x0_loss", "weight")]
 
 
 @pytest.mark.parametrize(("op", "name"), DIFFERENTIABLE)
