@@ -330,7 +330,7 @@ def test_continuous_visits_every_grid_index_equally_often():
 
 @pytest.fixture
 def one_backend():
-    """The float64 denoiser takes its steps to the reference; noise that goes elsewhere would differ in its last bits."""
+    """The float64 denoiser takes its steps to the reference; noise from elsewhere would differ in its last bits."""
     with backends.use("reference"):
         yield
 
