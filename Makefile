@@ -36,6 +36,7 @@ test-slow: setup
 # On a machine with a GPU. Tests that need one say so when they are skipped; the benchmarks fail without.
 test-gpu: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/ops
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run --device cuda
 
 lint: setup

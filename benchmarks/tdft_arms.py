@@ -1,8 +1,10 @@
-"""The arms of `tdft_step` in `bench_ops.py`: ours, and the same step in eager PyTorch as the authors' code writes it.
+"""The arms of `tdft_step` in `bench_ops.py`: ours, and the same step in eager PyTorch.
 
-The authors' chain works on the whole batch with masks: a fresh start noise is drawn for all slots and taken by those
-that have ended. `eager_by_rows` is the variant that asks the host which slots those are and draws for them alone: less
-work, but a GPU has to be waited for in every step, and torch.compile cannot take it.
+The step's formulas are written as the authors write theirs; continuous slots are ours alone, and there are two ways to
+restart those that have ended. `eager` works on the whole batch with masks: a fresh start noise is drawn for all slots
+and taken by those. `eager_by_rows` asks the host which slots they are and draws for them alone: less work, but a GPU
+has to be waited for in every step, and torch.compile cannot take it. `ours_noise` and `ours_step` say what our own time
+goes into: the normals of Eq. 16 alone, and the guided step alone.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 
 from benchmarks.op_arms import GRID_STEPS, REFERENCE_ROWS, SEED, Comparison, Op, column, compile_plain, moments
 from selfnpo_fast.rollout import Grid
-from selfnpo_kernels import Draw, NoiseKey, TdftRules, TdftTables, backends, draw_id, normal, tdft_step
+from selfnpo_kernels import Draw, NoiseKey, TdftRules, TdftTables, backends, draw_id, guided_step, normal, tdft_step
 
 ROLLOUT_W = -5.0  # the authors' for SDXL; both branches are live
 DROPOUT = 0.1
@@ -113,10 +115,14 @@ class TdftStep(Op):
         return step
 
     def arms(self) -> dict[str, Callable[[], object]]:
+        x, index = self.begin[0], self.slots()[0] + 1
+        key = NoiseKey(SEED, self.ids(), draw_id(Draw.RENOISE))
         return {
             "ours": self.our_step(),
             "eager": self.stepper(self.chain),
             "eager_by_rows": self.stepper(self.chain, by_rows=True),
+            "ours_noise": lambda: normal(key, self.shape[1:]),
+            "ours_step": lambda: guided_step(self.pos, self.neg, x, self.tables.step, index=index),
         }
 
     def compiled(self) -> Callable[[], object]:

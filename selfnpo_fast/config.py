@@ -180,7 +180,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _check_fields("loss.", self)
-        _check(self.c > 0, "loss.c", self.c, "a positive number")
+        _check(self.c >= 1e-12, "loss.c", self.c, "1e-12 or more (1e-3 is the authors')")
 
 
 @dataclass(kw_only=True)

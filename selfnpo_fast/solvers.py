@@ -49,12 +49,12 @@ class SolverSteps:
         return bool(self.k[:, 5].any())
 
 
-def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0) -> SolverSteps:
+def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float = 0.0) -> SolverSteps:
     """The whole trajectory of a diffusers scheduler after its `set_timesteps`.
 
     w is the paper's omega, guidance_scale - 1. eta (0 to 1) is that of DDIM's `step`. Prediction types: epsilon,
-    v_prediction and sample. The steps are those of diffusers 0.42 with `set_begin_index(0)`; what its `step` takes as
-    further arguments, Euler's s_churn above all, is not served. At the end the state is what diffusers returns.
+    v_prediction and sample. The steps are those of diffusers 0.42 with `set_begin_index(0)`. Of what its `step` takes
+    as further arguments, Euler's s_churn is named here to be refused. At the end the state is what diffusers returns.
 
     Raises UserError for schedulers and options whose step is not linear or not known here.
     """
@@ -67,6 +67,11 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0) -> SolverSteps:
         raise UserError(f"scheduler: this {name} has no steps yet; call set_timesteps")
     if not 0 <= eta <= 1:
         raise UserError(f"eta: {eta} is not possible; expected 0 to 1")
+    if s_churn:
+        raise UserError(
+            f"s_churn: {s_churn} is not served by the fused step, whose network would have to read a state noised "
+            "anew; take 0, or DPM-Solver++ with algorithm_type='sde-dpmsolver++' for a stochastic sampler"
+        )
     if eta and name != "DDIMScheduler":
         raise UserError(f"eta: {eta} belongs to DDIMScheduler; {name} takes 0")
     timesteps = scheduler.timesteps.detach().cpu()

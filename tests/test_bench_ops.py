@@ -324,8 +324,8 @@ def test_calibration_loops_past_the_least_time_and_hardly_further(seconds, cycle
     calls = calibrate(time_calls, 0.1, cycle)
     assert calls % cycle == 0
     assert calls * seconds >= 0.1
-    assert calls == cycle or (calls - cycle) * seconds <= 0.11
-    assert len(asked) < 12 and max(asked) == calls
+    assert calls <= 2 * cycle or (calls - 2 * cycle) * seconds <= 0.11 * bench_ops.SPARE
+    assert len(asked) < 12 and max(asked) <= calls
 
 
 def test_every_round_times_every_arm_in_turn(monkeypatch):
@@ -335,7 +335,9 @@ def test_every_round_times_every_arm_in_turn(monkeypatch):
     monkeypatch.setattr(bench_ops.time, "perf_counter", lambda: next(clock))  # one second per sample
     calls, seconds = bench_ops.measure(arms, 3, 0.5, 2, CPU)
     assert calls == dict.fromkeys(arms, 2)
-    assert log == [name for _ in range(1 + 3) for name in arms for _ in range(2)]  # calibration, then the rounds
+    turns = ["ours", "eager", "floor", "eager", "floor", "ours", "floor", "ours", "eager"]
+    assert log[:6] == [name for name in arms for _ in range(2)], "calibration"
+    assert log[6:] == [name for name in turns for _ in range(2)], "each round begins with another arm"
     np.testing.assert_allclose(seconds, np.full((3, 3), 0.5))
 
 
@@ -347,7 +349,7 @@ def record(op: str, shape: str, dtype: str, floor: float, **ratios: float) -> di
 def test_bars_are_those_of_the_issue():
     judged = bench_ops.bars(
         [
-            record("tdft_step", "sd15", "fp32", 0.1, eager=10.0, compiled=1.9),
+            record("tdft_step", "sd15", "fp32", 0.1, eager=10.0, eager_by_rows=9.9, compiled=1.9),
             record("tdft_step", "sdxl", "bf16", 0.1, eager=1.0, compiled=1.0),
             record("normal", "sdxl", "fp32", 0.1, eager=2.1, compiled=1.0),
             record("guided_step", "uncached", "fp32", 0.79, eager=9.0, compiled=1.0),
@@ -357,6 +359,7 @@ def test_bars_are_those_of_the_issue():
     )
     assert [(bar["op"], bar["shape"], bar["against"], bar["least"], bar["met"]) for bar in judged] == [
         ("tdft_step", "sd15", "eager", 10.0, True),
+        ("tdft_step", "sd15", "eager_by_rows", 10.0, False),
         ("tdft_step", "sd15", "compiled", 2.0, False),
         ("normal", "sdxl", "eager", 2.0, True),
         ("guided_step", "uncached", "floor", 0.8, False),

@@ -66,17 +66,17 @@ def by_diffusers(scheduler, w: float, eta: float = 0.0) -> torch.Tensor:
     return torch.stack([*states, x]).as_subclass(torch.Tensor)
 
 
-def by_table(solver: SolverSteps, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def by_table(solver: SolverSteps, dtype: torch.dtype = torch.float64, on: str = "cpu") -> torch.Tensor:
     """The same by `guided_step`; without guidance the negative branch is left out."""
-    k = solver.k.to(dtype)
-    x, x0 = (draw(0) * solver.init_scale).to(dtype), None
+    k = solver.k.to(on, dtype)
+    x, x0 = (draw(0) * solver.init_scale).to(on, dtype), None
     states = [x]
-    for i, t in enumerate(solver.timesteps):
+    for i, t in enumerate(solver.timesteps.to(on)):
         pos, neg = network(x, t, 0.0), network(x, t, 0.4) if k[i, 6] else None
-        noise = draw(i + 1).to(dtype) if solver.adds_noise else None
+        noise = draw(i + 1).to(on, dtype) if solver.adds_noise else None
         x, x0 = guided_step(pos, neg, x, k[i : i + 1], x0_prev=x0 if solver.keeps_x0 else None, noise=noise)
         states.append(x)
-    return torch.stack(states).double()
+    return torch.stack(states).double().cpu()
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -202,6 +202,7 @@ EULER = {
     "karras": {"use_karras_sigmas": True},
     "karras_range": {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 20.0},
     "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
     "leading": {"timestep_spacing": "leading", "steps_offset": 1},
     "trailing": {"timestep_spacing": "trailing"},
     "sigma_min": {"final_sigmas_type": "sigma_min"},
@@ -333,6 +334,10 @@ def test_eta_out_of_range(eta):
 
 def test_eta_belongs_to_ddim():
     assert_refused(["eta", "DDIMScheduler"], make(EulerDiscreteScheduler, 5), eta=0.5)
+
+
+def test_churn_is_refused_by_name():
+    assert_refused(["s_churn: 10", "sde-dpmsolver++"], make(EulerDiscreteScheduler, 5), s_churn=10.0)
 
 
 def test_steps_have_to_be_set():

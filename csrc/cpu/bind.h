@@ -24,7 +24,16 @@ const T* pointer(const MaybeTensor& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
 }
 
+// Rows are read by index in the kernels: one that is not there would be somebody else's memory.
+inline void check_rows(const char* name, const int64_t* index, int64_t count, int64_t least, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(index[i] >= least && index[i] < rows, name, " holds ", index[i], "; expected ", least, " to ",
+                      rows - 1);
+  }
+}
+
 inline Table table(const Tensor& k, const MaybeTensor& index) {
+  if (index) check_rows("index", pointer<int64_t>(index), index->numel(), 0, k.size(0));
   return {k.const_data_ptr<float>(), k.size(0), k.size(1), pointer<int64_t>(index)};
 }
 

@@ -19,15 +19,18 @@ def main() -> int:
         there, why = backends.available(name)
         print(f"{name:<11}{'yes' if there else 'no':<7}{why}")
     print(f"\n{'tensors':<11}served by")
-    failed = False
     devices = ("cuda", "cpu", "other") if torch.cuda.is_available() else ("cpu", "other")
     for device in devices:
         try:
             serves = backends.backend_of(device)
         except backends.BackendError as error:
-            serves, failed = f"nothing: {error}", True
+            serves = f"nothing: {error}"
         print(f"{device:<11}{serves}")
-    print(f"{'float64':<11}reference, the oracle of the tests")
+    forced = os.environ.get("SELFNPO_BACKEND")
+    if forced in (None, "", "reference"):
+        print(f"{'float64':<11}reference, the oracle of the tests")
+    needed = ([forced] if forced else []) + (["cpp"] if os.environ.get("SELFNPO_REQUIRE_CPP") == "1" else [])
+    failed = any(name not in backends.NAMES or not backends.available(name)[0] for name in needed)
     for variable in ("SELFNPO_BACKEND", "SELFNPO_REQUIRE_CPP", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY"):
         if variable in os.environ:
             print(f"{variable}={os.environ[variable]}")

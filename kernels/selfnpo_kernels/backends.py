@@ -74,7 +74,7 @@ def _from_environment() -> str | None:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Serve every op by one backend inside the context. Raises BackendError if it is not there."""
+    """Serve every op by one backend inside the context, in all threads. Raises BackendError if it is not there."""
     global _forced
     before, _forced = _forced, _checked(name)
     try:

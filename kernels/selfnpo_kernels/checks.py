@@ -5,6 +5,9 @@ Each check has the arguments of its op's schema. Errors are ValueErrors of one l
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -13,6 +16,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def arithmetic(*tensors: torch.Tensor | None) -> torch.dtype:
     """float32, or float64 where a tensor is float64."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def apart(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors that share memory: blocks of a GPU would read what others have overwritten. Not for tracing."""
+    spans = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in tensors.items() if t is not None and t.nbytes}
+    for (name, (start, end)), (other, (begin, stop)) in itertools.combinations(spans.items(), 2):
+        if start < stop and begin < end:
+            _fail(op, other, f"shares memory with {name}; give it memory of its own")
 
 
 def no_gradient(op: str, **tensors) -> None:
@@ -35,6 +46,8 @@ def _state(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor | None =
         _fail(op, name, f"is {tensor.dtype}; expected {dtype}")
     if tensor.ndim < 2:
         _fail(op, name, f"has shape {tuple(tensor.shape)}; expected (samples, ...)")
+    if 0 in tensor.shape[1:]:
+        _fail(op, name, f"has shape {tuple(tensor.shape)}; expected one element per sample at least")
     if not tensor.is_contiguous():
         _fail(op, name, f"is not row-major (strides {tensor.stride()}); call contiguous() where it is made")
     if like is not None:
@@ -49,8 +62,8 @@ def _device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> Non
 
 
 def _exactly(op: str, name: str, tensor: torch.Tensor, shape: tuple, dtype: torch.dtype, like: torch.Tensor) -> None:
-    """A contiguous tensor of one shape and dtype; float64 in place of float32 where the call is float64 anyway."""
-    right = tensor.dtype == dtype or (dtype == torch.float32 and tensor.dtype == torch.float64)
+    """A contiguous tensor of one shape and dtype; float64 may take the place of float32 beside a float64 state."""
+    right = tensor.dtype == dtype or (dtype == torch.float32 and tensor.dtype == like.dtype == torch.float64)
     right = right and tensor.ndim == len(shape)
     if not (right and all(n is None or m == n for m, n in zip(tensor.shape, shape, strict=True))):
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
@@ -97,6 +110,8 @@ def normal(sample_ids, shape, seed, draw, draws, dtype):
         _exactly("normal", "draws", draws, (sample_ids.shape[0],), torch.int64, sample_ids)
     if dtype not in FLOATS:
         _fail("normal", "dtype", f"is {dtype}; expected float32, bfloat16 or float16")
+    if 0 in shape:
+        _fail("normal", "shape", f"is {tuple(shape)}; expected one element per sample at least")
 
 
 def affine_noise(x, k, index, noise, seed, sample_ids, draw, draws):
@@ -108,12 +123,11 @@ def affine_noise(x, k, index, noise, seed, sample_ids, draw, draws):
 
 def guidance_rescale(pos, neg, k, index, phi):
     """See `ops.guidance_rescale`."""
-    _state("guidance_rescale", "pos", pos)
-    _state("guidance_rescale", "neg", neg, pos)
+    _branches("guidance_rescale", pos, neg, pos)
     _table("guidance_rescale", k, 7, index, pos)
     if not 0 <= phi <= 1:
         _fail("guidance_rescale", "phi", f"is {phi}; expected 0 to 1")
-    if pos.shape[1:].numel() < 2:
+    if math.prod(pos.shape[1:]) < 2:
         _fail("guidance_rescale", "pos", "has one element per sample, whose standard deviation is not defined")
 
 
@@ -186,8 +200,8 @@ def x0_loss(pred, x_s, target, k, index, weight, kind, c, slope):
     _exactly("x0_loss", "weight", weight, (pred.shape[0],), torch.float32, pred)
     if kind not in ("l2", "huber"):
         _fail("x0_loss", "kind", f"is {kind!r}; expected l2 or huber")
-    if kind == "huber" and not c > 0:
-        _fail("x0_loss", "c", f"is {c}; expected a positive number")
+    if kind == "huber" and not 1e-12 <= c < math.inf:  # float32 has to hold its square
+        _fail("x0_loss", "c", f"is {c}; expected 1e-12 or more")
 
 
 def x0_loss_backward(slope, k, index, weight, grad):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 
 import torch
 
 _LIBRARY: torch.library.Library | None = None
+_LOCK = threading.Lock()  # the first calls may come from several threads
 
 
 def load() -> tuple[object | None, str]:
@@ -17,12 +19,13 @@ def load() -> tuple[object | None, str]:
         importlib.import_module("selfnpo_kernels._cpp")
     except ImportError as error:
         return None, f"the extension was not built, or not for this torch ({error}); see csrc/README.md"
-    if _LIBRARY is None:
-        from selfnpo_kernels.ops import SCHEMAS
+    with _LOCK:
+        if _LIBRARY is None:
+            from selfnpo_kernels.ops import SCHEMAS
 
-        _LIBRARY = torch.library.Library("selfnpo_cpp", "DEF")
-        for name, schema in SCHEMAS.items():
-            _LIBRARY.define(name + schema)
+            _LIBRARY = torch.library.Library("selfnpo_cpp", "DEF")
+            for name, schema in SCHEMAS.items():
+                _LIBRARY.define(name + schema)
     return torch.ops.selfnpo_cpp, f"C++, {capability()}"
 
 

@@ -3,11 +3,16 @@
 Python owns every schema (`selfnpo::<op>`); `backends.py` says which implementation serves a call. Shape letters: B
 samples; `...` the latent axes, any rank (images C, H, W; video F, C, H, W); R rows of a coefficient table.
 
-Every op takes row-major tensors of float32, bfloat16 or float16 in any mixture, computes in float32 and rounds once
-(the gradient of `x0_loss` twice: it is made of a slope that is kept in the dtype of `pred`).
-A float64 tensor takes the call to the reference, which then computes in float64. Coefficient tables are float32 (R, n):
-`index` (B,) int64 names each sample's row; without it R is B, or 1 for all samples alike. Errors are ValueErrors that
-name the argument. Ops other than `x0_loss` have no gradient and refuse inputs that ask for one.
+Every op takes row-major tensors of float32, bfloat16 or float16, computes in float32 and rounds each result once (the
+gradient of `x0_loss` twice: it is made of a slope that is kept in the dtype of `pred`). Network outputs share one
+dtype, states and what continues them another: pos and neg; x, x0_prev and final; x_s and target. A float64
+state takes the call to the reference, which then computes in float64. Coefficient tables are float32 (R, n): `index`
+(B,) int64 names each sample's row; without it R is B, or 1 for all samples alike. Ops other than `x0_loss` have no
+gradient and refuse inputs that ask for one.
+
+Errors are ValueErrors of one line that name op and argument: shapes, dtypes, devices, strides, ranges. An index that is
+in no table is refused on CPUs; a GPU would have to be waited for, and reads what is there. `backends.BackendError` (a
+RuntimeError): a backend was asked for by name and cannot serve the call.
 """
 
 from __future__ import annotations
@@ -21,9 +26,12 @@ import torch
 from selfnpo_kernels import backends, checks
 from selfnpo_kernels.rng import NoiseKey
 
-_NOISE = "int seed, Tensor? sample_ids, int draw, Tensor? draws"
+# SymInt: a seed or a draw that changes from call to call is no reason to compile anew.
+_NOISE = "SymInt seed, Tensor? sample_ids, SymInt draw, Tensor? draws"
 SCHEMAS = {
-    "normal": "(Tensor sample_ids, SymInt[] shape, int seed, int draw, Tensor? draws, ScalarType dtype) -> Tensor",
+    "normal": (
+        "(Tensor sample_ids, SymInt[] shape, SymInt seed, SymInt draw, Tensor? draws, ScalarType dtype) -> Tensor"
+    ),
     "affine_noise": f"(Tensor x, Tensor k, Tensor? index, Tensor? noise, {_NOISE}) -> Tensor",
     "guidance_rescale": "(Tensor pos, Tensor neg, Tensor k, Tensor? index, float phi) -> Tensor",
     "guided_step": (
@@ -107,7 +115,7 @@ def affine_noise(
 
     x (B, ...); k (R, 2); noise (B, ...) or the key of the normals to draw. Returns (B, ...) in x's dtype.
     """
-    checks.no_gradient("affine_noise", x=x, noise=noise)
+    checks.no_gradient("affine_noise", x=x, k=k, noise=noise)
     return torch.ops.selfnpo.affine_noise(x, k, index, *_noise_arguments(noise))
 
 
@@ -119,7 +127,7 @@ def guidance_rescale(
     phi std(pos) / std(p) + 1 - phi with p = pos + w (pos - neg): the `scale` of `guided_step`, and what diffusers'
     rescale_noise_cfg multiplies by. pos, neg (B, ...); k (R, 7), of which only w is read; float32.
     """
-    checks.no_gradient("guidance_rescale", pos=pos, neg=neg)
+    checks.no_gradient("guidance_rescale", pos=pos, neg=neg, k=k)
     return torch.ops.selfnpo.guidance_rescale(pos, neg, k, index, phi)
 
 
@@ -142,9 +150,10 @@ def guided_step(
 
     pos, neg (B, ...) raw network outputs; x (B, ...); k (R, 7) holds k0 .. k5 and w; scale (B,) from
     `guidance_rescale`; x0_prev (B, ...) in x's dtype, for DPM-Solver++(2M); noise (B, ...) or its key, for stochastic
-    solvers. diffusers' guidance_scale is w + 1. Returns `(x_next, x0)`, each (B, ...) in x's dtype.
+    solvers. Without x0_prev or noise its term is left out, whatever k4 or k5 say. diffusers' guidance_scale is w + 1.
+    Returns `(x_next, x0)`, each (B, ...) in x's dtype.
     """
-    checks.no_gradient("guided_step", pos=pos, neg=neg, x=x, scale=scale, x0_prev=x0_prev, noise=noise)
+    checks.no_gradient("guided_step", pos=pos, neg=neg, x=x, k=k, scale=scale, x0_prev=x0_prev, noise=noise)
     return torch.ops.selfnpo.guided_step(pos, neg, x, k, index, scale, x0_prev, *_noise_arguments(noise))
 
 
@@ -172,7 +181,7 @@ def tdft_step(
     Returns `(target, x_s, pairs, weight)`: target and x_s (B, ...) in x's dtype; pairs (4, B) int64 with t, s, sample
     id and the student's row; weight (B,) float32.
     """
-    checks.no_gradient("tdft_step", pos=pos, neg=neg, x=x, final=final, latents=latents)
+    checks.no_gradient("tdft_step", pos=pos, neg=neg, x=x, final=final, latents=latents, **vars(tables))
     return torch.ops.selfnpo.tdft_step(
         pos, neg, x, final, slots, next_slots,
         tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, latents,
@@ -195,7 +204,8 @@ def x0_loss(
 
     pred, x_s, target (B, ...); k (R, 2); weight (B,) float32. `kind` "l2" is the mean square (Eq. 17), "huber" the
     authors' pseudo-Huber mean(sqrt(d^2 + c^2) - c). Returns the weighted mean over the batch, a scalar that carries
-    gradients to `pred` (and to nothing else), and the unweighted loss per sample (B,), detached.
+    gradients to `pred` (and to nothing else), and the unweighted loss per sample (B,), detached. The forward pass
+    leaves the slope d(loss per element) / d(x0); the backward pass scales it. Differentiating twice is refused.
     """
     checks.no_gradient("x0_loss", x_s=x_s, target=target, k=k, weight=weight)
     slope = torch.is_grad_enabled() and pred.requires_grad
@@ -266,14 +276,25 @@ def _x0_loss_setup(ctx, inputs, output) -> None:
 
 
 def _x0_loss_gradients(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError("x0_loss: has no second derivative; call backward or grad without create_graph=True")
     slope, k, index, weight = ctx.saved_tensors
     return torch.ops.selfnpo.x0_loss_backward(slope, k, index, weight, grad), *[None] * 8
 
 
 def _serve(name: str, *arguments):
-    """What every device runs: check, pick the backend, call it."""
+    """What every device runs: check, pick the backend, call it, and tell autograd what was overwritten."""
     getattr(checks, name)(*arguments)
-    return backends.implementation(name, arguments)(*arguments)
+    run = backends.implementation(name, arguments)
+    if name == "tdft_step":
+        pos, neg, x, final, slots, next_slots, *_ = arguments
+        for read in ({"pos": pos}, {"neg": neg}):
+            checks.apart(name, x=x, final=final, **read)
+        checks.apart(name, slots=slots, next_slots=next_slots)
+        torch.autograd.graph.increment_version([t for t in (x, final, next_slots) if t is not None])
+    elif name == "ema_update":
+        torch.autograd.graph.increment_version([*arguments[0], *arguments[2]])
+    return run(*arguments)
 
 
 def _traced(name: str, *arguments):

@@ -18,8 +18,12 @@ def _wide(*tensors: torch.Tensor | None) -> torch.dtype:
 
 
 def _rows(k: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """The samples' rows of a coefficient table."""
-    return k if index is None else k[index]
+    """The samples' rows of a coefficient table. ValueError for rows that are not there, which only CPUs can tell."""
+    if index is None:
+        return k
+    if index.device.type == "cpu" and ((index < 0) | (index >= len(k))).any():
+        raise ValueError(f"index holds {index.tolist()[:8]}; expected 0 to {len(k) - 1}")
+    return k[index]
 
 
 def _column(k: torch.Tensor, j: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -85,7 +89,8 @@ def tdft_step(
     """One grid step of every slot, the pair of the state it was in, and the next sample where this one ended."""
     index, ids, left, _ = slots
     top = len(timesteps) - 2  # the last grid index
-    moved, x0 = guided_step(pos, neg, x, step, index + 1, None, None, None, 0, None, 0, None)
+    now = x.to(_wide(pos, neg, x, latents))  # results are rounded once, at the very end
+    moved, x0 = guided_step(pos, neg, now, step, index + 1, None, None, None, 0, None, 0, None)
 
     def key(kind: Draw, sample_ids: torch.Tensor, at: torch.Tensor | int = -1) -> NoiseKey:
         return NoiseKey(seed, sample_ids, draw_id(kind, at))
@@ -99,34 +104,36 @@ def tdft_step(
     # A state at the last timestep has no s above it: the sample that has just ended in that slot gives its end instead.
     no_room = torch.zeros_like(index, dtype=torch.bool) if final is None else index == top
     pair_index, pair_ids = torch.where(no_room, -1, index), torch.where(no_room, ids - stride, ids)
-    state = x if final is None else torch.where(here(no_room), final, x)
-    target = x0 if final is None else torch.where(here(no_room), final, x0)
+    state = now if final is None else torch.where(here(no_room), final.to(now.dtype), now)
+    target = x0 if final is None else torch.where(here(no_room), final.to(now.dtype), x0)
     t = timesteps[pair_index + 1]
     s = t + 1 + randint(key(Draw.RENOISE_TIME, pair_ids, pair_index), renoise.shape[1] - 1 - t)
     noise_key = key(Draw.RENOISE, pair_ids, pair_index)
-    z = draw_normals(noise_key, tuple(x.shape[1:]), _wide(x))
+    z = draw_normals(noise_key, tuple(x.shape[1:]), now.dtype)
     x_s = affine_noise(target if naive else state, renoise[pair_index + 1, s], None, z, 0, None, 0, None)
     dropped = uniform(key(Draw.PROMPT_DROPOUT, pair_ids, pair_index)) < dropout
     row = torch.where(dropped, 0, item(pair_ids, order=int(shuffled)) + 1)
 
     ended = left == 0
     new_ids = torch.where(ended, ids + stride, ids)
-    first = draw_normals(key(Draw.START_NOISE, new_ids), tuple(x.shape[1:]), _wide(x))
+    first = draw_normals(key(Draw.START_NOISE, new_ids), tuple(x.shape[1:]), now.dtype)
     if latents is None:
         first_index = torch.full_like(index, top)
         first_left = first_index
     else:
         first_index = randint(key(Draw.START_INDEX, new_ids), top)
         first_left = (first_index + 1).clamp(max=max_steps)
-        first = affine_noise(latents[item(new_ids)].to(x.dtype), start, first_index + 1, first, 0, None, 0, None)
+        clean = latents[item(new_ids)].to(now.dtype)
+        first = affine_noise(clean, start, first_index + 1, first, 0, None, 0, None)
     if final is not None:
-        final.copy_(torch.where(here(ended), moved, final))
-    x.copy_(torch.where(here(ended), first.to(x.dtype), moved))
+        final.copy_(torch.where(here(ended), moved, final.to(now.dtype)))
+    x.copy_(torch.where(here(ended), first, moved))
     next_slots[0] = torch.where(ended, first_index, index - 1)
     next_slots[1] = new_ids
     next_slots[2] = torch.where(ended, first_left, left - 1)
     next_slots[3] = item(new_ids) + 1
-    return target, x_s, torch.stack([t, s, pair_ids, row]), weight[pair_index + 1]
+    pairs = torch.stack([t, s, pair_ids, row])
+    return target.to(x.dtype), x_s.to(x.dtype), pairs, weight[pair_index + 1]
 
 
 def x0_loss(pred, x_s, target, k, index, weight, kind, c, slope):

@@ -43,7 +43,7 @@ def draw_id(kind: Draw, grid_index: torch.Tensor | int = -1) -> torch.Tensor | i
 class NoiseKey:
     """Names the normals that an operation draws for itself.
 
-    `sample_ids` (B,) int64; `draws` an int or (B,) int64 of draw ids.
+    `sample_ids` (B,) int64; `draws` an int or (B,) int64 of draw ids, of which the lower 32 bits count.
     """
 
     seed: int
@@ -73,7 +73,7 @@ def philox(counter: tuple[torch.Tensor, ...], seed: int) -> tuple[torch.Tensor, 
 def _blocks(key: NoiseKey, blocks: int) -> torch.Tensor:
     """Random bits (B, blocks, 4) int64 in [0, 2^32)."""
     ids = key.sample_ids.to(torch.int64).view(-1, 1)
-    draws = torch.as_tensor(key.draws, dtype=torch.int64, device=ids.device).view(-1, 1)
+    draws = torch.as_tensor(key.draws, dtype=torch.int64, device=ids.device).view(-1, 1) & _MASK
     shape = (len(ids), blocks)
     element = torch.arange(blocks, device=ids.device).expand(shape)
     counter = (element, (ids & _MASK).expand(shape), ((ids >> 32) & _MASK).expand(shape), draws.expand(shape))

@@ -41,9 +41,10 @@ MIXTURES = (
 FLOAT64 = Mixture("fp64", F64, F64)  # the reference alone
 EVERY_MIXTURE = tuple(Mixture("any", network, state) for network in (F32, BF16, F16) for state in (F32, BF16, F16))
 IMAGE, VIDEO = (3, 4, 5, 7), (2, 3, 4, 5, 3)  # B, C, H, W and B, F, C, H, W; no size is a multiple of a vector
-SHAPES = (IMAGE, VIDEO, (1, 1), (1, 2), (5, 63), (257, 4), (2, 4, 64, 64), (3000, 3))
+BLOCKS = (2, 2085)  # more than one block of every kernel, the last of them ragged
+SHAPES = (IMAGE, VIDEO, (1, 1), (1, 2), (5, 63), (257, 4), BLOCKS, (2, 4, 64, 64), (3000, 3))
 INTERPRETED = (IMAGE, (2, 67))  # every mixture, in Triton's interpreter, which takes some 10 ms for a program
-INTERPRETED_IN_FLOAT32 = (VIDEO, (1, 1), (1, 2), (5, 63), (40, 3), (2, 4, 64, 64))
+INTERPRETED_IN_FLOAT32 = (VIDEO, (1, 1), (1, 2), (5, 63), (40, 3), BLOCKS, (2, 4, 64, 64))
 
 
 def device(backend: str) -> str:
@@ -63,7 +64,7 @@ def grid(*, least: int = 1) -> list:
             for shape in shapes:
                 if np.prod(shape[1:]) < least:
                     continue
-                marks = pytest.mark.slow if interpreted and np.prod(shape) > 1000 else ()
+                marks = pytest.mark.slow if interpreted and np.prod(shape) > 10_000 else ()
                 name = f"{backend}-{mixture.name}-{'x'.join(map(str, shape))}"
                 out.append(pytest.param(backend, mixture, shape, id=name, marks=marks))
     return out

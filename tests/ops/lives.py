@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import exact
 import numpy as np
 import torch
-from cases import F32, UNIT, draw, wide
+from cases import F32, draw, wide
 
 from selfnpo_kernels import Draw, TdftRules, TdftTables
 
@@ -23,7 +23,6 @@ class World:
     tables: TdftTables
     rules: TdftRules
     latents: torch.Tensor | None
-    state: torch.dtype
 
     def row(self, table: str, *at: int) -> np.ndarray:
         return wide(getattr(self.tables, table)[at])
@@ -34,10 +33,6 @@ class World:
 
     def item(self, sample: int, order: int = 0) -> int:
         return exact.item(sample, self.rules.items, self.rules.seed + order)
-
-    def kept(self, value: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A value that may have been rounded to the state's dtype on its way."""
-        return value, size + np.abs(value) * UNIT[self.state] / UNIT[F32]
 
 
 @dataclass
@@ -74,7 +69,7 @@ def begin(world: World, slot: Slot, sample: int) -> None:
     slot.left = min(slot.index + 1, world.rules.max_steps)
     signal, disturbance = world.row("start", slot.index + 1)
     latent = wide(world.latents[world.item(sample)])
-    slot.x = exact.linear((signal, *world.kept(latent, np.abs(latent))), (disturbance, value, size))
+    slot.x = exact.linear((signal, latent, np.abs(latent)), (disturbance, value, size))
 
 
 def pair_of(world: World, slot: Slot, x0: tuple[np.ndarray, np.ndarray]) -> Pair:
@@ -87,7 +82,7 @@ def pair_of(world: World, slot: Slot, x0: tuple[np.ndarray, np.ndarray]) -> Pair
     noise = exact.sized_normals(rules.seed, [sample], exact.draw_id(Draw.RENOISE, index), state[0].shape)
     signal, disturbance = world.row("renoise", index + 1, s)
     x_s = exact.linear(
-        (signal, *(world.kept(*target) if rules.naive else state)), (disturbance, noise[0][0], noise[1][0])
+        (signal, *(target if rules.naive else state)), (disturbance, noise[0][0], noise[1][0])
     )
     dropped = exact.uniform(rules.seed, sample, exact.draw_id(Draw.PROMPT_DROPOUT, index)) < np.float32(rules.dropout)
     row = 0 if dropped else world.item(sample, order=int(rules.shuffled)) + 1
@@ -115,7 +110,6 @@ def make_world(
     steps: int,
     w: float,
     start: str,
-    state: torch.dtype = F32,
     latent_dtype: torch.dtype = F32,
     on: str = "cpu",
     **rules,
@@ -139,4 +133,4 @@ def make_world(
         weight=table(steps + 1),
     )
     latents = draw(seed, (rules.items, *shape[1:]), dtype=latent_dtype, on=on)[0] if start == "data" else None
-    return World(tables, rules, latents, state)
+    return World(tables, rules, latents)

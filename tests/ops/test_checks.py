@@ -13,6 +13,7 @@ from cases import BF16, F16, F32, draw
 from selfnpo_kernels import (
     NoiseKey,
     affine_noise,
+    backends,
     ema_update,
     guidance_rescale,
     guided_step,
@@ -193,7 +194,8 @@ REFUSED = {  # op -> [(what is wrong, what the error says)]
     ],
     "x0_loss": [
         ({"kind": "l1"}, "kind is 'l1'; expected l2 or huber"),
-        ({"c": 0.0}, "c is 0.0; expected a positive number"),
+        ({"c": 0.0}, "c is 0.0; expected 1e-12 or more"),
+        ({"c": float("inf")}, "c is inf"),
         ({"c": float("nan")}, "c is nan"),
         ({"target": lambda t: t.to(BF16)}, "target is torch.bfloat16 and x_s is torch.float32"),
         ({"k": torch.ones(3, 7)}, "k is"),
@@ -231,6 +233,65 @@ def test_refused(op, fault, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("op", ["affine_noise", "guidance_rescale", "guided_step", "x0_loss"])
+@pytest.mark.parametrize(
+    ("k", "says"),
+    [
+        (lambda k: k.double(), "k is torch.float64 of shape .*; expected torch.float32"),
+        (lambda k: k.requires_grad_(), "k requires a gradient"),
+    ],
+    ids=["float64", "gradient"],
+)
+def test_tables(op, k, says):
+    """float64 belongs to calls whose state is float64, and no coefficient is trained."""
+    function, good = arguments(op)
+    with pytest.raises(ValueError, match=rf"^{op}: {says}"):
+        function(**good | {"k": k(good["k"])})
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_rows_that_are_in_no_table(name, row):
+    index = torch.tensor([0, row, 1])
+    for op in ("affine_noise", "guidance_rescale", "guided_step", "x0_loss"):
+        function, good = arguments(op)
+        with backends.use(name), pytest.raises(ValueError, match="index holds"):
+            function(**good, index=index)
+
+
+@pytest.mark.parametrize("index", [-2, 4, 2**40])
+def test_slots_beyond_the_grid(index):
+    good = tdft_arguments("noise")
+    good["slots"][0, 1] = index
+    with backends.use("cpp"), pytest.raises(ValueError, match=f"grid index holds {index}; expected -1 to 3"):
+        tdft_step(**good)
+
+
+@pytest.mark.parametrize("one", ["final", "pos", "neg"])
+def test_states_that_share_memory(one):
+    """Blocks of one launch would read what others have overwritten."""
+    good = tdft_arguments("noise")
+    good[one] = good["x"]
+    with pytest.raises(ValueError, match=f"tdft_step: {one} shares memory with x"):
+        tdft_step(**good)
+
+
+def test_slot_tables_are_two():
+    good = tdft_arguments("noise")
+    both = torch.cat([good["slots"], good["slots"]])
+    tdft_step(**good | {"slots": both[:4], "next_slots": both[4:]})
+    with pytest.raises(ValueError, match="next_slots shares memory with slots"):
+        tdft_step(**good | {"slots": both[:4], "next_slots": both[3:7]})
+
+
+def test_samples_without_elements():
+    empty = torch.ones(3, 0)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 0\); expected one element per sample"):
+        affine_noise(empty, torch.ones(1, 2), empty)
+    with pytest.raises(ValueError, match=r"shape is \(0,\)"):
+        normal(NoiseKey(1, torch.arange(3), 0), (0,))
+
+
 def test_a_grid_of_one_step_has_no_start_from_data():
     """Its only index is the last timestep, which has no s above it."""
     with pytest.raises(ValueError, match="timesteps has 2 rows"):
@@ -253,7 +314,7 @@ def test_arguments_stay_as_they_are_when_a_call_is_refused():
 
 
 def test_every_mixture_is_taken(backend):
-    """Nothing but what is tested above is refused: float32, bfloat16 and float16 in any mixture."""
+    """float32, bfloat16 and float16 noise beside x of any of them."""
     on = cases.device(backend)
     for mixture in cases.EVERY_MIXTURE:
         (x,), (noise,) = draw(3, SHAPE, dtype=mixture.state, on=on), draw(4, SHAPE, dtype=mixture.network, on=on)

@@ -181,18 +181,62 @@ def test_import_order(first):
     assert said(child(first + "\n" + ONE_CALL)) == "12.0 cpp"
 
 
-def test_the_extension_falls_back_to_scalar_code():
-    """With ATEN_CPU_CAPABILITY=default, as on a machine without AVX2: it passes the tests of its values."""
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_the_extension_takes_what_the_machine_has(capability):
+    """As on a machine without AVX2, and on one without AVX-512: it passes the tests of its values."""
     chosen = "cpp and (3x4x5x7 or 1x2 or 257x4 or test_bits or test_integers or test_whole_runs or test_lists)"
     code = f"""
 import sys
 import pytest
 from selfnpo_kernels import cpp
-assert cpp.capability() == "DEFAULT"
+assert cpp.capability() == {capability.upper()!r}
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, {str(Path(__file__).parent)!r}]))
 """
-    line = said(child(code, ATEN_CPU_CAPABILITY="default")).splitlines()[-1]
+    line = said(child(code, ATEN_CPU_CAPABILITY=capability)).splitlines()[-1]
     assert int(line.split(" passed")[0].split()[-1]) > 150, line
+
+
+def test_first_calls_from_several_threads():
+    """All of them find every op registered, however slowly it goes."""
+    code = """
+import threading, time
+import torch
+define = torch.library.Library.define
+def slow(self, *arguments, **options):
+    time.sleep(0.005)
+    return define(self, *arguments, **options)
+import selfnpo_kernels
+torch.library.Library.define = slow
+x, failed = torch.ones(2, 3), []
+def call():
+    try:
+        selfnpo_kernels.affine_noise(x, torch.ones(1, 2), x)
+    except BaseException as error:
+        failed.append(repr(error))
+threads = [threading.Thread(target=call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(failed)
+"""
+    assert said(child(code)) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("environment", "status"),
+    [
+        ({}, 0),
+        ({"SELFNPO_BACKEND": "cpp"}, 0),
+        ({"SELFNPO_BACKEND": "reference"}, 0),
+        ({"SELFNPO_REQUIRE_CPP": "1"}, 0),
+        ({"SELFNPO_BACKEND": "triton", "TRITON_INTERPRET": "1"}, 0),
+        ({"SELFNPO_BACKEND": "cudnn"}, 1),
+    ],
+    ids=str,
+)
+def test_the_status_of_the_table(environment, status):
+    """1 where what was asked for is not there, and nowhere else."""
+    done = child("import sys; from selfnpo_kernels.__main__ import main; sys.exit(main())", **environment)
+    assert done.returncode == status, done.stdout + done.stderr
 
 
 def test_the_table(tmp_path):

@@ -127,6 +127,18 @@ def test_the_master_moves_where_its_shadow_cannot_see_it(backend, dtype):
         assert shadow[0] > 1.09
 
 
+def test_autograd_sees_what_is_overwritten(backend):
+    """A pending backward that saved a master must not use its new values in silence."""
+    on = cases.device(backend)
+    master, shadow, weight = (torch.ones(5, device=on) for _ in range(3))
+    weight.requires_grad_()
+    for saved in (master, shadow):
+        out = (weight * saved).sum()
+        ema_update([master], [torch.zeros(5, device=on)], [shadow], 0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+
 def test_parameters_have_no_graph(backend):
     on = cases.device(backend)
     master = torch.nn.Parameter(torch.zeros(3, device=on))

@@ -59,6 +59,15 @@ def test_a_large_mean_does_not_drown_the_deviation(backend, offset):
         check(backend, cases.FLOAT32, pos + offset, neg - offset, k, 1.0, index)
 
 
+def test_an_outlier_does_not_drown_the_deviation(backend):
+    """Wherever it lies: no single element may stand for the mean."""
+    on, shape = cases.device(backend), (3, 2085)
+    pos, neg = draw(14, shape, shape, on=on)
+    pos[0, 0], pos[1, 7], pos[2, -1] = 1000.0, -1000.0, 1000.0
+    for k, index in some_tables(15, shape[0], on):
+        check(backend, cases.FLOAT32, pos, neg, k, 1.0, index)
+
+
 @pytest.mark.parametrize("phi", PHIS)
 def test_diffusers(backend, phi):
     """The scale, and p of `guided_step` under it, are those of rescale_noise_cfg."""

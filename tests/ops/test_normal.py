@@ -42,6 +42,15 @@ def test_bits_are_those_of_the_specification(backend, seed):
         cases.assert_rounded("normal", backend, cases.FLOAT32, out, *terms)
 
 
+def test_draws_are_32_bits(backend):
+    on = cases.device(backend)
+    ids = column(IDS, on)
+    for draw, same in ((-1, 2**32 - 1), (2**32 + 5, 5)):
+        expected = normal(NoiseKey(3, ids, same), (9,))
+        assert torch.equal(normal(NoiseKey(3, ids, draw), (9,)), expected)
+        assert torch.equal(normal(NoiseKey(3, ids, torch.full_like(ids, draw)), (9,)), expected)
+
+
 PURE = [m for m in cases.EVERY_MIXTURE if m.network == m.state]
 
 

@@ -69,7 +69,7 @@ def check(op, backend, mixture, world, told: dict[int, lives.Slot], pos, neg, x,
 def test_one_step(backend, mixture, shape, start):
     """With both branches and Eq. 16, and with one and Eq. 15; ids beyond 2^32."""
     on = cases.device(backend)
-    options = {"steps": 4, "start": start, "state": mixture.state, "on": on, "latent_dtype": mixture.network}
+    options = {"steps": 4, "start": start, "on": on, "latent_dtype": mixture.network}
     chosen = sorted({*range(0, shape[0], 1 + shape[0] // 20), shape[0] - 1})
     for branches, rules in (("both", {}), ("neg", {"naive": True, "shuffled": True, "dropout": 0.5})):
         world = lives.make_world(SEED, shape, w=2.5, **options, **rules)
@@ -231,7 +231,7 @@ def test_dropout(backend):
 def test_float64():
     shape = (5, 2, 3)
     for start in STARTS:
-        world = lives.make_world(SEED, shape, steps=4, w=-3.0, start=start, latent_dtype=F64, state=F64, dropout=0.5)
+        world = lives.make_world(SEED, shape, steps=4, w=-3.0, start=start, latent_dtype=F64, dropout=0.5)
         x, final, pos, neg = draw(8, shape, shape, shape, shape, dtype=F64)
         final = final if start == "noise" else None
         slots = some_slots(world, 5, 60, "cpu")
@@ -262,7 +262,7 @@ def test_float64():
 )
 def test_any_step(name, shape, seed, mixture, steps, start, first, items, rules):
     items = items if start == "noise" else 1 + items % 5
-    options = {"state": mixture.state, "latent_dtype": mixture.network, "items": items, **rules}
+    options = {"latent_dtype": mixture.network, "items": items, **rules}
     world = lives.make_world(5, shape, steps=steps, w=-2.0, start=start, **options)
     world.rules = replace(world.rules, seed=seed)
     x, final = draw(9, shape, shape, dtype=mixture.state)

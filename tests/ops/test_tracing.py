@@ -107,6 +107,20 @@ def test_fake_shapes_and_dtypes_are_the_real_ones(backend):
             assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
+def test_draws_and_seeds_do_not_compile_anew():
+    """A sampler's step i draws under an id of its own: two graphs at most, the first one's integers taken for fixed."""
+    x, pos, k = *draw(9, SHAPE, SHAPE), torch.ones(1, 7)
+    graphs = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=graphs, fullgraph=True)
+    def step(i: int):
+        return guided_step(pos, None, x, k, noise=NoiseKey(3 + i, torch.arange(3), 16 * i + 5))[0]
+
+    for i in range(12):
+        assert torch.equal(step(i), guided_step(pos, None, x, k, noise=NoiseKey(3 + i, torch.arange(3), 16 * i + 5))[0])
+    assert graphs.frame_count <= 2
+
+
 def flat(results) -> list[torch.Tensor]:
     return [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
 

@@ -124,6 +124,19 @@ def test_the_slope_of_the_raw_op(backend, mixture, kind):
     assert other[2].numel() == 0
 
 
+def test_there_is_no_second_derivative(backend):
+    """Silence would be a wrong answer: the slope is kept as a number."""
+    on, shape = cases.device(backend), (2, 67)
+    pred, x_s, target, weight = inputs(17, shape, cases.FLOAT32, on)
+    (k,) = draw(18, (2, 2), on=on)
+    pred.requires_grad_()
+    loss, _ = x0_loss(pred, x_s, target, k, "l2", weight)
+    with pytest.raises(RuntimeError, match="x0_loss: has no second derivative"):
+        torch.autograd.grad(loss, pred, create_graph=True)
+    first = torch.autograd.grad(loss, pred, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, pred)[0])
+
+
 def test_only_pred_has_a_gradient(backend):
     on, shape = cases.device(backend), (2, 67)
     pred, x_s, target, weight = inputs(11, shape, cases.FLOAT32, on)

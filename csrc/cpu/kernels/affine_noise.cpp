@@ -11,8 +11,8 @@ void affine_noise(const AffineNoiseArgs& a) {
     blocks(a.B, a.N, [&](int64_t b, int64_t offset, int64_t n) {
       NoiseBlock block;
       const int64_t sample = b * a.N;
-      const float* z = block.get(a.noise_tensor, a.noise, b, sample, offset, n);
       const T* x = at_offset<T>(a.x, sample + offset);
+      const float* z = block.get(a.noise_tensor, a.noise, b, sample, offset, n, x);
       T* out = at_offset<T>(a.out, sample + offset);
       const float* k = a.k.row(b);
       each(n, [&](auto tag, int64_t i) {

@@ -19,19 +19,19 @@ struct Moments {
   }
 };
 
-// Sums of one block of values less its first one: nothing cancels where the mean is large. Eight lanes and a tail.
+// Sums of one block of values less a rough mean: nothing cancels where the mean is large. Eight lanes and a tail.
 struct Sums {
-  float first;
+  float rough;
   Vec sum{0.0f}, squares{0.0f};
   float tail_sum = 0, tail_squares = 0;
 
   void add(Vec v) {
-    const Vec d = v - Vec(first);
+    const Vec d = v - Vec(rough);
     sum = sum + d;
     squares = fmadd(d, d, squares);
   }
   void add(float v) {
-    const float d = v - first;
+    const float d = v - rough;
     tail_sum += d;
     tail_squares += d * d;
   }
@@ -43,9 +43,18 @@ struct Sums {
       return out;
     };
     const double all = total(sum, tail_sum), count = static_cast<double>(n);
-    return {count, first + all / count, total(squares, tail_squares) - all * all / count};
+    return {count, rough + all / count, total(squares, tail_squares) - all * all / count};
   }
 };
+
+// Of a block's first values: one alone may lie far from the others.
+template <class T>
+float rough_mean(const T* p, int64_t n) {
+  const int64_t some = std::min<int64_t>(n, 64);
+  float sum = 0;
+  for (int64_t i = 0; i < some; ++i) sum += load<float>(p + i);
+  return sum / static_cast<float>(some);
+}
 
 void guidance_rescale(const GuidanceRescaleArgs& a) {
   const int64_t per_sample = (a.N + kBlock - 1) / kBlock;
@@ -57,7 +66,8 @@ void guidance_rescale(const GuidanceRescaleArgs& a) {
         const auto* neg = at_offset<decltype(tn)>(a.neg, b * a.N + offset);
         const float w = a.k.row(b)[6];
         const int64_t unit = b * per_sample + offset / kBlock;
-        Sums pos_sums{load<float>(pos)}, p_sums{fmadd(w, load<float>(pos) - load<float>(neg), load<float>(pos))};
+        const float of_pos_roughly = rough_mean(pos, n);
+        Sums pos_sums{of_pos_roughly}, p_sums{fmadd(w, of_pos_roughly - rough_mean(neg, n), of_pos_roughly)};
         each(n, [&](auto tag, int64_t i) {
           using V = decltype(tag);
           const V p = load<V>(pos + i);

@@ -9,11 +9,11 @@ template <class S, class P, bool Both>
 void guided_step_block(const GuidedStepArgs& a, int64_t b, int64_t offset, int64_t n, bool stream) {
   const int64_t at = b * a.N + offset;
   NoiseBlock block;
-  const float* z = block.get(a.noise_tensor, a.noise, b, b * a.N, offset, n);
   const P* pos = at_offset<P>(a.pos ? a.pos : a.neg, at);
   const P* neg = at_offset<P>(a.neg, at);
   const S *x = at_offset<S>(a.x, at), *before = at_offset<S>(a.x0_prev, at);
   S *x_next = at_offset<S>(a.x_next, at), *x0 = at_offset<S>(a.x0, at);
+  const float* z = block.get(a.noise_tensor, a.noise, b, b * a.N, offset, n, x, pos, neg, before);
   const float* k = a.k.row(b);
   const Guidance<Both> guided{k[6], a.scale ? a.scale[b] : 1.0f};
   const auto loop = [&](auto extra) {

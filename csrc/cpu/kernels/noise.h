@@ -234,24 +234,38 @@ class Normals {
 
 #endif
 
+// Asks for the cache lines of kGroup elements from p[i] on; p may be null.
+template <class T>
+inline void prefetch(const T* p, int64_t i) {
+  if (!p) return;
+  const char* first = reinterpret_cast<const char*>(p + i);
+  for (size_t byte = 0; byte < kGroup * sizeof(T); byte += 64) __builtin_prefetch(first + byte);
+}
+
 // A buffer of one block's noise; filled in whole groups, so it may run over the sample's end.
 struct alignas(64) NoiseBlock {
   float z[kBlock];
 
-  // The n normals of a stream from element `offset` (a multiple of 4) of its sample on.
-  const float* draw(const Stream& stream, int64_t offset, int64_t n) {
+  // The n normals of a stream from element `offset` (a multiple of 4) of its sample on. Meanwhile `soon`, what the
+  // caller reads next, is fetched into the cache: making noise is arithmetic alone, and memory would stand idle.
+  template <class... T>
+  const float* draw(const Stream& stream, int64_t offset, int64_t n, const T*... soon) {
     const Normals normals(stream);
-    for (int64_t i = 0; i < n; i += kGroup) normals.group(static_cast<uint32_t>((offset + i) / 4), z + i);
+    for (int64_t i = 0; i < n; i += kGroup) {
+      (prefetch(soon, i), ...);
+      normals.group(static_cast<uint32_t>((offset + i) / 4), z + i);
+    }
     return z;
   }
 
   // A given noise tensor's elements, or drawn ones, or null where an op has no noise.
-  const float* get(const Array& tensor, const Noise& noise, int64_t b, int64_t sample_offset, int64_t offset,
-                   int64_t n) {
+  template <class... T>
+  const float* get(const Array& tensor, const Noise& noise, int64_t b, int64_t sample_offset, int64_t offset, int64_t n,
+                   const T*... soon) {
     if (noise.drawn) {
       const int64_t id = noise.draws ? noise.draws[b] : noise.draw;
       const Stream stream{noise.seed, static_cast<uint64_t>(noise.sample_ids[b]), static_cast<uint32_t>(id)};
-      return draw(stream, offset, n);
+      return draw(stream, offset, n, soon...);
     }
     if (!tensor) return nullptr;
     if (tensor.type == c10::ScalarType::Float) return at_offset<float>(tensor, sample_offset + offset);

@@ -69,13 +69,13 @@ Slot decide(const TdftStepArgs& a, int64_t b) {
 template <class S, class P, bool Both>
 void tdft_block(const TdftStepArgs& a, const Slot& slot, int64_t b, int64_t offset, int64_t n, bool stream) {
   const int64_t at = b * a.N + offset;
-  NoiseBlock renoise, fresh;
-  const float* z = renoise.draw(slot.renoise, offset, n);
-  const float* first = slot.ended ? fresh.draw(slot.fresh, offset, n) : nullptr;
   const P* pos = at_offset<P>(a.pos ? a.pos : a.neg, at);
   const P* neg = at_offset<P>(a.neg, at);
   S *x = at_offset<S>(a.x, at), *final = at_offset<S>(a.final, at);
   S *target = at_offset<S>(a.target, at), *x_s = at_offset<S>(a.x_s, at);
+  NoiseBlock renoise, fresh;
+  const float* z = renoise.draw(slot.renoise, offset, n, x, pos, neg);
+  const float* first = slot.ended ? fresh.draw(slot.fresh, offset, n, final) : nullptr;
   const float *k = slot.k, *r = slot.r;
   const Guidance<Both> guided{k[6], 1.0f};
   const auto loop = [&](auto special, auto start) {

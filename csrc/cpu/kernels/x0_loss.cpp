@@ -7,7 +7,7 @@ namespace selfnpo {
 inline namespace CPU_CAPABILITY {
 
 template <class S, class P, bool Huber>
-double loss_block(const X0LossArgs& a, int64_t b, int64_t offset, int64_t n) {
+double loss_block(const X0LossArgs& a, int64_t b, int64_t offset, int64_t n, bool stream) {
   const int64_t at = b * a.N + offset;
   const S *x_s = at_offset<S>(a.x_s, at), *target = at_offset<S>(a.target, at);
   const P* pred = at_offset<P>(a.pred, at);
@@ -29,7 +29,7 @@ double loss_block(const X0LossArgs& a, int64_t b, int64_t offset, int64_t n) {
       loss = d * d;
       rise = d + d;
     }
-    if (slope) store<V>(slope + i, rise);
+    if (slope) store<V>(slope + i, rise, stream);
     if constexpr (std::is_same_v<V, Vec>) {
       sum = sum + loss;
     } else {
@@ -46,13 +46,15 @@ double loss_block(const X0LossArgs& a, int64_t b, int64_t offset, int64_t n) {
 void x0_loss(const X0LossArgs& a) {
   const int64_t per_sample = (a.N + kBlock - 1) / kBlock;
   std::vector<double> sums(a.B * per_sample);
+  const bool stream = streams(a.B * a.N * 16, a.N);
   dispatch(a.pred.type, [&](auto p) {
     dispatch(a.x_s.type, [&](auto s) {
       blocks(a.B, a.N, [&](int64_t b, int64_t offset, int64_t n) {
         using S = decltype(s);
         using P = decltype(p);
         double& sum = sums[b * per_sample + offset / kBlock];
-        sum = a.huber ? loss_block<S, P, true>(a, b, offset, n) : loss_block<S, P, false>(a, b, offset, n);
+        sum = a.huber ? loss_block<S, P, true>(a, b, offset, n, stream)
+                      : loss_block<S, P, false>(a, b, offset, n, stream);
       });
     });
   });
@@ -68,6 +70,7 @@ void x0_loss(const X0LossArgs& a) {
 
 void x0_loss_backward(const X0LossBackwardArgs& a) {
   const double all = static_cast<double>(a.B) * static_cast<double>(a.N);
+  const bool stream = streams(a.B * a.N * 8, a.N);
   dispatch(a.slope.type, [&](auto type) {
     using T = decltype(type);
     blocks(a.B, a.N, [&](int64_t b, int64_t offset, int64_t n) {
@@ -76,7 +79,7 @@ void x0_loss_backward(const X0LossBackwardArgs& a) {
       const float factor = static_cast<float>(static_cast<double>(a.k.row(b)[1]) * a.weight[b] * *a.grad / all);
       each(n, [&](auto tag, int64_t i) {
         using V = decltype(tag);
-        store<V>(out + i, load<V>(slope + i) * V(factor));
+        store<V>(out + i, load<V>(slope + i) * V(factor), stream);
       });
     });
   });

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from selfnpo_kernels.triton import common
-from selfnpo_kernels.triton.common import launch, load, place, plan, store, table_row
+from selfnpo_kernels.triton.common import entry, launch, load, place, plan, store, table_row
 
 
-@triton.jit(do_not_specialize=["seed", "draw"])
+@entry(do_not_specialize=["seed", "draw"])
 def affine_noise_kernel(
     out, x, k, index, noise, sample_ids, draws, seed: tl.int64, draw: tl.int64,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,

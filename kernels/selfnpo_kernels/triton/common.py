@@ -8,6 +8,7 @@ rows begin at multiples of 16 bytes, and that a row's end falls between two acce
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,22 @@ START_INDEX = tl.constexpr(int(Draw.START_INDEX))
 RENOISE_TIME = tl.constexpr(int(Draw.RENOISE_TIME))
 RENOISE = tl.constexpr(int(Draw.RENOISE))
 PROMPT_DROPOUT = tl.constexpr(int(Draw.PROMPT_DROPOUT))
+
+
+# Arguments of which a kernel reads a few numbers a sample: where they begin is nobody's concern, and rows of a table
+# begin anywhere. Without this, every odd address would compile a variant of its own.
+SMALL = ["k", "index", "scale", "sample_ids", "draws", "weight", "slots", "next_slots", "pairs", "pair_weight", "step",
+         "start", "renoise", "timesteps", "grad", "per_sample", "loss"]  # fmt: skip
+
+
+def entry(**options):
+    """triton.jit for kernels whose small arguments are named as in `SMALL`."""
+
+    def decorate(function):
+        names = [name for name in inspect.signature(function).parameters if name in SMALL]
+        return triton.jit(function, do_not_specialize_on_alignment=names, **options)
+
+    return decorate
 
 
 # The launch
@@ -65,7 +82,9 @@ def plan(shape: tuple[int, ...], *, block: int = 1024, rows: int = 0) -> Plan:
     """
     samples, count = shape[0], math.prod(shape[1:])
     block, warps = (block, 4) if count > 256 else (256, 1)
-    wide = max(samples, rows) * count + block > 2**31
+    if count >= 2**31:
+        raise ValueError(f"a sample has {count} elements; expected fewer than 2^31")
+    wide = max(samples, rows) * max(count, 8) + block > 2**31  # rows of tables have up to 7 columns
     return Plan(N=count, BLOCK=block, WIDE=wide, num_warps=warps, samples=samples)
 
 

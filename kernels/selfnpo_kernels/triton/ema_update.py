@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 import torch
 import triton
@@ -57,10 +57,29 @@ def ema_update_kernel(
                 weight, rest)  # fmt: skip
 
 
-# Tables by what they hold: addresses, sizes and dtypes. Kept for good, since a CUDA graph may hold their own addresses;
-# a steady state finds its tables here and uploads nothing. A list of one is not kept: under ZeRO 3 parameters are
-# gathered one by one, at ever new addresses.
-_tables: dict[tuple, list[tuple]] = {}
+# Tables by what they hold: addresses, sizes and dtypes. A steady state finds its tables here and uploads nothing. The
+# newest are kept (under ZeRO 3 parameters are gathered one by one, at ever new addresses), and for good those that a
+# CUDA graph holds the addresses of.
+_tables: OrderedDict[tuple, list[tuple]] = OrderedDict()
+_captured: dict[tuple, list[tuple]] = {}
+_MOST = 4096
+
+
+def _table(device: torch.device, key: tuple) -> list[tuple]:
+    """The launches of a list, built at its first call. RuntimeError if that is while a CUDA graph is captured."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    known = _captured.get((device, key)) or _tables.get((device, key))
+    if known is None:
+        if capturing:
+            raise RuntimeError("ema_update: call it once with this list of tensors before a CUDA graph is captured")
+        known = _build(device, key)
+    if capturing:
+        _captured[device, key] = known
+    _tables[device, key] = known
+    _tables.move_to_end((device, key))
+    if len(_tables) > _MOST:
+        _tables.popitem(last=False)
+    return known
 
 
 def _build(device: torch.device, key: tuple) -> list[tuple]:
@@ -98,10 +117,7 @@ def ema_update(masters, live, shadows, decay):
         key = tuple(
             (m.data_ptr(), n.data_ptr(), 0, m.numel(), n.dtype, None) for m, n in zip(masters, live, strict=True)
         )
-    launches = _tables.get((device, key)) or _build(device, key)
-    if len(masters) > 1:
-        _tables[device, key] = launches
-    for tensors, programs, live_dtype, shadow_dtype, aligned in launches:
+    for tensors, programs, live_dtype, shadow_dtype, aligned in _table(device, key):
         launch(
             ema_update_kernel, len(programs), tensors, tensors, programs, 1 - decay, decay,
             LIVE=live_dtype, SHADOW=shadow_dtype, ALIGN=16 if aligned else 1, CHUNK=_CHUNK[aligned], num_warps=4,

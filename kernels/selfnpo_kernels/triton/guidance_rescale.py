@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from selfnpo_kernels.triton.common import guided, launch, load, place, plan, table_row
+from selfnpo_kernels.triton.common import entry, guided, launch, load, place, plan, table_row
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _moments(values, inside, count):
     return mean, tl.sum(deviation * deviation, 0)
 
 
-@triton.jit
+@entry()
 def guidance_moments_kernel(
     partial, pos, neg, k, index,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
@@ -58,7 +58,7 @@ def _combined(partial, blocks, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.c
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@entry(do_not_specialize=["blocks"])
 def guidance_rescale_kernel(
     scale, partial, blocks, phi, rest, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from selfnpo_kernels.triton import common
-from selfnpo_kernels.triton.common import guided, launch, load, load_or_none, place, plan, store, table_row
+from selfnpo_kernels.triton.common import entry, guided, launch, load, load_or_none, place, plan, store, table_row
 
 
-@triton.jit(do_not_specialize=["seed", "draw"])
+@entry(do_not_specialize=["seed", "draw"])
 def guided_step_kernel(
     x_next, x0, pos, neg, x, k, index, scale, x0_prev, noise, sample_ids, draws, seed: tl.int64, draw: tl.int64,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from selfnpo_kernels.triton.common import launch, noise, place, plan, store
+from selfnpo_kernels.triton.common import entry, launch, noise, place, plan, store
 
 
-@triton.jit(do_not_specialize=["seed", "draw"])
+@entry(do_not_specialize=["seed", "draw"])
 def normal_kernel(
     out, sample_ids, draws, seed: tl.int64, draw: tl.int64, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):

@@ -13,6 +13,7 @@ from selfnpo_kernels.triton.common import (
     START_INDEX,
     START_NOISE,
     draw_id,
+    entry,
     guided,
     half_bits,
     item_of,
@@ -23,7 +24,6 @@ from selfnpo_kernels.triton.common import (
     place,
     plan,
     randint,
-    rounded,
     store,
     uniform,
 )
@@ -85,12 +85,11 @@ def _first_state(
         start += (_start_index(seed, sample_id, top) + 1) * 2
         item = item_of(sample_id, items, seed, HALF).to(block.dtype)  # an index no wider than it has to be
         source = load(latents, item, block, N, BLOCK)
-        source = rounded(source, x.dtype.element_ty).to(tl.float32)
         first = tl.load(start) * source + tl.load(start + 1) * first
     return first
 
 
-@triton.jit(do_not_specialize=["batch", "top", "train_steps", "items", "stride", "max_steps", "seed"])
+@entry(do_not_specialize=["batch", "top", "train_steps", "items", "stride", "max_steps", "seed"])
 def tdft_step_kernel(
     target, x_s, pairs, pair_weight, pos, neg, x, final, slots, next_slots,
     step, start, renoise, timesteps, weight, latents,
@@ -132,7 +131,7 @@ def tdft_step_kernel(
     store(target, sample, block, goal, N, BLOCK)
     k = renoise + ((pair_index + 1) * train_steps + s) * 2
     if NAIVE:
-        state = rounded(goal, x.dtype.element_ty).to(tl.float32)  # Eq. 15 noises the target as the student will see it
+        state = goal  # Eq. 15
     z = normals(seed, pair_id, draw_id(RENOISE, pair_index), block, BLOCK, x.dtype.element_ty)
     store(x_s, sample, block, tl.load(k) * state + tl.load(k + 1) * z, N, BLOCK)  # Eq. 16
 

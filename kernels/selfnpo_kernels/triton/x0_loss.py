@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from selfnpo_kernels.triton.common import launch, load, place, plan, store, table_row
+from selfnpo_kernels.triton.common import entry, launch, load, place, plan, store, table_row
 
 
-@triton.jit
+@entry()
 def x0_loss_kernel(
     partial, slope, pred, x_s, target, k, index, c,
     HUBER: tl.constexpr, PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
@@ -33,7 +33,7 @@ def x0_loss_kernel(
     tl.store(partial + tl.program_id(0), tl.sum(loss, 0))
 
 
-@triton.jit(do_not_specialize=["samples", "blocks"])
+@entry(do_not_specialize=["samples", "blocks"])
 def x0_loss_sum_kernel(
     loss, per_sample, partial, weight, samples, blocks, count, TILE: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -75,7 +75,7 @@ def x0_loss(pred, x_s, target, k, index, weight, kind, c, slope):
     return loss, per_sample, rise
 
 
-@triton.jit
+@entry()
 def x0_loss_backward_kernel(
     out, slope, k, index, weight, grad, size,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
