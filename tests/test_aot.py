@@ -57,6 +57,7 @@ def check(rows: list[dict]) -> None:
             table_of_addresses = row["kernel"] == "ema_update_kernel"
             assert row["index_bits"] == (64 if row["shape"] == "64-bit" or table_of_addresses else 32), row
     assert {row["shape"] for row in main} >= {"common", "64-bit"}
+    assert {row["call"] for row in main} == set(aot.FLOORS)
 
 
 def test_every_kernel_compiles_to_its_floor(tmp_path):
@@ -71,6 +72,7 @@ def test_every_kernel_mixture_and_architecture(tmp_path):
     check(rows)
     assert {row["mixture"] for row in rows} == set(aot.MIXTURES)
     assert {row["arch"] for row in rows} == {80, 90}
+    assert {row["shape"] for row in rows} == set(aot.SHAPES)
     # Calls that know one dtype only are not compiled for mixtures of two.
     seen = {(row["call"], row["mixture"]) for row in rows}
     assert seen >= {(call, mixture) for call, mixture in BY_HAND if "/" not in mixture}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dispatched import Dispatched
 
-from selfnpo_fast import rollout, train
+from selfnpo_fast import moving_reference, objective, rollout, train
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_latents
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.trainer import Trainer
@@ -23,7 +23,7 @@ class WholeUpdate:
     """Watches the last update of a run: everything but the networks, their backward and the optimiser."""
 
     def __init__(self, monkeypatch) -> None:
-        self.latents = self.weights = None
+        self.latents = self.weights = self.seen = None
         original = Trainer.train_update
         watched = lambda trainer, recorder: self._watched(original, trainer, recorder)  # noqa: E731
         monkeypatch.setattr(Trainer, "train_update", watched)
@@ -32,7 +32,7 @@ class WholeUpdate:
         if trainer.update + 1 < trainer.config.updates:
             original(trainer, recorder)
             return
-        sizes = {BATCH * LATENT, 2 * BATCH * LATENT}
+        sizes = {n * BATCH * LATENT for n in (1, 2, 4)}  # a batch, both branches of it, the whole pool of slots
         networks = trainer.engine.engine, trainer.reference.module
         engine, predict, move = trainer.engine, trainer.adapter.predict, trainer.reference.update
         with Dispatched(sizes, *networks) as mode:
@@ -57,7 +57,7 @@ class WholeUpdate:
 
             trainer.adapter.predict, engine.step, trainer.reference.update = predicted, stepped, moved
             original(trainer, recorder)
-        self.latents = mode.computing
+        self.latents, self.seen = mode.computing, mode.seen
 
 
 def run(monkeypatch, output: Path, *words: str) -> WholeUpdate:
@@ -74,6 +74,31 @@ def test_an_update_of_continuous_rollouts(w, monkeypatch, tmp_path):
     update = run(monkeypatch, tmp_path / "run", "--rollout.w", w)
     assert update.latents == {"selfnpo.tdft_step": 1, **LOSS}
     assert update.weights == {"selfnpo.ema_update": 1}
+
+
+OTHERS = {
+    "data": ["--rollout.start", "data", "--data.source", "digits"],
+    "naive": ["--rollout.noising", "naive"],
+    "l2": ["--loss.kind", "l2"],
+    "huber": ["--loss.kind", "huber"],
+    "lora": ["--lora.rank", "2"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_update_of_other_recipes(name, monkeypatch, tmp_path):
+    update = run(monkeypatch, tmp_path / "run", *OTHERS[name])
+    assert update.latents == {"selfnpo.tdft_step": 1, **LOSS}
+    assert update.weights == {"selfnpo.ema_update": 1}
+    assert not {"aten._to_copy", "aten.copy_"} & update.seen.keys(), "float32 latents are not copied either"
+
+
+def test_an_update_in_bf16(monkeypatch, tmp_path):
+    """The shadow of the moving average is written by the op that moves it."""
+    update = run(monkeypatch, tmp_path / "run", "--engine.precision", "bf16")
+    assert update.latents == {"selfnpo.tdft_step": 1, **LOSS}
+    assert update.weights == {"selfnpo.ema_update": 1}
+    assert update.seen["aten._to_copy"] == 2, "what the two networks are given"
 
 
 def test_an_update_of_lockstep_rollouts(monkeypatch, tmp_path):
@@ -100,6 +125,23 @@ def test_eager_arithmetic_would_be_seen(monkeypatch, tmp_path):
     assert {"aten.mul", "aten.add", "aten.where"} <= update.latents.keys()
 
 
+def test_an_eager_average_would_be_seen(monkeypatch, tmp_path):
+    monkeypatch.setattr(moving_reference, "ema_update", reference.ema_update)
+    update = run(monkeypatch, tmp_path / "run")
+    assert "aten.lerp_" in update.weights
+
+
+def test_an_eager_loss_would_be_seen(monkeypatch, tmp_path):
+    def eager(pred, x_s, target, k, kind, weight, c, index):
+        k0, k1 = (k[index, j].view(-1, 1, 1, 1) for j in range(2))
+        per_sample = (k0 * x_s + k1 * pred - target).square().flatten(1).mean(1)
+        return (per_sample * weight).mean(), per_sample.detach()
+
+    monkeypatch.setattr(objective, "x0_loss", eager)
+    update = run(monkeypatch, tmp_path / "run")
+    assert {"aten.mul", "aten.sub", "aten.mean"} <= update.latents.keys()
+
+
 @pytest.mark.parametrize("solver", ["dpm++", "ddim", "euler"])
 def test_a_sampler_step(solver):
     adapter = load_adapter("digits")
@@ -107,7 +149,8 @@ def test_a_sampler_step(solver):
     negative = adapter.load_denoiser(torch.float32)
     empty = adapter.encode_empty(torch.device("cpu"))
     prompts = {name: row.expand(BATCH, *row.shape[1:]) for name, row in empty.items()}
-    config = SamplerConfig(steps=1, guidance_scale=3.0, solver=solver)
+    config = SamplerConfig(steps=3, guidance_scale=3.0, solver=solver)
     with Dispatched({BATCH * LATENT, 2 * BATCH * LATENT}, denoiser, negative) as mode:
         sample_latents(adapter, denoiser, negative, prompts, empty, list(range(BATCH)), config)
-    assert mode.computing == {"selfnpo.normal": 1, "selfnpo.guided_step": 1}
+    scaled = {"selfnpo.affine_noise": 1} if solver == "euler" else {}
+    assert mode.computing == {"selfnpo.normal": 1, **scaled, "selfnpo.guided_step": 3}

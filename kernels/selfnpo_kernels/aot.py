@@ -38,11 +38,14 @@ FLOORS = {
     "normal": (0, 1, 0, 0),  # writes
     "affine_noise": (0, 2, 0, 0),  # x; out
     "affine_noise, noise given": (1, 2, 0, 0),
+    "affine_noise, a row and a draw for each": (0, 2, 0, 0),
     "guidance_rescale": (2, 0, 0, 0),  # pos, neg
     "guided_step": (2, 3, 0, 0),  # pos, neg, x; x_next, x0
     "guided_step, one branch": (1, 3, 0, 0),
     "guided_step, everything": (2, 4, 0, 0),  # and x0_prev
     "tdft_step, from noise": (2, 4, 2, 0),  # pos, neg, x; x, target, x_s; final in, final out
+    "tdft_step, unconditional": (1, 4, 2, 0),
+    "tdft_step, naive": (2, 4, 2, 0),
     "tdft_step, from data": (1, 4, 1, 0),  # pos, x; x, target, x_s; latents
     "x0_loss, l2": (2, 2, 0, 0),  # pred, x_s, target; slope
     "x0_loss, huber": (2, 2, 0, 0),
@@ -57,10 +60,13 @@ MIXTURES = {  # network output, state
     "fp16/fp32": (torch.float16, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.float16),
+    "fp32/bf16": (torch.float32, torch.bfloat16),
 }
 SHAPES = {  # samples, elements of one
     "common": (80, 4 * 64 * 64),
     "64-bit": (2**18, 4 * 64 * 64),
+    "small": (64, 4 * 8 * 8),
+    "video": (1, 13 * 16 * 60 * 90),  # its last block is not full
     "awkward": (3, 3 * 63 * 65),
 }
 REPORTED_ONLY = (100,)
@@ -205,21 +211,25 @@ def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dic
 
     p, x = empty(samples, count, dtype=net), empty(samples, count, dtype=state)
     index, slots = empty(samples, dtype=torch.int64), empty(4, samples, dtype=torch.int64)
+    each = empty(samples, 2)
     weight, k2, k7 = empty(samples), empty(50, 2), empty(50, 7)
     key = (None, 1, index, 0, None)
     tables = (empty(26, 7), empty(26, 2), empty(26, 1000, 2), empty(26, dtype=torch.int64), empty(26))
-    rules = (2333, 80, 5, 1, 0.1, False, False)
+    rules, naive = (2333, 80, 5, 1, 0.1, False, False), (2333, 80, 5, 1, 0.1, True, True)
     # An odd row length comes with a view that begins between two 16-byte boundaries.
     masters, live = [empty(samples * count)], [empty(samples * count + 1, dtype=net)[count % 2 :][: samples * count]]
     return {
         "normal": lambda: ops.normal(index, (count,), 1, 0, None, state),
         "affine_noise": lambda: ops.affine_noise(x, k2, index, *key),
         "affine_noise, noise given": lambda: ops.affine_noise(x, k2, index, p, 0, None, 0, None),
+        "affine_noise, a row and a draw for each": lambda: ops.affine_noise(x, each, None, None, 1, index, 0, index),
         "guidance_rescale": lambda: ops.guidance_rescale(p, p, k7, index, 0.7),
         "guided_step": lambda: ops.guided_step(p, p, x, k7, index, None, None, None, 0, None, 0, None),
         "guided_step, one branch": lambda: ops.guided_step(p, None, x, k7, index, None, None, None, 0, None, 0, None),
         "guided_step, everything": lambda: ops.guided_step(p, p, x, k7, index, weight, x, *key),
         "tdft_step, from noise": lambda: ops.tdft_step(p, p, x, x, slots, slots, *tables, None, *rules),
+        "tdft_step, unconditional": lambda: ops.tdft_step(None, p, x, x, slots, slots, *tables, None, *rules),
+        "tdft_step, naive": lambda: ops.tdft_step(p, p, x, x, slots, slots, *tables, None, *naive),
         "tdft_step, from data": lambda: ops.tdft_step(
             p, None, x, None, slots, slots, *tables, empty(2333, count, dtype=state), *rules
         ),
@@ -316,8 +326,16 @@ def _work(job: tuple[str, str, str, int]) -> list[Row]:
 # The report
 
 
+def mixtures(call: str, shape: str) -> list[str]:
+    """The mixtures in which a call is compiled for a shape; a call that knows one dtype meets each of them once."""
+    nets, states, _, _ = FLOORS[call]
+    both = bool(nets and states)
+    few = {"64-bit": ["fp32"], "small": ["bf16/fp32" if both else "bf16"], "video": ["bf16/fp32" if both else "bf16"]}
+    return [name for name in few.get(shape, MIXTURES) if both or "/" not in name]
+
+
 def jobs(architectures: list[int], quick: bool) -> list[tuple[str, str, str, int]]:
-    """What to compile: (call, mixture, shape, architecture). A call that knows one dtype meets each of them once."""
+    """What to compile: (call, mixture, shape, architecture)."""
     chosen = []
     for arch in architectures:
         if quick:
@@ -325,10 +343,7 @@ def jobs(architectures: list[int], quick: bool) -> list[tuple[str, str, str, int
             chosen += [(call, "fp32", "64-bit", arch) for call in ("affine_noise", "tdft_step, from data")]
             continue
         for shape in SHAPES:
-            for mixture in ("fp32",) if shape == "64-bit" else MIXTURES:
-                for call, (nets, states, _, _) in FLOORS.items():
-                    if (nets and states) or "/" not in mixture:
-                        chosen.append((call, mixture, shape, arch))
+            chosen += [(call, mixture, shape, arch) for call in FLOORS for mixture in mixtures(call, shape)]
     return chosen
 
 
@@ -338,10 +353,10 @@ def _table(rows: list[Row]) -> str:
         widths = " ".join(f"{kind} {sorted(set(w))}x{len(w)}" for kind, w in (("ld", r.loads), ("st", r.stores)) if w)
         moved = "" if r.floor is None else f"{r.bytes[0]:g}+{r.bytes[1]:g} of {r.floor[0]:g}+{r.floor[1]:g}"
         lines.append(
-            f"sm_{r.arch:<4}{r.shape:8} {r.mixture:10} {r.call:26} {r.kernel:26} {r.registers:4} {r.spills:3} "
+            f"sm_{r.arch:<4}{r.shape:8} {r.mixture:10} {r.call:40} {r.kernel:26} {r.registers:4} {r.spills:3} "
             f"{r.shared:6} {moved:18} {widths} {r.error or '; '.join(r.problems)}"
         )
-    head = f"{'arch':7}{'rows':8} {'dtypes':10} {'call':26} {'kernel':26} regs spl shared {'bytes/element':18} widths"
+    head = f"{'arch':7}{'rows':8} {'dtypes':10} {'call':40} {'kernel':26} regs spl shared {'bytes/element':18} widths"
     return "\n".join([head, *lines])
 
 
