@@ -80,10 +80,10 @@ class ReleasedRollout(LockstepRollout):
     def next_pairs(self) -> Pairs:
         """The next micro-batch."""
         maker, grid, predictor = self.maker, self.maker.grid, self.maker.predictor
-        ids = torch.arange(self.next_id, self.next_id + self.batch, device=maker.device)
+        ids = torch.arange(self.next_id, self.next_id + self.batch)
         self.next_id += self.stride
-        draws, latents, rows = self.draws(ids), maker.start_latents(ids), maker.rows(ids)
-        index = draws.start_index
+        draws, ids = self.draws(ids), ids.to(maker.device)
+        latents, rows, index = maker.start_latents(ids), maker.rows(ids), draws.start_index.to(maker.device)
         x = draws.noise if latents is None else affine_noise(latents, grid.start, draws.noise, index=index + 1)
         for _ in range(maker.config.max_steps):
             pos, neg = predictor(x, grid.timestep(index), rows)
@@ -171,16 +171,16 @@ class Workbench:
 def expected_forwards(arm: Arm, rollout: LockstepRollout | ContinuousRollout) -> int:
     """Samples that the reference has to forward for the rollout's next minibatch, in closed form.
 
-    Our lockstep mode stops when the last sample of the batch has arrived: in a small batch that may be before K steps.
+    Our lockstep mode leaves out samples that have arrived: each costs its own steps, at most K, and one evaluation.
     """
     batch, k = rollout.batch, arm.config.max_steps
     if arm.config.mode == "continuous":
         return batch * arm.calls
-    steps = k
+    steps = batch * k
     if not isinstance(rollout, ReleasedRollout):
-        ids = torch.arange(rollout.next_id, rollout.next_id + batch, device=rollout.maker.device)
-        steps = min(k, int(rollout.draws(ids).start_index.max()) + 1)
-    return batch * (steps + 1) * arm.calls
+        start = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + batch)).start_index
+        steps = int((start + 1).clamp(max=k).sum())
+    return (steps + batch) * arm.calls
 
 
 @dataclass
@@ -213,7 +213,7 @@ class Gate:
 
 def mixed_batch(rollout: LockstepRollout, k: int) -> int:
     """The first sample id whose batch has both a sample that passes index 0 before K steps and one that does not."""
-    start = rollout.draws(torch.arange(512, device=rollout.maker.device)).start_index
+    start = rollout.draws(torch.arange(512)).start_index
     batches = start.unfold(0, rollout.batch, 1)
     return int(((batches.amin(1) < k - 1) & (batches.amax(1) >= k - 1)).nonzero()[0])
 
@@ -266,8 +266,8 @@ def on_trajectory(maker: PairMaker, pairs: Pairs) -> tuple[torch.Tensor, torch.T
     grid, ids = maker.grid, pairs.sample_ids
     index = torch.searchsorted(grid.timesteps, pairs.t) - 1
     draws = LockstepDraws(
-        start_index=torch.full_like(ids, grid.steps - 1),
-        steps=grid.steps - 1 - index,
+        start_index=torch.full_like(ids, grid.steps - 1).cpu(),
+        steps=(grid.steps - 1 - index).cpu(),
         noise=normal(maker.key(Draw.START_NOISE, ids), maker.latent_shape),
         s=pairs.s,
         renoise=normal(maker.key(Draw.RENOISE, ids, index), maker.latent_shape),

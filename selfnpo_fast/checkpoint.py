@@ -113,7 +113,7 @@ def save_checkpoint(
     writer.save("student.safetensors", engine.full_weights(), here=main)
     for key in engine.moments():
         writer.save(f"{key}.safetensors", engine.full_moments(key), here=main)
-    writer.save("reference.safetensors", reference.state_dict().items(), here=main)
+    writer.save("reference.safetensors", reference.saved(), here=main)
     own = {**own, "rng": _rng_state(world), "optimizer": engine.native_state()}
     flat = ((f"{part}.{name}", value) for part, tensors in own.items() for name, value in tensors.items())
     writer.save(f"rank{world.rank}.safetensors", flat, here=True)

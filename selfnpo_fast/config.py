@@ -138,6 +138,12 @@ class RolloutConfig:
     """Eq. 16, or the naive truncation of Eq. 15."""
     pool: int = 4
     """Continuous: slots per training pair of an update; 1/pool of the slots advance per update."""
+    branches: Literal["auto", "batched", "split"] = "auto"
+    """Where w needs both outputs: one batch of conditional and unconditional, two, or whichever a short measurement
+    finds faster. The two differ in their last bits, so name one where two runs have to be equal."""
+    overlap: bool = False
+    """Make the pairs of the next update while the student learns from the present ones, by the reference as it was one
+    update before; the same pairs if it is frozen."""
     pair_weight: Literal["uniform", "lockstep"] = "uniform"
     """Continuous: weigh noise levels as often as lockstep mode with the same start, stop and k sees them."""
 
@@ -191,10 +197,13 @@ class ReferenceConfig:
     """frozen: the original model (the paper); ema: a moving average of the student (the authors' code)."""
     decay: float = 0.999
     """EMA decay per update."""
+    every: int = 1
+    """Updates between two moves of the average, each with decay to that power."""
 
     def __post_init__(self) -> None:
         _check_fields("reference.", self)
         _check(0 <= self.decay < 1, "reference.decay", self.decay, "at least 0 and below 1")
+        _check(self.every >= 1, "reference.every", self.every, "at least 1")
 
 
 @dataclass(kw_only=True)
@@ -296,6 +305,11 @@ class EngineConfig:
     """Micro-batches per update."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: Literal["off", "default", "max"] = "off"
+    """torch.compile for the reference's step and the student's blocks; on a GPU the former is also captured as a CUDA
+    graph. max lets the compiler try more (max-autotune)."""
+    channels_last: bool = False
+    """Keep convolutions' weights and activations in channels_last order, which GPUs prefer in half precision."""
 
     def __post_init__(self) -> None:
         _check_fields("engine.", self)

@@ -73,7 +73,7 @@ def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], to
             import bitsandbytes
 
             return _skipping(bitsandbytes.optim.AdamW8bit)(params, **arguments)
-        return _skipping(torch.optim.AdamW)(params, **arguments)
+        return _skipping(torch.optim.AdamW)(params, fused=True, **arguments)
 
     return build
 
@@ -228,7 +228,7 @@ class StudentEngine:
         state = self.engine.basic_optimizer.state
         for p in self._native_params():
             if not state[p]:
-                state[p] = {"step": torch.tensor(float(steps))}
+                state[p] = {"step": torch.tensor(float(steps), device=p.device)}
                 state[p] |= {name: torch.zeros_like(p, dtype=torch.float32) for name in self.moment_names}
         # DeepSpeed ties the moments to the parameters' names after its first step; this one has come another way.
         link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from selfnpo_fast.world import World
 from selfnpo_kernels import ema_update
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 """Makes sharded parameters whole inside the context (ZeRO 3)."""
+
+ALIGN = 8
+"""Elements at a multiple of which every shadow begins in the common buffer: 16 bytes of half precision."""
 
 
 class Reference:
@@ -24,19 +28,54 @@ class Reference:
     def update(self) -> None:
         """Called once per optimiser update; a frozen reference stays."""
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What has to be saved beyond the original weights."""
-        return {}
+    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of what has to be saved beyond the original weights; all ranks have to iterate together."""
+        return iter(())
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from what `saved()` gave."""
+
+
+class Shards:
+    """Which rank keeps the float32 master of which low-precision parameter, and one buffer that holds all of these.
+
+    The buffer is cut into one equal part per rank; each parameter becomes a view into its owner's part, so that one
+    all-gather brings what the ranks have moved to all of them.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], world: World) -> None:
+        self.world, self.owner = world, {}
+        loads, places = [0] * world.size, {}
+        for name, p in sorted(params.items(), key=lambda pair: (-pair[1].numel(), pair[0])):
+            rank = loads.index(min(loads))
+            self.owner[name], places[name] = rank, loads[rank]
+            loads[rank] += -(-p.numel() // ALIGN) * ALIGN
+        self.part, first = max(loads, default=0), next(iter(params.values()), None)
+        if world.size == 1 or first is None:
+            self.buffer = None
+            return
+        self.buffer = first.new_zeros(world.size * self.part)
+        for name, p in params.items():
+            view = self.buffer[self.owner[name] * self.part + places[name] :][: p.numel()]
+            p.data = view.as_strided(p.shape, p.stride()).copy_(p.data)
+
+    def mine(self, name: str) -> bool:
+        """Whether this rank keeps the master."""
+        return self.owner[name] == self.world.rank
+
+    def exchange(self) -> None:
+        """Bring every rank's part to all ranks."""
+        if self.buffer is not None:
+            own = self.buffer[self.world.rank * self.part :][: self.part].clone()
+            torch.distributed.all_gather_into_tensor(self.buffer, own)
 
 
 class MovingReference(Reference):
     """An exponential moving average of the student's trainable parameters with float32 masters.
 
-    In a low-precision module the masters are separate tensors and the module is their shadow; a float32 module is its
-    own master. (In bf16 an average with decay .999 would stand still.)
+    A float32 module is its own master on every rank. In a low-precision module the parameters are shadows, written by
+    the kernel that moves the masters, and the masters lie apart, each on one rank. (In bf16 an average with decay .999
+    would stand still.) It moves at every `every`-th update, with decay to that power.
     """
 
     def __init__(
@@ -45,23 +84,33 @@ class MovingReference(Reference):
         live: Iterable[tuple[str, nn.Parameter]],
         decay: float,
         gather: Gather | None = None,
+        *,
+        every: int = 1,
+        world: World | None = None,
     ) -> None:
         super().__init__(module)
-        self.decay, self.gather = decay, gather
-        shadows = dict(self.module.named_parameters())
-        self._live = dict(live)
-        self._shadow = {name: shadows[name] for name in self._live}
-        self._master = {name: p if p.dtype == torch.float32 else p.float() for name, p in self._shadow.items()}
+        self.decay, self.gather, self.every, self.updates = decay, gather, every, 0
+        self.world = world or World(0, 1, next(module.parameters()).device)
+        self._live, params = dict(live), dict(module.named_parameters())
+        self._shadow = {name: params[name] for name in self._live}
+        low = {name: p for name, p in self._shadow.items() if p.dtype != torch.float32}
+        self._shards = Shards(low, self.world)
+        self._master = {name: p for name, p in self._shadow.items() if name not in low}
+        self._master |= {name: p.detach().float() for name, p in low.items() if self._shards.mine(name)}
 
     def update(self) -> None:
-        """master <- decay master + (1 - decay) student, then the shadow is rewritten."""
+        """Every `every` updates: master <- decay^every master + (1 - decay^every) student; the shadows follow."""
+        self.updates += 1
+        if self.updates % self.every:
+            return
         if self.gather is None:
-            self._move(list(self._live))
+            self._move(list(self._master))
         else:
             # Parameter by parameter: never more than one whole tensor beyond the shards.
             for name, live in self._live.items():
                 with self.gather([live]):
-                    self._move([name])
+                    self._move([name] if name in self._master else [])
+        self._shards.exchange()
         self.version += 1
 
     def _move(self, names: list[str]) -> None:
@@ -70,17 +119,24 @@ class MovingReference(Reference):
             part = [name for name in names if (self._master[name] is self._shadow[name]) == own]
             if part:
                 masters, live = [self._master[name] for name in part], [self._live[name] for name in part]
-                ema_update(masters, live, [] if own else [self._shadow[name] for name in part], self.decay)
+                shadows = [] if own else [self._shadow[name] for name in part]
+                ema_update(masters, live, shadows, self.decay**self.every)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The float32 masters by parameter name, and the version."""
-        state = {name: master.detach() for name, master in self._master.items()}
-        return {**state, "version": torch.tensor(self.version)}
+    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The float32 masters by parameter name, from whichever rank has them, and the counters."""
+        for name, shadow in self._shadow.items():
+            master = self._master.get(name)
+            if name in self._shards.owner and self.world.size > 1:
+                master = torch.empty_like(shadow, dtype=torch.float32) if master is None else master
+                torch.distributed.broadcast(master, self._shards.owner[name])
+            yield name, master.detach()
+        yield "version", torch.tensor(self.version)
+        yield "updates", torch.tensor(self.updates)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore masters and rewrite the shadows."""
-        for name, master in self._master.items():
-            master.data.copy_(state[name])
-            if master is not self._shadow[name]:
-                self._shadow[name].data.copy_(master)
-        self.version = int(state["version"])
+        for name, shadow in self._shadow.items():
+            shadow.data.copy_(state[name])
+            if name in self._master and self._master[name] is not shadow:
+                self._master[name].copy_(state[name])
+        self.version, self.updates = int(state["version"]), int(state["updates"])

@@ -32,7 +32,7 @@ def replay(trainer: Trainer, recorder: Recorder, step: int) -> None:
     while trainer.update < step - 1:
         trainer.train_update(recorder)
         recorder.pending = 0  # sums nobody will read
-    micro_batches = [_look(trainer, trainer.rollout.next_pairs()) for _ in range(trainer.config.engine.accumulation)]
+    micro_batches = [_look(trainer, pairs) for pairs in trainer.producer.take().micro_batches]
     mine = {name: torch.cat([part[name] for part in micro_batches]).cpu() for name in micro_batches[0]}
     everyones = trainer.world.gather(mine)
     if not trainer.world.is_main:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.checkpoint import load_checkpoint, newest_whole, save_checkpoint, save_negative
+from selfnpo_fast.compiling import compile_blocks
 from selfnpo_fast.conditioning import ConditioningTable
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
@@ -24,8 +25,19 @@ from selfnpo_fast.moving_reference import MovingReference, Reference
 from selfnpo_fast.objective import Objective
 from selfnpo_fast.prompts import read_prompts
 from selfnpo_fast.recorder import Recorder
-from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
-from selfnpo_fast.world import DTYPES, World
+from selfnpo_fast.rollout import (
+    ContinuousRollout,
+    CudaGraphs,
+    Grid,
+    GuidedPredictor,
+    LockstepRollout,
+    OverlappedProducer,
+    PairMaker,
+    Pairs,
+    Producer,
+    no_capture,
+)
+from selfnpo_fast.world import DTYPES, World, region
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class Trainer:
         if config.engine.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         student.train()
+        compile_blocks(student, config.engine.compile)
         self.engine = StudentEngine(config, student, world)
         if config.reference.kind == "ema":
             self.reference: Reference = MovingReference(
@@ -93,17 +106,22 @@ class Trainer:
                 self.engine.trainable,
                 config.reference.decay,
                 self.engine.gather if self.engine.stage == 3 else None,
+                every=config.reference.every,
+                world=world,
             )
         else:
             self.reference = Reference(reference)
         self.objective = Objective.build(config.loss, self.adapter.schedule, world.device)
-        self.rollout, self.predictor = self._make_rollout(inputs.latents)
+        self.producer = self._make_producer(inputs.latents)
         self.update = 0
 
-    def _make_rollout(self, latents: torch.Tensor | None):
+    def _make_producer(self, latents: torch.Tensor | None) -> Producer:
         config, world = self.config, self.world
         predictor = GuidedPredictor(
-            lambda x, t, cond: self.adapter.predict(self.reference.module, x, t, cond), self.table, config.rollout.w
+            lambda x, t, cond: self.adapter.predict(self.reference.module, x, t, cond),
+            self.table,
+            config.rollout.w,
+            config.rollout.branches,
         )
         grid = Grid.build(
             self.adapter.schedule,
@@ -126,9 +144,14 @@ class Trainer:
         )
         place = {"batch": config.engine.micro_batch(world.size), "rank": world.rank, "world_size": world.size}
         if config.rollout.mode == "lockstep":
-            return LockstepRollout(maker, **place), predictor
-        groups = config.rollout.pool * config.engine.accumulation
-        return ContinuousRollout(maker, groups=groups, **place), predictor
+            rollout = LockstepRollout(maker, **place)
+        else:
+            groups, compile = config.rollout.pool * config.engine.accumulation, config.engine.compile
+            graphs = compile != "off" and world.device.type == "cuda"
+            capture = CudaGraphs(world.device) if graphs else no_capture
+            rollout = ContinuousRollout(maker, groups=groups, compile=compile, capture=capture, **place)
+        made = rollout, predictor, config.engine.accumulation, lambda: self.reference.version
+        return OverlappedProducer(*made, device=world.device) if config.rollout.overlap else Producer(*made)
 
     def pair_loss(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of one micro-batch (scalar with gradient) and per pair (B,)."""
@@ -139,17 +162,23 @@ class Trainer:
 
     def train_update(self, recorder: Recorder) -> None:
         """One optimiser update: pairs, loss, backward, step for every micro-batch, then the reference moves."""
-        before = self.predictor.forwards
-        for _ in range(self.config.engine.accumulation):
-            pairs = self.rollout.next_pairs()
-            loss, per_pair = self.pair_loss(pairs)
-            self.engine.backward(loss)
-            norm, applied = self.engine.step()
+        with region("waiting"):
+            made = self.producer.take()
+        for pairs in made.micro_batches:
+            with region("student forward"):
+                loss, per_pair = self.pair_loss(pairs)
+            with region("backward"):
+                self.engine.backward(loss)
+            with region("optimiser"):
+                norm, applied = self.engine.step()
             recorder.add(pairs, per_pair)
+        with region("waiting"):
+            self.producer.settle()
         if applied:
-            self.reference.update()
+            with region("EMA"):
+                self.reference.update()
         self.update += 1
-        recorder.close_update(norm, applied, self.predictor.forwards - before)
+        recorder.close_update(norm, applied, made.forwards)
 
     def run(self, recorder: Recorder, stop: StopRequest) -> Path | None:
         """Train to the configured number of updates, then write a checkpoint and the negative model; its folder.
@@ -237,7 +266,7 @@ class Trainer:
             self.update,
             engine=self.engine,
             reference=self.reference,
-            own={"rollout": self.rollout.state_dict(), "recorder": recorder.state_dict()},
+            own={"rollout": self.producer.state_dict(), "recorder": recorder.state_dict()},
             counters={"recorder": recorder.counters()},
             config=self.config,
             world=self.world,
@@ -251,7 +280,7 @@ class Trainer:
             path,
             engine=self.engine,
             reference=self.reference,
-            rollout=self.rollout,
+            rollout=self.producer,
             recorder=recorder,
             world=self.world,
         )

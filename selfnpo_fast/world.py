@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def region(name: str) -> AbstractContextManager:
+    """Names a part of an update for torch.profiler; costs a microsecond without one."""
+    return torch.profiler.record_function(f"selfnpo_fast: {name}")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ CHOICES = {
     "reference": ("frozen", "ema"),
     "mode": ("lockstep", "continuous"),
     "lora": (0, 2),
+    "overlap": (False, True),
 }
 Case = dict[str, object]
 
@@ -58,6 +59,7 @@ def words(case: Case, model: Path, output: Path) -> list[str]:
         "rollout.mode": case["mode"],
         "rollout.grid_steps": 5,
         "rollout.pool": 2,
+        "rollout.overlap": str(case["overlap"]).lower(),
         "reference.kind": case["reference"],
         "reference.decay": 0.9,
         "lora.rank": case["lora"],

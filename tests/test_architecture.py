@@ -26,7 +26,7 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 LAYERS = [
     {"errors"},
     {"console", "images", "world", "folders"},
-    {"schedule", "config"},
+    {"schedule", "config", "compiling"},
     {"solvers"},
     {"models", "lora", "prompts", "latents", "conditioning", "objective"},
     {"rollout", "moving_reference", "guidance"},

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from selfnpo_fast.moving_reference import MovingReference, Reference
+from selfnpo_fast.world import World
 
 
 def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -23,7 +27,7 @@ def drift(student: nn.Module, generator: torch.Generator) -> None:
 
 
 def masters(reference: MovingReference) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in reference.state_dict().items() if name != "version"}
+    return {name: value for name, value in reference.saved() if name not in ("version", "updates")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -121,7 +125,7 @@ def test_a_restored_average_goes_on_bit_for_bit(dtype):
     student = network(dtype)
     first = MovingReference(network(dtype), student.named_parameters(), 0.99)
     moved(first, student, 4, 5)
-    saved = {name: value.clone() for name, value in first.state_dict().items()}
+    saved = {name: value.clone() for name, value in first.saved()}
     weights = {name: value.clone() for name, value in student.state_dict().items()}
 
     other_student = network(dtype, seed=9)
@@ -133,8 +137,8 @@ def test_a_restored_average_goes_on_bit_for_bit(dtype):
     assert torch.equal(second.module(x), first.module(x))
     moved(first, student, 5, 5)
     moved(second, other_student, 5, 5)
-    for name, value in first.state_dict().items():
-        assert torch.equal(second.state_dict()[name], value), name
+    for name, value in first.saved():
+        assert torch.equal(dict(second.saved())[name], value), name
     assert torch.equal(second.module(x), first.module(x))
 
 
@@ -148,7 +152,7 @@ def test_frozen_reference_never_moves():
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
     assert reference.version == 0
-    assert reference.state_dict() == {}
+    assert dict(reference.saved()) == {}
     assert not module.training
     assert not module(torch.ones(1, 3)).requires_grad
 
@@ -161,3 +165,80 @@ def test_moving_reference_carries_no_gradient():
     assert not reference.module(torch.ones(1, 3)).requires_grad
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_few_updates_with_that_power_of_the_decay(dtype):
+    student, generator = network(dtype), torch.Generator().manual_seed(1)
+    reference = MovingReference(network(dtype), student.named_parameters(), 0.9, every=3)
+    exact = {name: parameter.detach().double() for name, parameter in student.named_parameters()}
+    for step in range(1, 11):
+        drift(student, generator)
+        reference.update()
+        if step % 3 == 0:
+            for name, parameter in student.named_parameters():
+                exact[name] = 0.9**3 * exact[name] + (1 - 0.9**3) * parameter.detach().double()
+        assert reference.version == step // 3
+        for name, master in masters(reference).items():
+            torch.testing.assert_close(master.double(), exact[name], rtol=0, atol=10 * 2.0**-24 * 4)
+
+
+def test_the_rest_of_a_period_is_saved():
+    student = network()
+    first = MovingReference(network(), student.named_parameters(), 0.9, every=3)
+    second = MovingReference(network(seed=5), student.named_parameters(), 0.9, every=3)
+    for _ in range(4):
+        first.update()
+    second.load_state_dict(dict(first.saved()))
+    for _ in range(2):
+        assert second.version == first.version == 1
+        first.update()
+        second.update()
+    assert second.version == first.version == 2
+
+
+def some_updates(world: World) -> tuple[MovingReference, int]:
+    """Five updates of a bf16 average; and the elements of the masters that this rank keeps."""
+    student, module = network(torch.bfloat16), network(torch.bfloat16)
+    reference = MovingReference(module, student.named_parameters(), 0.9, world=world)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        drift(student, generator)
+        reference.update()
+    return reference, sum(master.numel() for master in reference._master.values())
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    world = World(rank, 2, torch.device("cpu"), torch.distributed.new_group(backend="gloo"))
+    reference, kept = some_updates(world)
+    saved = {name: value.contiguous() for name, value in reference.saved()}
+    shadows = {f"shadow.{name}": p.detach().clone() for name, p in reference.module.named_parameters()}
+    reference.load_state_dict(saved)  # which rewrites the shadows
+    again = {f"again.{name}": p.detach().clone() for name, p in reference.module.named_parameters()}
+    save_file(saved | shadows | again | {"kept": torch.tensor(kept)}, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_masters_are_shared_out_among_ranks(tmp_path: Path):
+    """Two ranks hold every master once between them, and masters and shadows are bit for bit those of one rank."""
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=rank_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    alone, whole = some_updates(World(0, 1, torch.device("cpu")))
+    found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    kept = [int(tensors["kept"]) for tensors in found]
+    assert sum(kept) == whole
+    assert max(kept) < whole
+    shadows = dict(alone.module.named_parameters())
+    for tensors in found:
+        for name, value in alone.saved():
+            assert torch.equal(tensors[name], value), name
+        for name, shadow in shadows.items():
+            assert torch.equal(tensors[f"shadow.{name}"], shadow), name
+            assert torch.equal(tensors[f"again.{name}"], shadow), name

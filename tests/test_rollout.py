@@ -306,3 +306,62 @@ def test_naive_noising_starts_from_the_estimate():
     noise = normal(NoiseKey(3, pairs.sample_ids, draw_id(Draw.RENOISE, stop)), SHAPE)
     a = scheduler().alphas_cumprod[pairs.s].view(-1, 1, 1, 1)
     torch.testing.assert_close(pairs.x_s, a.sqrt() * pairs.target + (1 - a).sqrt() * noise, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["data", "noise"])
+def test_lockstep_forwards_no_sample_that_has_arrived(start):
+    """Each sample costs its own steps and one evaluation for the target; the network never sees it again."""
+    run = Run(config(mode="lockstep", start=start, k=6), batch=16).make()
+    seen, predict = [], run.maker.predictor.predict
+
+    def counted(x, t, cond):
+        seen.append(len(x))
+        return predict(x, t, cond)
+
+    run.maker.predictor.predict = counted
+    draws = run.draws(torch.arange(16))
+    steps = (draws.start_index - draws.stop_index()).tolist()
+    assert len(set(steps)) > 2
+    run.next_pairs()
+    assert sum(seen) == run.maker.predictor.forwards == sum(steps) + 16
+    assert len(seen) == max(steps) + 1
+    assert seen[:-1] == sorted(seen[:-1], reverse=True)
+
+
+class Slow:
+    """A network whose calls take a fixed time each, and more for every sample; the clock is its own."""
+
+    def __init__(self, call: float, sample: float) -> None:
+        self.call, self.sample, self.now, self.calls = call, sample, 0.0, []
+
+    def __call__(self, x, t, cond):
+        self.now += self.call + self.sample * len(x)
+        self.calls.append(len(x))
+        return network(x, t, cond)
+
+
+@pytest.mark.parametrize(("call", "sample", "batched"), [(1.0, 0.01, True), (0.0, 1.0, True), (-0.5, 1.0, False)])
+def test_branches_run_as_is_faster_here(monkeypatch, call, sample, batched):
+    """One batch where calls cost something of their own, or nothing; two where two small ones are cheaper."""
+    slow = Slow(call, sample)
+    monkeypatch.setattr("selfnpo_fast.rollout.pairs.time.perf_counter", lambda: slow.now)
+    predictor = GuidedPredictor(slow, TABLE, -3.0)
+    x, t, rows = torch.randn(4, *SHAPE), torch.full((4,), 500), torch.tensor([1, 2, 3, 4])
+    pos, neg = predictor(x, t, rows)
+    assert predictor.batched == batched
+    assert predictor.forwards == 8, "what was measured counts for nobody"
+    slow.calls.clear()
+    predictor(x, t, rows)
+    assert slow.calls == ([8] if batched else [4, 4])
+    for choice in ("batched", "split"):
+        for a, b in zip(GuidedPredictor(network, TABLE, -3.0, choice)(x, t, rows), (pos, neg), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", ["lockstep", "continuous"])
+@pytest.mark.parametrize("choice", [None, True, False])
+def test_how_branches_run_is_part_of_the_state(mode, choice):
+    first, second = (Run(config(mode=mode, w=-3.0)).make() for _ in range(2))
+    first.maker.predictor.batched = choice
+    second.load_state_dict(first.state_dict())
+    assert second.maker.predictor.batched is choice

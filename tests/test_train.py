@@ -292,6 +292,9 @@ BAD_OPTIONS = {
     "--resume": ["--resume", "--overwrite"],
     "log.sample_steps": ["--log.sample_steps", "1000"],
     "output": ["--output", "~nosuchuser/run"],
+    "reference.every": ["--reference.every", "0"],
+    "rollout.branches": ["--rollout.branches", "both"],
+    "engine.compile": ["--engine.compile", "yes"],
     "lora.targets": ["--lora.rank", "2", "--lora.targets", "[nothing]"],
 }
 

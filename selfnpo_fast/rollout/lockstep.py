@@ -1,0 +1,151 @@
+"""The paper's rollouts: all samples of a micro-batch start together, and only their last states give pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from selfnpo_fast.rollout.grid import Grid
+from selfnpo_fast.rollout.pairs import GuidedPredictor, PairMaker, Pairs
+from selfnpo_kernels import Draw, NoiseKey, affine_noise, guided_step, normal, randint
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockstepDraws:
+    """All that chance decides about one lockstep micro-batch."""
+
+    start_index: torch.Tensor  # (B,) int64 grid index, on the host: it decides which forwards are run
+    steps: torch.Tensor  # (B,) int64 number of DDIM steps, on the host
+    noise: torch.Tensor | NoiseKey  # (B, ...) start noise; a key of it only beside data
+    s: torch.Tensor  # (B,) int64
+    renoise: torch.Tensor | NoiseKey  # (B, ...) noise of Eq. 16
+
+    def stop_index(self) -> torch.Tensor:
+        """Grid index (B,) at which each rollout ends, on the host; a sample that has passed index 0 stays at t = 0."""
+        return (self.start_index - self.steps).clamp(min=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockstepResult:
+    """A finished lockstep rollout."""
+
+    x_start: torch.Tensor
+    x_t: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    x_s: torch.Tensor
+
+
+@torch.no_grad()
+def walk(
+    predictor: GuidedPredictor,
+    grid: Grid,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    stop: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """DDIM steps from states x (B, ...) at grid indices `index` (B,) down to indices `stop` (B,); returns (B, ...).
+
+    index and stop are on the host, so that no device is asked how many samples still move: those with the most steps
+    come first, and those that have arrived are left out of the network's batch.
+    """
+    order = (index - stop).argsort(descending=True, stable=True)
+    steps = (index - stop)[order].tolist()
+    place = order.to(x.device)
+    x, index, rows = x[place], index[order].to(x.device), rows[place]
+    arrived = []
+    for step in range(steps[0]):
+        moving = sum(n > step for n in steps)
+        if moving < len(x):
+            arrived.append(x[moving:])
+            x, index, rows = x[:moving], index[:moving], rows[:moving]
+        pos, neg = predictor(x, grid.timestep(index), rows)
+        x, _ = guided_step(pos, neg, x, grid.step, index=index + 1)
+        index = index - 1
+    return torch.cat([x, *reversed(arrived)])[place.argsort()]
+
+
+@torch.no_grad()
+def lockstep_rollout(
+    predictor: GuidedPredictor,
+    grid: Grid,
+    draws: LockstepDraws,
+    latents: torch.Tensor | None,
+    rows: torch.Tensor,
+) -> LockstepResult:
+    """Eq. 13 (latents None) or Eq. 14 from scaled latents (B, ...): all samples run together, each for its own number
+    of steps; one more evaluation gives the Tweedie target. rows (B,) are the table rows of the prompts.
+    """
+    start, stop = draws.start_index, draws.stop_index()
+    if latents is None:
+        x_start = draws.noise
+    else:
+        x_start = affine_noise(latents, grid.start, draws.noise, index=start.to(latents.device) + 1)
+    x = walk(predictor, grid, x_start, start, stop, rows)
+    stop = stop.to(x.device)
+    t = grid.timestep(stop)
+    pos, neg = predictor(x, t, rows)
+    _, target = guided_step(pos, neg, x, grid.step, index=stop + 1)
+    x_s = grid.noised(x, target, stop, draws.s, draws.renoise)
+    return LockstepResult(x_start=x_start, x_t=x, t=t, target=target, x_s=x_s)
+
+
+class LockstepRollout:
+    """The paper's rollouts: every micro-batch starts anew, and only the last state gives a pair."""
+
+    def __init__(self, maker: PairMaker, *, batch: int, rank: int, world_size: int) -> None:
+        self.maker, self.batch = maker, batch
+        self.offset, self.stride = rank * batch, world_size * batch
+        self.next_id = self.offset
+
+    def draws(self, ids: torch.Tensor) -> LockstepDraws:
+        """The counter-based draws of samples `ids` (B,), which are on the host."""
+        maker, config = self.maker, self.maker.config
+        n = config.grid_steps
+        if config.start == "data":
+            start_index = randint(maker.key(Draw.START_INDEX, ids), n)
+        else:
+            start_index = torch.full_like(ids, n - 1)
+        steps = torch.full_like(ids, config.max_steps)
+        if config.start == "noise" and config.stop == "uniform":
+            steps = 1 + randint(maker.key(Draw.STEPS, ids), config.max_steps)
+        ids, stop = ids.to(maker.device), (start_index - steps).clamp(min=-1).to(maker.device)
+        key = maker.key(Draw.START_NOISE, ids)
+        return LockstepDraws(
+            start_index=start_index,
+            steps=steps,
+            noise=key if config.start == "data" else normal(key, maker.latent_shape),
+            s=maker.draw_s(ids, stop),
+            renoise=maker.key(Draw.RENOISE, ids, stop),
+        )
+
+    @torch.no_grad()
+    def next_pairs(self) -> Pairs:
+        """The next micro-batch."""
+        maker = self.maker
+        ids = torch.arange(self.next_id, self.next_id + self.batch)
+        self.next_id += self.stride
+        draws = self.draws(ids)
+        ids = ids.to(maker.device)
+        latents = maker.start_latents(ids)
+        out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, maker.rows(ids))
+        return Pairs(
+            x_s=out.x_s,
+            s=draws.s,
+            target=out.target,
+            t=out.t,
+            rows=maker.student_rows(ids, draws.stop_index().to(maker.device)),
+            weight=torch.ones(self.batch, device=maker.device),
+            sample_ids=ids,
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Where the next micro-batch of all ranks begins."""
+        return {"next_id": torch.tensor(self.next_id - self.offset), "branches": self.maker.predictor.state()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state_dict()`."""
+        self.next_id = int(state["next_id"]) + self.offset
+        self.maker.predictor.load_state(state["branches"])
