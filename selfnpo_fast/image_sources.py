@@ -45,6 +45,9 @@ class Picture:
     path: Path
     offset: int
     size: int
+    """Bytes, from `offset` on."""
+    mtime_ns: int
+    """When `path` was last written to."""
 
     def read_square(self, resolution: int) -> torch.Tensor:
         """(3, resolution, resolution) float32 in [-1, 1]: centre crop, then resize. Raises UserError naming it."""
@@ -133,15 +136,15 @@ def _folder_source(source: str, folder: Path, limit: int) -> Source:
         raise UserError(
             f"data.source: {source} holds no captioned images (metadata.jsonl, metadata.csv or .txt files) and no tars"
         )
-    pictures, facts = [], []
+    pictures = []
     for path, caption in pairs:
         try:
             stat = path.stat()
         except OSError as error:
             raise UserError(f"data.source: cannot read the image {path}: {one_line(error)}") from error
-        pictures.append(Picture(str(path), caption, path, 0, stat.st_size))
-        facts.append((str(path.relative_to(folder.resolve())), stat.st_size, stat.st_mtime_ns, caption))
-    return Source(str(folder), _stamp(facts), lambda: pictures)
+        pictures.append(Picture(str(path), caption, path, 0, stat.st_size, stat.st_mtime_ns))
+    stamp = _stamp((p.label, p.size, p.mtime_ns, p.caption) for p in pictures)
+    return Source(str(folder), stamp, lambda: pictures)
 
 
 def _captioned(folder: Path) -> list[tuple[Path, str]]:
@@ -217,7 +220,7 @@ def _tar_source(source: str, name: str, shards: list[Path], limit: int) -> Sourc
             stat = shard.stat()
         except OSError as error:
             raise UserError(f"data.source: cannot read {shard}: {one_line(error)}") from error
-        facts.append((shard.name, stat.st_size, stat.st_mtime_ns))
+        facts.append((str(shard), stat.st_size, stat.st_mtime_ns))
 
     def pictures() -> list[Picture]:
         found: list[Picture] = []
@@ -277,7 +280,7 @@ def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.Ta
 
 
 def _picture(shard: Path, file: BinaryIO, sample: dict[str, tarfile.TarInfo]) -> Picture | None:
-    """The picture of a sample with its caption; None where there is no image."""
+    """The picture of a sample with its caption; None where there is no image. `file` is the open shard."""
     images = [suffix for suffix in sample if suffix in IMAGE_SUFFIXES]
     if not images:
         return None
@@ -302,7 +305,8 @@ def _picture(shard: Path, file: BinaryIO, sample: dict[str, tarfile.TarInfo]) ->
     except (ValueError, RecursionError, TypeError, LookupError) as error:
         kind = "UTF-8 text" if text is sample.get(".txt") else "JSON with a string `caption`"
         raise UserError(f"data.source: {where} cannot be read as {kind}: {one_line(error)}") from error
-    return Picture(label, _caption(caption, where), shard, member.offset_data, member.size)
+    written = os.fstat(file.fileno()).st_mtime_ns
+    return Picture(label, _caption(caption, where), shard, member.offset_data, member.size, written)
 
 
 def _shown(shard: Path, member: tarfile.TarInfo) -> str:

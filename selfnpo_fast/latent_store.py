@@ -1,15 +1,15 @@
 """Latents on the disk: encoded once, then mapped into memory by every run that asks for the same.
 
-A store is a folder `<name of the source>-<fingerprint of the recipe>`:
+A store is a folder `<name of the source>-<fingerprint of the recipe>`; another recipe is another folder:
 
     latents.safetensors   one tensor, `latents` (N, C, H, W) float32, scaled
-    captions.jsonl        a JSON string a line, one for each latent
+    pictures.jsonl        for each latent a line: caption, name, place, size and time stamp of the picture
     store.json            the recipe: what was encoded, and how
     manifest.json         sizes and hashes of the others
 
-Until all is encoded its name ends in `.partial`. A caption is appended once its latent is on the disk, so the whole
-lines of captions.jsonl count the latents that are kept when a run is killed. Another recipe is another folder; any
-folder may be deleted.
+Until all is encoded it is called `<name>-<fingerprint without the state of the source>.partial`. A picture's line is
+written once its latent is on the disk: whole lines count the latents that are kept when a run is killed, and when the
+source is mended, those before the first picture that has changed are kept. Any folder may be deleted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,11 +36,20 @@ from selfnpo_fast.folders import MANIFEST, finish_aside, why_not_whole, write_ma
 from selfnpo_fast.image_sources import Picture, open_source
 from selfnpo_fast.world import World
 
-DATA, CAPTIONS, RECIPE = "latents.safetensors", "captions.jsonl", "store.json"
+DATA, PICTURES, RECIPE = "latents.safetensors", "pictures.jsonl", "store.json"
 FORMAT = 1  # of the recipe and of what it stands for: another number makes no use of older stores
 HEADER = 4096  # bytes before the first latent, a page: the count in the header is known at the end
 BATCH = 16  # pictures that a rank encodes between two writes
 WAIT = 1.0  # seconds between two looks at a store that another run is encoding
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Where a store lies, whole and until it is whole, and what it holds."""
+
+    folder: Path
+    part: Path
+    recipe: dict
 
 
 def stored_latents(
@@ -52,88 +62,89 @@ def stored_latents(
     rounding, which may differ with the batch. Raises UserError for what is wrong with source or store, and RunError
     where the disk takes no more, on all ranks.
     """
-    folder, recipe = world.on_main(lambda: _identify(source, root, adapter, limit, seed))
+    store = world.on_main(lambda: _identify(source, root, adapter, limit, seed))
+    pictures = world.on_main(lambda: None if store.folder.is_dir() else open_source(source, limit).pictures())
     with contextlib.ExitStack() as held:
-        if _claim(folder, held, world):
-            pictures = world.on_main(lambda: open_source(source, limit).pictures())
-            _encode_all(pictures, folder, adapter, seed, world)
-            world.on_main(lambda: _finish(folder, recipe, adapter, len(pictures)))
+        if pictures is not None and _claim(store, held, world):
+            _encode_all(pictures, store, adapter, seed, world)
+            world.on_main(lambda: _finish(store, adapter, len(pictures)))
         else:
-            world.on_main(lambda: _check(folder, recipe))
-            logger.info("data: %s is encoded already: %s", source, folder)
+            world.on_main(lambda: _check(store))
+            logger.info("data: %s is encoded already: %s", source, store.folder)
     mapped = []  # kept out of what ranks tell each other, which is copied
-    world.together(lambda: mapped.append(_map(folder, adapter.latent_shape)))
+    world.together(lambda: mapped.append(_map(store.folder, adapter.latent_shape)))
     return mapped[0]
 
 
-def _identify(source: str, root: str, adapter, limit: int, seed: int) -> tuple[Path, dict]:
-    """The folder of a store and its recipe."""
+def _identify(source: str, root: str, adapter, limit: int, seed: int) -> _Store:
+    """The store of a source as it is now."""
     found = open_source(source, limit)
-    recipe = {
+    lasting = {
         "format": FORMAT,
         "source": found.name,
-        "source_sha256": found.stamp,
         "limit": limit,
         "resolution": adapter.resolution,
         "vae_sha256": adapter.vae_sha256,
         "seed": seed,
     }
-    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(found.name).name)[:40].strip("-")
-    return Path(os.path.abspath(os.path.expanduser(root))) / f"{name or 'data'}-{fingerprint}", recipe
+    recipe = lasting | {"source_sha256": found.stamp}
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(found.name).name)[:40].strip("-") or "data"
+    base = Path(os.path.abspath(os.path.expanduser(root)))
+    return _Store(base / f"{name}-{_fingerprint(recipe)}", base / f"{name}-{_fingerprint(lasting)}.partial", recipe)
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+def _fingerprint(recipe: dict) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _claim(folder: Path, held: contextlib.ExitStack, world: World) -> bool:
+def _claim(store: _Store, held: contextlib.ExitStack, world: World) -> bool:
     """Whether the store is this run's to encode, until `held` is closed; False where it is whole.
 
     Waits while another run is encoding it. The kernel drops the claim of a process that is killed.
     """
     waiting = False
-    while (claimed := world.on_main(lambda: _try_to_claim(folder, held))) is None:
+    while (claimed := world.on_main(lambda: _try_to_claim(store, held))) is None:
         if not waiting:
-            logger.info("data: waiting for another run, which is encoding %s", folder)
+            logger.info("data: waiting for another run, which is encoding into %s", store.part)
         waiting = True
         time.sleep(WAIT)
     return claimed
 
 
-def _try_to_claim(folder: Path, held: contextlib.ExitStack) -> bool | None:
+def _try_to_claim(store: _Store, held: contextlib.ExitStack) -> bool | None:
     """As `_claim`, but None where another run is encoding."""
-    if folder.is_dir():
+    if store.folder.is_dir():
         return False
-    part = _partial(folder)
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        lock = os.open(part, os.O_RDONLY)
+        store.part.mkdir(parents=True, exist_ok=True)
+        lock = os.open(store.part, os.O_RDONLY)
         held.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if not store.folder.is_dir():
+            if os.path.samestat(os.fstat(lock), store.part.stat()):
+                return True
+            raise FileNotFoundError
+        # Another run has just finished, and this one may have made the folder for encoding anew.
+        with contextlib.suppress(OSError):
+            store.part.rmdir()
+        return False
+    except (BlockingIOError, FileNotFoundError):  # taken; or taken and renamed between two of the lines above
         held.pop_all().close()
         return None
     except OSError as error:
         raise UserError(f"data.store: {one_line(error)}; name another folder") from error
-    if folder.is_dir():  # the other run has just finished; its folder had the name that was made again here
-        with contextlib.suppress(OSError):
-            part.rmdir()
-        return False
-    return True
 
 
-def _encode_all(pictures: list[Picture], folder: Path, adapter, seed: int, world: World) -> None:
+def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, world: World) -> None:
     """Encode what the unfinished store lacks: each rank BATCH pictures a round, which rank 0 writes.
 
     The pictures of the next round are read meanwhile.
     """
     from tqdm import tqdm
 
-    captions = [picture.caption for picture in pictures]
-    done = world.on_main(lambda: _resume(folder, captions, 4 * math.prod(adapter.latent_shape)))
+    done = world.on_main(lambda: _resume(store, pictures, 4 * math.prod(adapter.latent_shape)))
     said = f", going on after {done:,}" if done else ""
-    logger.info("data: encoding %s images into %s%s", f"{len(pictures):,}", folder, said)
+    logger.info("data: encoding %s images into %s%s", f"{len(pictures):,}", store.folder, said)
 
     def read(start: int) -> tuple[range, list[torch.Tensor]]:
         first = start + world.rank * BATCH
@@ -161,32 +172,34 @@ def _encode_all(pictures: list[Picture], folder: Path, adapter, seed: int, world
             end = min(start + BATCH * world.size, len(pictures))
             now, ahead = ahead, reader.submit(read, end)
             latents = torch.cat(world.together(functools.partial(encode, now)))
-            world.on_main(functools.partial(_append, folder, latents, captions[start:end]))
+            world.on_main(functools.partial(_append, store, latents, pictures[start:end]))
             bar.update(end - start)
 
 
 @contextlib.contextmanager
-def _writing(folder: Path):
-    """The folder in which to write a store; what the disk refuses is a RunError."""
+def _writing(store: _Store):
+    """What the disk refuses is a RunError."""
     try:
-        yield _partial(folder)
+        yield
     except OSError as error:
-        said = f"data.store: {folder} could not be written ({one_line(error)}); what is encoded is kept"
+        said = f"data.store: {store.part} could not be written ({one_line(error)}); what is encoded is kept"
         raise RunError(said) from error
 
 
-def _line(caption: str) -> bytes:
-    return json.dumps(caption).encode() + b"\n"
+def _line(picture: Picture) -> bytes:
+    facts = (picture.caption, picture.label, picture.offset, picture.size, picture.mtime_ns)
+    return json.dumps(facts).encode() + b"\n"
 
 
-def _resume(folder: Path, captions: list[str], row: int) -> int:
-    """How many latents of `row` bytes an earlier run has left; what it left half-written is cut off."""
-    with _writing(folder) as part, (part / CAPTIONS).open("a+b") as lines, (part / DATA).open("a+b") as data:
+def _resume(store: _Store, pictures: list[Picture], row: int) -> int:
+    """How many latents of `row` bytes an earlier run has left of these pictures; what else it left is cut off."""
+    part = store.part
+    with _writing(store), (part / PICTURES).open("a+b") as lines, (part / DATA).open("a+b") as data:
         whole = (data.seek(0, os.SEEK_END) - HEADER) // row
         done = end = 0
         lines.seek(0)
-        for line, caption in zip(lines, captions, strict=False):
-            if line != _line(caption) or done >= whole:
+        for line, picture in zip(lines, pictures, strict=False):
+            if line != _line(picture) or done >= whole:
                 break
             done, end = done + 1, end + len(line)
         lines.truncate(end)
@@ -194,41 +207,42 @@ def _resume(folder: Path, captions: list[str], row: int) -> int:
     return done
 
 
-def _append(folder: Path, latents: torch.Tensor, captions: list[str]) -> None:
-    """Add latents (n, C, H, W) and, once they are on the disk, the captions that count them."""
-    with _writing(folder) as part:
-        for name, content in ((DATA, latents.numpy()), (CAPTIONS, b"".join(map(_line, captions)))):
-            with (part / name).open("ab") as file:
+def _append(store: _Store, latents: torch.Tensor, pictures: list[Picture]) -> None:
+    """Add latents (n, C, H, W) and, once they are on the disk, the lines that count them."""
+    with _writing(store):
+        for name, content in ((DATA, latents.numpy()), (PICTURES, b"".join(map(_line, pictures)))):
+            with (store.part / name).open("ab") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def _finish(folder: Path, recipe: dict, adapter, count: int) -> None:
+def _finish(store: _Store, adapter, count: int) -> None:
     """Make a whole store of the encoded parts, at once."""
     shape = [count, *adapter.latent_shape]
     entry = {"latents": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}
     header = json.dumps(entry).encode().ljust(HEADER - 8)  # the format allows spaces at the end
-    facts = {"recipe": recipe, "model": adapter.path, "shape": shape, "dtype": "float32"}
-    with _writing(folder) as part:
-        with (part / DATA).open("r+b") as data:
+    facts = {"recipe": store.recipe, "model": adapter.path, "shape": shape, "dtype": "float32"}
+    with _writing(store):
+        with (store.part / DATA).open("r+b") as data:
             data.write(len(header).to_bytes(8, "little") + header)
-        (part / RECIPE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        (part / MANIFEST).unlink(missing_ok=True)  # of a run that was killed right here
-        write_manifest(part)
-        finish_aside(part, folder)
+        (store.part / RECIPE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        (store.part / MANIFEST).unlink(missing_ok=True)  # of a run that was killed right here
+        write_manifest(store.part)
+        finish_aside(store.part, store.folder)
 
 
-def _check(folder: Path, recipe: dict) -> None:
+def _check(store: _Store) -> None:
     """Refuse a store that is damaged or of another recipe; reads all of it once, in pieces."""
-    reason, stored = why_not_whole(folder), {}
+    folder, stored = store.folder, {}
+    reason = why_not_whole(folder)
     try:
         stored = dict(json.loads((folder / RECIPE).read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = reason or f"{RECIPE} is not readable: {one_line(error)}"
     if reason:
         raise UserError(f"data.store: {folder} is damaged: {reason}; delete it, and its images are encoded anew")
-    changed = [f"{key} {stored.get(key)!r}, not {value!r}" for key, value in recipe.items() if stored.get(key) != value]
+    changed = [f"{k} {stored.get(k)!r}, not {value!r}" for k, value in store.recipe.items() if stored.get(k) != value]
     if changed:
         raise UserError(f"data.store: {folder} is of another recipe: {'; '.join(changed)}; delete or rename it")
 
@@ -238,9 +252,9 @@ def _map(folder: Path, latent_shape: tuple[int, ...]) -> tuple[torch.Tensor, lis
     try:
         with safe_open(folder / DATA, "pt") as file:
             latents = file.get_tensor("latents")
-        captions = [json.loads(line) for line in (folder / CAPTIONS).read_text(encoding="ascii").splitlines()]
+        captions = [json.loads(line)[0] for line in (folder / PICTURES).read_text(encoding="ascii").splitlines()]
         if latents.dtype != torch.float32 or latents.shape != (len(captions), *latent_shape):
             raise ValueError(f"it holds {tuple(latents.shape)} {latents.dtype} for {len(captions)} captions")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise UserError(f"data.store: cannot read {folder}: {one_line(error)}; delete it") from error
     return latents, captions
