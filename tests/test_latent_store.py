@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tarfile
 import threading
 import time
 from datetime import timedelta
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from selfnpo_fast import latent_store
+from selfnpo_fast import image_sources, latent_store
 from selfnpo_fast.console import logger
 from selfnpo_fast.errors import RunError, UserError
 from selfnpo_fast.latent_store import stored_latents
@@ -134,6 +135,23 @@ def add_an_image(folder: Path) -> dict:
     for suffix in (".png", ".txt"):
         (folder / f"999{suffix}").write_bytes((folder / f"000{suffix}").read_bytes())
     return {}
+
+
+def test_tars_are_encoded_once_and_then_not_opened(images, whole, tmp_path, monkeypatch):
+    pattern = tmp_path / "{0..1}.tar"
+    paths = sorted(images.iterdir())
+    for shard, part in enumerate((paths[:40], paths[40:])):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for path in part:
+                tar.add(path, path.name)
+    assert_equal(get(pattern, tmp_path / "stores"), whole)
+    monkeypatch.delattr(image_sources.tarfile, "open")
+    second = Encoder()
+    assert_equal(get(pattern, tmp_path / "stores", second), whole)
+    assert second.ids == []
+    os.utime(tmp_path / "1.tar", ns=(0, 0))
+    with pytest.raises(AttributeError):
+        get(pattern, tmp_path / "stores")
 
 
 CHANGES = {
