@@ -51,6 +51,11 @@ class _Store:
     part: Path
     recipe: dict
 
+    @property
+    def lock(self) -> Path:
+        """A file beside the unfinished store, locked by the run that is encoding it."""
+        return self.part.with_suffix(".lock")
+
 
 def stored_latents(
     source: str, root: str, adapter, *, limit: int, seed: int, world: World
@@ -116,23 +121,22 @@ def _try_to_claim(store: _Store, held: contextlib.ExitStack) -> bool | None:
     if store.folder.is_dir():
         return False
     try:
-        store.part.mkdir(parents=True, exist_ok=True)
-        lock = os.open(store.part, os.O_RDONLY)
+        store.lock.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(store.lock, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks nothing that cannot be written
         held.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not store.folder.is_dir():
-            if os.path.samestat(os.fstat(lock), store.part.stat()):
-                return True
-            raise FileNotFoundError
-        # Another run has just finished, and this one may have made the folder for encoding anew.
-        with contextlib.suppress(OSError):
-            store.part.rmdir()
-        return False
-    except (BlockingIOError, FileNotFoundError):  # taken; or taken and renamed between two of the lines above
-        held.pop_all().close()
-        return None
+        if store.folder.is_dir():  # another run has just finished
+            store.lock.unlink(missing_ok=True)
+            return False
+        if store.lock.exists() and os.path.samestat(os.fstat(lock), store.lock.stat()):
+            store.part.mkdir(exist_ok=True)
+            return True
+    except BlockingIOError:
+        pass
     except OSError as error:
         raise UserError(f"data.store: {one_line(error)}; name another folder") from error
+    held.pop_all().close()  # locked by another run, which may have deleted the file since
+    return None
 
 
 def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, world: World) -> None:
@@ -230,6 +234,7 @@ def _finish(store: _Store, adapter, count: int) -> None:
         (store.part / MANIFEST).unlink(missing_ok=True)  # of a run that was killed right here
         write_manifest(store.part)
         finish_aside(store.part, store.folder)
+        store.lock.unlink(missing_ok=True)
 
 
 def _check(store: _Store) -> None:

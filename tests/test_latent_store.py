@@ -91,7 +91,10 @@ def assert_equal(found, expected) -> None:
 
 
 def only_store(root: Path) -> Path:
-    [folder] = root.iterdir()
+    """The one folder in `root`, beside which a lock lies while it is unfinished, and nothing else."""
+    [folder] = (path for path in root.iterdir() if path.is_dir())
+    locks = [path for path in root.iterdir() if path != folder]
+    assert locks == ([folder.with_suffix(".lock")] if folder.suffix == ".partial" else [])
     return folder
 
 
