@@ -267,7 +267,7 @@ def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.Ta
         if not stem or suffix not in MEMBER_SUFFIXES or member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise UserError(f"data.source: {_shown(shard, member)} is a link or device, no plain file")
+            raise UserError(f"data.source: {_shown(shard, member)} is a link, a device or sparse, no plain file")
         if (folder, stem) != last:
             if sample:
                 yield sample

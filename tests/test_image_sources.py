@@ -168,12 +168,20 @@ def twice(folder: Path) -> str:
 
 def link(folder: Path) -> str:
     write_tar(folder / "a.tar", [odd("0.png", tarfile.SYMTYPE, "/etc/passwd"), ("0.txt", b"x")])
-    return "member '0.png' is a link or device, no plain file"
+    return "member '0.png' is a link, a device or sparse, no plain file"
 
 
 def hard_link(folder: Path) -> str:
     write_tar(folder / "a.tar", [*sample(0), odd("1.txt", tarfile.LNKTYPE, "000.txt")])
-    return "member '1.txt' is a link or device, no plain file"
+    return "member '1.txt' is a link, a device or sparse, no plain file"
+
+
+def sparse(folder: Path) -> str:
+    """What lies in the tar is not what the file holds."""
+    info = tarfile.TarInfo("0.png")
+    info.pax_headers = {"GNU.sparse.map": "0,8", "GNU.sparse.size": "8"}
+    write_tar(folder / "a.tar", [(info, b"12345678"), ("0.txt", b"x")])
+    return "member '0.png' is a link, a device or sparse, no plain file"
 
 
 def no_picture(folder: Path) -> str:
@@ -273,8 +281,8 @@ def damaged_header(folder: Path) -> str:
 
 
 MISTAKES = [
-    no_caption, two_images, twice, link, hard_link, no_picture, postscript, huge_picture, not_utf8, surrogate, no_json,
-    deep_json, list_of_json, no_caption_in_json, long_caption, nothing, no_tar, empty_file, compressed, cut_in_a_member,
+    no_caption, two_images, twice, link, hard_link, sparse, no_picture, postscript, huge_picture, not_utf8, surrogate,
+    no_json, deep_json, list_of_json, no_caption_in_json, long_caption, nothing, no_tar, empty_file, compressed, cut_in_a_member,
     cut_between_members, damaged_header,
 ]  # fmt: skip
 
