@@ -167,8 +167,9 @@ def update_of(checkpoint: Path) -> int:
 
 
 def recipe(config: TrainConfig) -> dict:
-    """The part of a config that a resumed run has to share: all but its length, its log and its folder."""
+    """The part of a config that a resumed run has to share: all but its length, its log and its folders."""
     fields = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    del fields["data"]["store"]
     return json.loads(json.dumps(fields))
 
 

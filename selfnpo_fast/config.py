@@ -232,9 +232,13 @@ class DataConfig:
     """Real images for `rollout.start: data`; their captions take the place of `prompts.source`."""
 
     source: str | None = None
-    """`digits`, or a folder of images with metadata.jsonl (`file_name`, `text`) or a .txt caption beside each image."""
+    """`digits`; a folder of images with metadata.jsonl (`file_name`, `text`) or a .txt caption beside each image; or
+    webdataset tars: a .tar file, a folder of them, or a pattern such as data/{000..012}.tar.
+    """
     limit: int = 8192
     """Use at most this many images; their latents are held in memory."""
+    store: str | None = None
+    """Folder that keeps encoded images for later runs; by default `latents` beside the output folder."""
 
     def __post_init__(self) -> None:
         _check_fields("data.", self)

@@ -63,9 +63,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
         check_steps(adapter, config.log.sample_steps, "log.sample_steps")
     latents = None
     if config.rollout.start == "data":
-        data = load_real_data(
-            config.data.source, adapter, limit=config.data.limit, seed=config.seed, device=world.device
-        )
+        data = load_real_data(config, adapter, world)
         prompts, latents = data.captions, data.latents
     else:
         prompts = read_prompts(config.prompts.source, column=config.prompts.column, limit=config.prompts.limit)

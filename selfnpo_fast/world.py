@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
+from selfnpo_fast.errors import RunError, UserError
+
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,6 +58,26 @@ class World:
         values = [None] * self.size
         torch.distributed.all_gather_object(values, value, group=self.control)
         return values
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returns on each rank, in order of rank, on every rank.
+
+        A UserError or RunError of any rank is raised on all of them, so that none is left waiting.
+        """
+        value = error = None
+        try:
+            value = action()
+        except (UserError, RunError) as caught:
+            error = caught
+        said = self.gather((value, error))
+        for _, error in said:
+            if error is not None:
+                raise error
+        return [value for value, _ in said]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, which alone runs it, on every rank; errors as in `together`."""
+        return self.together(lambda: action() if self.is_main else None)[0]
 
 
 def init_world() -> World:

@@ -25,8 +25,8 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 # alone. `__init__` is what `from selfnpo_fast import <name>` sees; cli's `train` command is train.py's main.
 LAYERS = [
     {"errors"},
-    {"console", "images", "world", "folders"},
-    {"schedule", "config", "compiling"},
+    {"console", "images", "image_sources", "world", "folders"},
+    {"schedule", "config", "compiling", "latent_store"},
     {"solvers"},
     {"models", "lora", "prompts", "latents", "conditioning", "objective"},
     {"rollout", "moving_reference", "guidance"},

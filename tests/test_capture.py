@@ -179,7 +179,7 @@ def fake_network(mode: FakeTensorMode, dtype: torch.dtype) -> torch.nn.Module:
 
 
 class NoDevice(TorchFunctionMode):
-    """x[...], contiguous and copy_ by other ops: their own entries in C++ want a device that this build may not have."""
+    """x[...], contiguous and copy_ by other ops: their own entries in C++ ask for a device that may not be there."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__:

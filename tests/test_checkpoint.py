@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from selfnpo_fast import train
+from selfnpo_fast.checkpoint import recipe
+from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.folders import why_not_whole, write_manifest
 
@@ -47,6 +49,11 @@ def copied(finished, tmp_path) -> Path:
 
 def newest(output: Path) -> Path:
     return max((output / "checkpoints").iterdir())
+
+
+def test_a_resumed_run_may_keep_its_latents_elsewhere():
+    assert recipe(TrainConfig(data=DataConfig(store="a"))) == recipe(TrainConfig(data=DataConfig(store="b")))
+    assert recipe(TrainConfig(data=DataConfig(source="a"))) != recipe(TrainConfig(data=DataConfig(source="b")))
 
 
 def test_a_checkpoint_holds_everything(finished, model):

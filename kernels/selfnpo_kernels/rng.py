@@ -32,6 +32,7 @@ class Draw(enum.IntEnum):
     PROMPT_DROPOUT = 6
     STAGGER = 7
     SAMPLE = 8
+    POSTERIOR = 9
 
 
 def draw_id(kind: Draw, grid_index: torch.Tensor | int = -1) -> torch.Tensor | int:

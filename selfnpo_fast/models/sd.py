@@ -6,6 +6,7 @@ Shape letters: B samples, N prompts, L tokens, D embedding width, C H W latent c
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import json
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import nn
 from selfnpo_fast.console import logger
 from selfnpo_fast.errors import UserError, one_line
 from selfnpo_fast.schedule import NoiseSchedule
+from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
 MAX_RESOLUTION = 2**14  # pixels
 Conditioning = dict[str, torch.Tensor]
@@ -181,6 +183,16 @@ class StableDiffusionAdapter:
             _refuse_nan(vae)
         return vae.eval().requires_grad_(False)
 
+    @functools.cached_property
+    def vae_sha256(self) -> str:
+        """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal latents."""
+        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, value in self.vae.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def _text_pipeline(self, device: torch.device):
         """The pipeline class with its text parts alone: its own encode_prompt is the truth about prompts."""
         import diffusers
@@ -250,9 +262,19 @@ class StableDiffusionAdapter:
         return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in scaled.split(batch_size)])
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, seed: int) -> torch.Tensor:
-        """Scaled latents (B, C, H, W) sampled from the posterior of pictures (B, 3, height, width) in [-1, 1]."""
-        posterior = self.vae.to(images.device).encode(images.float()).latent_dist
-        generator = torch.Generator().manual_seed(seed)
-        sample = posterior.sample(generator=generator)
-        return (sample - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+    def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:
+        """Scaled latents (B, C, H, W) float32 from pictures (B, 3, height, width) in [-1, 1], on their device.
+
+        Sampled from the autoencoder's posterior: a picture's noise depends on the seed and its own id in ids (B,)
+        int64 alone, so that batches may be cut in any way. About a million pixels at a time, as in `decode`.
+        """
+        vae = self.vae.to(images.device)
+        size = max(1, 2**20 // images[0, 0].numel())
+        latents = []
+        for part, key_ids in zip(images.float().split(size), ids.split(size), strict=True):
+            posterior = vae.encode(part).latent_dist
+            noise = normal(NoiseKey(seed, key_ids, draw_id(Draw.POSTERIOR)), posterior.mean.shape[1:])
+            # The posterior has a deviation for each element, which no fused op knows: each picture meets this once.
+            sample = torch.addcmul(posterior.mean, posterior.std, noise)
+            latents.append((sample - (vae.config.shift_factor or 0)) * vae.config.scaling_factor)
+        return torch.cat(latents)
