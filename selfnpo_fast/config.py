@@ -313,7 +313,8 @@ class EngineConfig:
     """torch.compile for the reference's step and the student's blocks; on a GPU the former is also captured as a CUDA
     graph. max lets the compiler try more (max-autotune)."""
     channels_last: bool = False
-    """Keep convolutions' weights and activations in channels_last order, which GPUs prefer in half precision."""
+    """Keep convolutions in channels_last order, which GPUs prefer in half precision: the reference's, and with ZeRO 0
+    the student's (ZeRO's flat buffers are row-major)."""
 
     def __post_init__(self) -> None:
         _check_fields("engine.", self)

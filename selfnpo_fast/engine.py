@@ -24,8 +24,13 @@ def zero_stage(config: TrainConfig) -> int:
     return max(stage, 1) if config.engine.precision != "fp32" else stage
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
-    """The DeepSpeed configuration of a run."""
+BUCKETS, LEAST_BUCKET = 8, 2**20
+"""Gradients are reduced in about so many buckets of at least so many elements: DeepSpeed's own size, half a billion,
+would hold all of a UNet's, and no reduction could begin before the backward pass has ended."""
+
+
+def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict:
+    """The DeepSpeed configuration of a run that trains `trained` parameters."""
     engine = config.engine
     micro = engine.micro_batch(world_size)
     out = {
@@ -33,7 +38,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": engine.accumulation,
         "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": {"stage": zero_stage(config), "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": {
+            "stage": zero_stage(config),
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": max(LEAST_BUCKET, trained // BUCKETS),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -112,7 +122,7 @@ class StudentEngine:
                 model_parameters=[p for _, p in self.trainable],
                 optimizer=make_optimizer(config.optimizer),
                 lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
-                config=deepspeed_config(config, world.size),
+                config=deepspeed_config(config, world.size, sum(p.numel() for _, p in self.trainable)),
                 dist_init_required=False,
             )
         self.module = self.engine.module

@@ -70,6 +70,11 @@ class Shards:
             torch.distributed.all_gather_into_tensor(self.buffer, own)
 
 
+def _in_order_of(master: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """The live parameter, copied where ZeRO keeps it row-major and the reference is channels_last."""
+    return live if live.stride() == master.stride() else torch.empty_like(master, dtype=live.dtype).copy_(live.detach())
+
+
 class MovingReference(Reference):
     """An exponential moving average of the student's trainable parameters with float32 masters.
 
@@ -118,7 +123,8 @@ class MovingReference(Reference):
         for own in (True, False):
             part = [name for name in names if (self._master[name] is self._shadow[name]) == own]
             if part:
-                masters, live = [self._master[name] for name in part], [self._live[name] for name in part]
+                masters = [self._master[name] for name in part]
+                live = [_in_order_of(self._master[name], self._live[name]) for name in part]
                 shadows = [] if own else [self._shadow[name] for name in part]
                 ema_update(masters, live, shadows, self.decay**self.every)
 

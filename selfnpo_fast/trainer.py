@@ -91,6 +91,8 @@ class Trainer:
             add_lora(student, config.lora, config.seed)
         else:
             student.requires_grad_(True)
+        if config.engine.channels_last:
+            student.to(memory_format=torch.channels_last)
         # Copied before DeepSpeed touches the student. With LoRA the copy shares the backbone and starts equal (B = 0).
         reference = share_frozen(student)
         if config.engine.gradient_checkpointing:

@@ -242,3 +242,20 @@ def test_masters_are_shared_out_among_ranks(tmp_path: Path):
         for name, shadow in shadows.items():
             assert torch.equal(tensors[f"shadow.{name}"], shadow), name
             assert torch.equal(tensors[f"again.{name}"], shadow), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_channels_last_reference_follows_a_row_major_student(dtype):
+    def convolution(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Conv2d(3, 5, 3).to(dtype)
+
+    averages = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        student, module = convolution(1), convolution(2).to(memory_format=order)
+        reference = MovingReference(module, student.named_parameters(), 0.5)
+        reference.update()
+        assert module.weight.is_contiguous(memory_format=order)
+        averages.append(dict(reference.saved()))
+    for name, value in averages[0].items():
+        assert torch.equal(averages[1][name], value), name
