@@ -3,10 +3,11 @@
     python -m benchmarks.bench_step                     # both networks; about ten minutes on two CPU cores
     python -m benchmarks.bench_step --net digits --quick
 
-Timed per arm: gradients cleared, one minibatch of pairs made, student forward, loss, backward; no optimiser and no EMA,
-which no arm changes. The floor does the same on ready pairs. Every round times each arm once, so that all arms see the
-same machine, and a ratio is taken within its round. Before any timing, the arms have to give the right pairs with the
-right number of forwards (`check_arms`); otherwise nothing is timed and the exit status is 1.
+Timed per arm: gradients cleared, one minibatch of pairs made, student forward, loss, backward; optimiser and EMA, which
+no arm changes, are timed by themselves. The floors do the same on ready pairs, one of them after a reference forward.
+Every round times each arm once, so that all arms see the same machine, and a ratio is taken within its round. Before
+any timing, the arms have to give the right pairs with the right number of forwards (`check_arms`); otherwise nothing is
+timed and the exit status is 1.
 
 `ReleasedRollout` and `UnbatchedPredictor` repeat the authors' schedule of network calls and nothing else of their code.
 Its other overheads (fp32 weights cast anew on every forward under autocast, `.item()` per sample, prints) are left out,
@@ -34,14 +35,20 @@ import torch  # noqa: E402
 
 from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread  # noqa: E402
 from benchmarks.nets import NETS, BenchNet  # noqa: E402
-from selfnpo_fast.config import LossConfig, RolloutConfig  # noqa: E402
+from benchmarks.step_arms import (  # noqa: E402
+    ARMS,
+    CONTINUOUS,
+    FLOOR,
+    FORWARD,
+    Arm,
+    Workbench,
+    expected_forwards,
+    synchronize,
+)
+from selfnpo_fast.config import RolloutConfig  # noqa: E402
 from selfnpo_fast.console import quiet_libraries  # noqa: E402
-from selfnpo_fast.lora import share_frozen  # noqa: E402
-from selfnpo_fast.objective import Objective  # noqa: E402
 from selfnpo_fast.rollout import (  # noqa: E402
     ContinuousRollout,
-    Grid,
-    GuidedPredictor,
     LockstepDraws,
     LockstepRollout,
     PairMaker,
@@ -49,138 +56,15 @@ from selfnpo_fast.rollout import (  # noqa: E402
     lockstep_rollout,
 )
 from selfnpo_fast.world import DTYPES  # noqa: E402
-from selfnpo_kernels import Draw, affine_noise, guided_step, normal  # noqa: E402
+from selfnpo_kernels import Draw, normal  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SEED = 0
-ITEMS = 64
-"""Prompts, and images for rollouts from data."""
 GATE_BATCH = 2
 TOLERANCE = 2e-5
 """Largest difference between pairs that should be equal, over their root mean square, in float32. On the CPU 0 is seen;
 batches of other sizes, whose sums round differently, come to 2e-6 after 25 steps."""
-
-
-class UnbatchedPredictor(GuidedPredictor):
-    """As the authors call it: conditional and unconditional output in two calls, both of them whatever w is."""
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
-        """`(pos, neg)`; at w = -1 pos is dead."""
-        self.forwards += 2 * len(x)
-        pos = self.predict(x, t, self.table.gather(rows))
-        return pos, self.predict(x, t, self.table.empty(len(x)))
-
-
-class ReleasedRollout(LockstepRollout):
-    """The authors' loop: K steps and one evaluation for every batch, even where all samples have passed index 0."""
-
-    @torch.no_grad()
-    def next_pairs(self) -> Pairs:
-        """The next micro-batch."""
-        maker, grid, predictor = self.maker, self.maker.grid, self.maker.predictor
-        ids = torch.arange(self.next_id, self.next_id + self.batch)
-        self.next_id += self.stride
-        draws, ids = self.draws(ids), ids.to(maker.device)
-        latents, rows, index = maker.start_latents(ids), maker.rows(ids), draws.start_index.to(maker.device)
-        x = draws.noise if latents is None else affine_noise(latents, grid.start, draws.noise, index=index + 1)
-        for _ in range(maker.config.max_steps):
-            pos, neg = predictor(x, grid.timestep(index), rows)
-            moved, _ = guided_step(pos, neg, x, grid.step, index=index + 1)
-            x = torch.where((index >= 0).view(-1, *[1] * (x.ndim - 1)), moved, x)
-            index = (index - 1).clamp(min=-1)
-        pos, neg = predictor(x, grid.timestep(index), rows)
-        _, target = guided_step(pos, neg, x, grid.step, index=index + 1)
-        return maker.finish(x, index, target, ids)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to make pairs; without a config it makes none (the floor)."""
-
-    name: str
-    label: str
-    config: RolloutConfig | None = None
-    rollout: type[LockstepRollout] | type[ContinuousRollout] | None = None
-    predictor: type[GuidedPredictor] = GuidedPredictor
-
-    @property
-    def calls(self) -> int:
-        """Samples that the reference forwards per evaluation of one sample."""
-        both = issubclass(self.predictor, UnbatchedPredictor) or self.config.w not in (-1, 0)
-        return 2 if both else 1
-
-
-K5 = RolloutConfig(mode="lockstep", start="data", k=5, w=-1.0)
-FULL = RolloutConfig(mode="lockstep", start="noise", stop="fixed", k=25, w=-1.0)
-CONTINUOUS, FLOOR = "continuous", "floor"
-NOISE = {"mode": "continuous", "start": "noise"}
-RELEASED = {"rollout": ReleasedRollout, "predictor": UnbatchedPredictor}
-ARMS = (
-    Arm(name="released", label="authors' schedule as released", config=K5, **RELEASED),
-    Arm(name="released_live", label="the same, no dead branches", config=K5, rollout=ReleasedRollout),
-    Arm(name="full", label="full simulation, calls as released", config=FULL, **RELEASED),
-    Arm(name="full_live", label="the same, no dead branches", config=FULL, rollout=ReleasedRollout),
-    Arm(name="lockstep", label="our lockstep mode", config=K5, rollout=LockstepRollout),
-    Arm(name=CONTINUOUS, label="continuous", config=RolloutConfig(w=-1.0, **NOISE), rollout=ContinuousRollout),
-    Arm(name="continuous_w5", label="continuous", config=RolloutConfig(w=-5.0, **NOISE), rollout=ContinuousRollout),
-    Arm(name=FLOOR, label="floor: the student alone"),
-)
-
-
-class Workbench:
-    """One network as student and reference, with all that an arm needs; counts the samples the reference forwards."""
-
-    def __init__(self, net: BenchNet, *, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.net, self.batch, self.device = net, batch, device
-        self.student = net.network(dtype).to(device).train().requires_grad_(True)
-        self.reference = share_frozen(self.student)
-        self.cond = net.table(ITEMS, dtype, device)
-        self.latents = net.latents(ITEMS, device)
-        self.objective = Objective.build(LossConfig(), net.schedule, device)
-        self.forwards = 0
-
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.forwards += len(x)
-        return self.net.predict(self.reference, x, t, cond)
-
-    def rollout(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
-        """A new rollout of the arm from sample id 0."""
-        maker = PairMaker(
-            arm.predictor(self._predict, self.cond, arm.config.w),
-            Grid.build(self.net.schedule, arm.config.grid_steps, self.device, w=arm.config.w),
-            arm.config,
-            latent_shape=self.net.latent_shape,
-            items=ITEMS,
-            latents=self.latents if arm.config.start == "data" else None,
-            seed=SEED,
-            dropout=0.0,
-            device=self.device,
-        )
-        place = {"batch": self.batch, "rank": 0, "world_size": 1}
-        return arm.rollout(maker, groups=1, **place) if arm.config.mode == "continuous" else arm.rollout(maker, **place)
-
-    def step(self, pairs: Pairs) -> None:
-        """The student's gradients from one minibatch of pairs."""
-        pred = self.net.predict(self.student, pairs.x_s, pairs.s, self.cond.gather(pairs.rows))
-        loss, _ = self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
-        loss.backward()
-
-
-def expected_forwards(arm: Arm, rollout: LockstepRollout | ContinuousRollout) -> int:
-    """Samples that the reference has to forward for the rollout's next minibatch, in closed form.
-
-    Our lockstep mode leaves out samples that have arrived: each costs its own steps, at most K, and one evaluation.
-    """
-    batch, k = rollout.batch, arm.config.max_steps
-    if arm.config.mode == "continuous":
-        return batch * arm.calls
-    steps = batch * k
-    if not isinstance(rollout, ReleasedRollout):
-        start = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + batch)).start_index
-        steps = int((start + 1).clamp(max=k).sum())
-    return (steps + batch) * arm.calls
 
 
 @dataclass
@@ -289,13 +173,15 @@ def measure(bench: Workbench, rounds: int, arms: Sequence[Arm] = ARMS) -> tuple[
     seconds, forwards = np.zeros((rounds + 1, len(arms))), np.zeros((rounds + 1, len(arms)), dtype=int)
     for number in range(rounds + 1):
         for column, (arm, rollout) in enumerate(zip(arms, rollouts, strict=True)):
-            expected = 0 if rollout is None else expected_forwards(arm, rollout)
+            expected = arm.forwards * bench.batch if rollout is None else expected_forwards(arm, rollout)
             before = bench.forwards
-            _synchronize(bench.device)
+            synchronize(bench.device)
             start = time.perf_counter()
             bench.student.zero_grad(set_to_none=True)
+            for _ in range(arm.forwards):
+                bench.forward(ready[0])
             bench.step(ready[0] if rollout is None else rollout.next_pairs())
-            _synchronize(bench.device)
+            synchronize(bench.device)
             seconds[number, column] = time.perf_counter() - start
             forwards[number, column] = bench.forwards - before
             if forwards[number, column] != expected:
@@ -304,13 +190,15 @@ def measure(bench: Workbench, rounds: int, arms: Sequence[Arm] = ARMS) -> tuple[
     return seconds[1:], forwards[1:]
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def run_net(
-    net: BenchNet, *, batch: int, rounds: int, device: torch.device, precision: str, arms: Sequence[Arm] = ARMS
+    net: BenchNet,
+    *,
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    precision: str,
+    compile: str = "off",
+    arms: Sequence[Arm] = ARMS,
 ) -> dict[str, object]:
     """Gate, then time one network. The result has "failures" alone where the gate failed."""
     print(f"{net.name}: correctness gate", file=sys.stderr, flush=True)
@@ -318,7 +206,7 @@ def run_net(
         gate = check_arms(Workbench(net, batch=GATE_BATCH, device=device, dtype=torch.float32), arms)
     if gate.failures:
         return {"failures": gate.failures}
-    bench = Workbench(net, batch=batch, device=device, dtype=DTYPES[precision])
+    bench = Workbench(net, batch=batch, device=device, dtype=DTYPES[precision], compile=compile)
     seconds, forwards = measure(bench, rounds, arms)
     return {
         "parameters": sum(p.numel() for p in bench.student.parameters()),
@@ -327,7 +215,9 @@ def run_net(
         "rounds": rounds,
         "precision": precision,
         "gate": asdict(gate),
+        "compile": compile,
         "arms": summarise(seconds / batch, forwards / batch, arms),
+        "seconds_per_update": {name: spread(values) for name, values in bench.update_seconds(rounds).items()},
     }
 
 
@@ -345,7 +235,7 @@ def summarise(seconds: np.ndarray, forwards: np.ndarray, arms: Sequence[Arm]) ->
         record = {"name": arm.name, "label": arm.label, "start": config and config.start, "k": k}
         record |= {"w": config and config.w, "forwards_per_pair": float(forwards[:, i].mean())}
         record |= {"seconds_per_pair": spread(seconds[:, i]), "rounds_seconds_per_pair": seconds[:, i].tolist()}
-        for name in (CONTINUOUS, FLOOR):
+        for name in (CONTINUOUS, FORWARD, FLOOR):
             record[f"ratio_to_{name}"] = spread(seconds[:, i] / seconds[:, column[name]])
         records.append(record)
     return records
@@ -364,14 +254,16 @@ def table(name: str, result: dict, environment: dict) -> str:
     def cell(value: dict, digits: str) -> str:
         return f"{value['median']:{digits}} [{value['low']:{digits}}, {value['high']:{digits}}]"
 
-    lines = [["arm", "start", "K", "w", "forwards/pair", "seconds/pair [least, most]", "x continuous w=-1", "x floor"]]
+    lines = [["arm", "start", "K", "w", "forwards/pair", "seconds/pair [least, most]"]]
+    lines[0] += ["x continuous w=-1", "x one forward", "x student"]
     for arm in result["arms"]:
         setting = ["-" if arm[key] is None else f"{arm[key]:g}" for key in ("k", "w")]
         values = [f"{arm['forwards_per_pair']:.4g}", cell(arm["seconds_per_pair"], ".3g")]
-        values += [cell(arm[f"ratio_to_{other}"], ".2f") for other in (CONTINUOUS, FLOOR)]
+        values += [cell(arm[f"ratio_to_{other}"], ".2f") for other in (CONTINUOUS, FORWARD, FLOOR)]
         lines.append([arm["label"], arm["start"] or "-", *setting, *values])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     rows = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rows += [f"{name}: {cell(value, '.3g')} s an update" for name, value in result["seconds_per_update"].items()]
     gate = f"equal pairs to {result['gate']['largest_error']:.1e} (tolerance {result['gate']['tolerance']:.0e})"
     return "\n".join([f"{title(name, result, environment)}; {gate}", *rows, ""])
 
@@ -407,6 +299,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on the CPU, bf16 on CUDA by default")
+    parser.add_argument("--compile", choices=["off", "default", "max"], default="off", help="both networks' blocks")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two rounds of two pairs")
     parser.add_argument("--output", type=Path, default=RESULTS / "bench_step.json", help="JSON; the chart beside it")
     return parser
@@ -425,6 +318,7 @@ def main(argv: Sequence[str] | None = None, arms: Sequence[Arm] = ARMS) -> int:
     for name in names:
         batch, rounds = defaults(name, device, args.quick)
         settings = {"batch": args.batch or batch, "rounds": args.rounds or rounds, "precision": precision}
+        settings["compile"] = args.compile
         nets[name] = run_net(NETS[name](), device=device, arms=arms, **settings)
         if "failures" in nets[name]:
             reasons = "\n  ".join(nets[name]["failures"])

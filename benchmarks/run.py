@@ -28,6 +28,7 @@ from benchmarks.environment import RESULTS, describe, pick_device, slug  # noqa:
 BENCHMARKS: dict[str, Sequence[str]] = {
     "bench_ops": (sys.executable, "-m", "benchmarks.bench_ops"),
     "bench_step": (sys.executable, "-m", "benchmarks.bench_step"),
+    "bench_rollout": (sys.executable, "-m", "benchmarks.bench_rollout"),
 }
 """Commands by name. Each takes --device, --output (a JSON file) and --quick, and exits with 0 if its numbers hold."""
 

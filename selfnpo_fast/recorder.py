@@ -27,7 +27,7 @@ RECENT, LEAST_RECENT = 100, 20
 """A spike is held against the median of the last RECENT updates, once there are LEAST_RECENT."""
 
 
-def _memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """Peak memory: of the device on CUDA, of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -116,7 +116,7 @@ class Recorder:
             "skipped": self.skipped,
             "pairs_per_second": made / (now - self.clock),
             "reference_forwards_per_pair": used.item() / made,
-            "peak_memory_gib": _memory_gib(self.world.device),
+            "peak_memory_gib": peak_memory_gib(self.world.device),
         }
         for i, (part, n) in enumerate(zip(loss.tolist(), count.tolist(), strict=True)):
             row[f"loss_s_quarter_{i + 1}"] = part / n if n else math.nan

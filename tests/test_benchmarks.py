@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_step, run
+from benchmarks import bench_rollout, bench_step, run
 from benchmarks.bench_step import ARMS, FULL, K5, ReleasedRollout, UnbatchedPredictor, Workbench, check_arms
 from benchmarks.environment import slug
 from benchmarks.nets import NETS, digits, sd15_small
@@ -192,11 +192,11 @@ def test_as_released_pays_all_steps_where_ours_stops(bench):
     for name in ("released_live", "lockstep"):
         rollout = bench.rollout(ARM[name])
         rollout.next_id = first
-        steps = 5 if name == "released_live" else int(start[first : first + 2].max()) + 1
+        steps = 10 if name == "released_live" else int(start[first : first + 2].sum()) + 2
         before = bench.forwards
         expected = bench_step.expected_forwards(ARM[name], rollout)
         rollout.next_pairs()
-        assert bench.forwards - before == expected == 2 * (steps + 1)
+        assert bench.forwards - before == expected == steps + 2
 
 
 def test_step_gives_the_student_the_gradient_of_the_loss(bench):
@@ -217,7 +217,7 @@ def test_step_gives_the_student_the_gradient_of_the_loss(bench):
 def test_run_writes_what_it_printed(tmp_path, capsys):
     """Ratios are those of single rounds, recomputed here; a chart lies beside."""
     output = tmp_path / "new" / "step.json"
-    few = [ARM["released"], ARM["continuous"], ARM["floor"]]
+    few = [ARM["released"], ARM["continuous"], ARM["floor_forward"], ARM["floor"]]
     argv = ["--net", "digits", "--batch", "3", "--rounds", "2", "--device", "cpu", "--output", str(output)]
     assert bench_step.main(argv, few) == 0
     result = json.loads(output.read_text())
@@ -229,13 +229,15 @@ def test_run_writes_what_it_printed(tmp_path, capsys):
     assert [(arm["start"], arm["k"], arm["w"], arm["forwards_per_pair"]) for arm in net["arms"]] == [
         ("data", 5, -1, 12),
         ("noise", None, -1, 1),
+        (None, None, None, 1),
         (None, None, None, 0),
     ]
+    assert all(net["seconds_per_update"][name]["low"] > 0 for name in ("optimiser", "ema"))
     for arm in arms.values():
         rounds = arm["rounds_seconds_per_pair"]
         assert len(rounds) == 2
         assert arm["seconds_per_pair"]["median"] == pytest.approx(statistics.median(rounds))
-        for other in ("continuous", "floor"):
+        for other in ("continuous", "floor_forward", "floor"):
             ratios = [a / b for a, b in zip(rounds, arms[other]["rounds_seconds_per_pair"], strict=True)]
             spread = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
             assert arm[f"ratio_to_{other}"] == pytest.approx(spread)
@@ -324,6 +326,18 @@ def test_registry_names_what_can_be_run():
 def test_slug_is_a_file_name():
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert slug("CPU, 2 cores, AMD EPYC (R)") == "cpu-2-cores-amd-epyc-r"
+
+
+@pytest.mark.slow
+def test_scaling_of_ranks_and_stages(tmp_path, capsys):
+    """Two settings of the digits run, one of them on two ranks with ZeRO 2."""
+    output = tmp_path / "rollout.json"
+    assert bench_rollout.main(["--quick", "--device", "cpu", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["settings"]
+    assert [(row["ranks"], row["zero_stage"], row["batch"]) for row in rows] == [(1, 0, 4), (2, 2, 4)]
+    assert all(row["seconds_per_pair"]["low"] > 0 and len(row["memory_gib"]) == row["ranks"] for row in rows)
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "ZeRO" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -1,0 +1,160 @@
+"""How an update scales: seconds per pair and memory per rank against batch, number of ranks and ZeRO stage.
+
+    python -m benchmarks.bench_rollout            # the digits run; about ten minutes on two CPU cores
+    python -m benchmarks.bench_rollout --quick
+
+Each setting is a run of its own, in processes of its own: whole updates of `selfnpo train`, optimiser and EMA included,
+after a warm-up that also fills the slots. Memory is the most that a rank has held: of its process on a CPU, of its
+device on a GPU. Ranks on one CPU share its cores, as `selfnpo train` has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a script: Python put this folder on the path, not the one above
+    sys.path[0] = str(ROOT)
+
+from benchmarks.environment import RESULTS, cores, describe, pick_device  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BATCHES, QUICK_BATCHES = (16, 32, 64, 128), (4,)
+SETTINGS = ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3))
+"""(ranks, ZeRO stage)."""
+QUICK_SETTINGS = ((1, 0), (2, 2))
+WARM_UP, UPDATES, QUICK_UPDATES = 3, 8, 1
+
+
+def one_rank(words: Sequence[str], updates: int) -> dict[str, object]:
+    """What a child does: seconds of every update, and the most memory."""
+    from benchmarks.profile_step import make_trainer
+    from selfnpo_fast.console import quiet_libraries
+    from selfnpo_fast.recorder import peak_memory_gib
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, recorder, world = make_trainer(words, Path(folder) / "run")
+        seconds = []
+        for _ in range(WARM_UP + updates):
+            world.barrier()
+            start = time.perf_counter()
+            trainer.train_update(recorder)
+            recorder.pending = 0  # sums nobody reads
+            world.barrier()
+            seconds.append(time.perf_counter() - start)
+        trainer.producer.close()
+    return {"seconds": seconds[WARM_UP:], "memory_gib": peak_memory_gib(world.device)}
+
+
+def run_setting(ranks: int, stage: int, batch: int, updates: int, words: Sequence[str]) -> dict[str, object]:
+    """One setting in processes of its own. Raises RuntimeError with what a rank said where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [*words, "--engine.batch_size", str(batch), "--engine.zero_stage", str(stage)]
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in range(ranks):
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        command = [sys.executable, "-m", "benchmarks.bench_rollout", "--child", str(updates), "--", *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | own, **pipes))
+    said = [process.communicate() for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("\n".join(error[-2000:] for _, error in said))
+    results = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    slowest = [max(times) / batch for times in zip(*(result["seconds"] for result in results), strict=True)]
+    return {
+        "ranks": ranks,
+        "zero_stage": stage,
+        "batch": batch,
+        "seconds_per_pair": {"median": statistics.median(slowest), "low": min(slowest), "high": max(slowest)},
+        "memory_gib": [result["memory_gib"] for result in results],
+    }
+
+
+def table(rows: Sequence[dict]) -> str:
+    """One line a setting."""
+    lines = [f"{'ranks':>5} {'ZeRO':>5} {'batch':>6} {'ms/pair [least, most]':>28} {'GiB a rank':>12}"]
+    for row in rows:
+        value = {key: 1e3 * seconds for key, seconds in row["seconds_per_pair"].items()}
+        spread = f"{value['median']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
+        place = f"{row['ranks']:>5} {row['zero_stage']:>5} {row['batch']:>6}"
+        lines.append(f"{place} {spread:>28} {max(row['memory_gib']):>12.2f}")
+    return "\n".join(lines)
+
+
+def chart(rows: Sequence[dict], title: str) -> Figure:
+    """Seconds per pair and memory against batch, one line a setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=140, layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    for ranks, stage in dict.fromkeys((row["ranks"], row["zero_stage"]) for row in rows):
+        chosen = [row for row in rows if (row["ranks"], row["zero_stage"]) == (ranks, stage)]
+        batch = [row["batch"] for row in chosen]
+        label = f"{ranks} rank{'s' * (ranks > 1)}, ZeRO {stage}"
+        times.plot(batch, [1e3 * row["seconds_per_pair"]["median"] for row in chosen], marker="o", ms=3, label=label)
+        memory.plot(batch, [max(row["memory_gib"]) for row in chosen], marker="o", ms=3)
+    for axes, name in ((times, "ms per pair"), (memory, "GiB per rank, at most")):
+        axes.set_xlabel("pairs per update")
+        axes.set_ylabel(name)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+    times.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 1 where a setting failed, and then nothing is written."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; ranks take the machine's own devices")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: two settings, one update")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench_rollout.json", help="JSON; the chart beside it")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(words[:cut])
+    config = words[cut + 1 :] or ["--config", "configs/digits.yaml"]
+    if args.child:
+        print(json.dumps(one_rank(config, args.child)))
+        return 0
+    device, rows = pick_device(args.device), []
+    environment = describe(device)
+    for ranks, stage in QUICK_SETTINGS if args.quick else SETTINGS:
+        for batch in QUICK_BATCHES if args.quick else BATCHES:
+            print(f"{ranks} ranks, ZeRO {stage}, batch {batch} ...", file=sys.stderr, flush=True)
+            try:
+                rows.append(run_setting(ranks, stage, batch, QUICK_UPDATES if args.quick else UPDATES, config))
+            except RuntimeError as error:
+                print(f"it failed and nothing is written:\n{error}", file=sys.stderr)
+                return 1
+    print(table(rows), flush=True)
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = {"benchmark": "bench_rollout", "environment": environment, "arguments": arguments, "settings": rows}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    title = f"digits on {environment['device']}, {cores()} cores shared by all ranks"
+    chart(rows, title).savefig(args.output.with_suffix(".png"))
+    print(f"{args.output}\n{args.output.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
