@@ -341,10 +341,11 @@ def launch(module: list[str], output: Path, *words: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-@pytest.mark.parametrize("stage", ["0", pytest.param("2", marks=pytest.mark.slow)])
-def test_two_ranks_train_like_one(stage, tmp_path):
+@pytest.mark.parametrize(("stage", "overlap"), [("0", "false"), pytest.param("2", "true", marks=pytest.mark.slow)])
+def test_two_ranks_train_like_one(stage, overlap, tmp_path):
     """`deepspeed --num_gpus 2` on CPU: the same pairs, losses to rounding, weights to Adam's sign noise."""
     words = ["--updates", "4", "--engine.batch_size", "8", "--log.every", "1", "--log.sample_every", "-1"]
+    words += ["--rollout.overlap", overlap]
     deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(29600 + os.getpid() % 300)]
     two = launch([*deepspeed, "--num_gpus", "2", "selfnpo_fast/train.py"], tmp_path / "two", *words,
                  "--engine.zero_stage", stage)  # fmt: skip
