@@ -109,14 +109,14 @@ def tdft_step(
     t = timesteps[pair_index + 1]
     s = t + 1 + randint(key(Draw.RENOISE_TIME, pair_ids, pair_index), renoise.shape[1] - 1 - t)
     noise_key = key(Draw.RENOISE, pair_ids, pair_index)
-    z = draw_normals(noise_key, tuple(x.shape[1:]), now.dtype)
+    z = draw_normals(noise_key, tuple(x.shape[1:]), _wide(x))  # as `normal` gives them to lockstep rollouts
     x_s = affine_noise(target if naive else state, renoise[pair_index + 1, s], None, z, 0, None, 0, None)
     dropped = uniform(key(Draw.PROMPT_DROPOUT, pair_ids, pair_index)) < dropout
     row = torch.where(dropped, 0, item(pair_ids, order=int(shuffled)) + 1)
 
     ended = left == 0
     new_ids = torch.where(ended, ids + stride, ids)
-    first = draw_normals(key(Draw.START_NOISE, new_ids), tuple(x.shape[1:]), now.dtype)
+    first = draw_normals(key(Draw.START_NOISE, new_ids), tuple(x.shape[1:]), _wide(x))
     if latents is None:
         first_index = torch.full_like(index, top)
         first_left = first_index
