@@ -113,7 +113,7 @@ class Workbench:
     def rollout(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
         """A new rollout of the arm from sample id 0."""
         maker = PairMaker(
-            arm.predictor(self._predict, self.cond, arm.config.w),
+            arm.predictor(self._predict, self.cond, arm.config.w, "batched"),
             Grid.build(self.net.schedule, arm.config.grid_steps, self.device, w=arm.config.w),
             arm.config,
             latent_shape=self.net.latent_shape,

@@ -59,7 +59,7 @@ def words(case: Case, model: Path, output: Path) -> list[str]:
         "rollout.mode": case["mode"],
         "rollout.grid_steps": 5,
         "rollout.pool": 2,
-        "rollout.overlap": str(case["overlap"]).lower(),
+        "rollout.overlap": str(case.get("overlap", False)).lower(),
         "reference.kind": case["reference"],
         "reference.decay": 0.9,
         "lora.rank": case["lora"],

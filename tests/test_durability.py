@@ -21,7 +21,7 @@ from selfnpo_fast.folders import why_not_whole
 from selfnpo_fast.rollout import ContinuousRollout, Pairs
 from selfnpo_fast.trainer import Trainer
 
-CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0, "overlap": False}
+CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from dispatched import Dispatched
 
-from selfnpo_fast import moving_reference, objective, rollout, train
+from selfnpo_fast import moving_reference, objective, train
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_latents
 from selfnpo_fast.models import load_adapter
+from selfnpo_fast.rollout import continuous
 from selfnpo_fast.trainer import Trainer
 from selfnpo_kernels import reference
 
@@ -120,7 +121,7 @@ def test_eager_arithmetic_would_be_seen(monkeypatch, tmp_path):
             rules.items, rules.stride, rules.max_steps, rules.seed, rules.dropout, rules.shuffled, rules.naive,
         )  # fmt: skip
 
-    monkeypatch.setattr(rollout, "tdft_step", eager)
+    monkeypatch.setattr(continuous, "tdft_step", eager)
     update = run(monkeypatch, tmp_path / "run")
     assert {"aten.mul", "aten.add", "aten.where"} <= update.latents.keys()
 

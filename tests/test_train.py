@@ -120,6 +120,11 @@ RECIPES = {
     "zero 2": ["--engine.zero_stage", "2", "--optimizer.name", "adamw"],
     "zero 3": ["--engine.zero_stage", "3", "--optimizer.name", "adamw"],
     "zero 3 fp32": ["--engine.zero_stage", "3", "--optimizer.name", "adamw", "--engine.precision", "fp32"],
+    "overlap": ["--rollout.overlap", "true"],
+    "overlap zero 3": ["--rollout.overlap", "true", "--engine.zero_stage", "3", "--optimizer.name", "adamw"],
+    "channels last": ["--engine.channels_last", "true"],
+    "channels last fp32": ["--engine.channels_last", "true", "--engine.precision", "fp32", "--engine.zero_stage", "0"],
+    "every second": ["--reference.every", "2"],
     "warm-up": ["--optimizer.warmup", "10", "--optimizer.clip", "0"],
 }
 
@@ -150,7 +155,8 @@ def test_the_authors_config_trains_on_images(prediction_type, images, tmp_path):
     output = tmp_path / "run"
     words = ["--data.source", str(images), "--engine.precision", "fp32", "--rollout.k", "2"]
     assert run("sd15.yaml", output, *small(model), *words) == 0
-    assert metrics(output)[-1]["reference_forwards_per_pair"] == 3, "k + 1 forwards at w = -1"
+    # At w = -1 each sample's own steps, at most k, and one more: what starts at the lowest index makes one step.
+    assert 2 <= metrics(output)[-1]["reference_forwards_per_pair"] <= 3
 
 
 def test_the_recommended_config_needs_a_model_alone(sd, tmp_path):
