@@ -111,7 +111,7 @@ def check_arms(bench: Workbench, arms: Sequence[Arm] = ARMS) -> Gate:
     gate, truths, slots = Gate(), {}, None
     for arm in arms:
         if arm.config is None:
-            gate.forwards[arm.name] = 0.0
+            gate.forwards[arm.name] = float(arm.forwards)
             continue
         rollout, continuous = bench.rollout(arm), arm.config.mode == "continuous"
         if continuous and slots is None:

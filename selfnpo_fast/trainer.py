@@ -91,8 +91,6 @@ class Trainer:
             add_lora(student, config.lora, config.seed)
         else:
             student.requires_grad_(True)
-        if config.engine.channels_last:
-            student.to(memory_format=torch.channels_last)
         # Copied before DeepSpeed touches the student. With LoRA the copy shares the backbone and starts equal (B = 0).
         reference = share_frozen(student)
         if config.engine.gradient_checkpointing:
@@ -100,6 +98,10 @@ class Trainer:
         student.train()
         compile_blocks(student, config.engine.compile)
         self.engine = StudentEngine(config, student, world)
+        if config.engine.channels_last:  # not before: DeepSpeed broadcasts row-major parameters alone
+            reference.to(memory_format=torch.channels_last)
+            if self.engine.stage == 0:
+                student.to(memory_format=torch.channels_last)
         if config.reference.kind == "ema":
             self.reference: Reference = MovingReference(
                 reference,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from safetensors.torch import load_file
 
 from selfnpo_fast import train
@@ -36,19 +36,19 @@ def test_blocks_keep_their_parameters_and_names():
 def test_a_compiled_run_learns_the_same(mode, tmp_path):
     """Rollout as one graph, the student's blocks compiled, forward and backward, by inductor."""
     model = tiny.write_sd(tmp_path / "model")
-    losses, weights = [], []
+    rows, names = [], []
     for choice in ("off", "default"):
         output = tmp_path / choice
-        words = ["--model.path", str(model), "--output", str(output), "--updates", "3", "--engine.compile", choice]
-        words += ["--rollout.mode", mode, "--rollout.grid_steps", "5", "--engine.batch_size", "4", "--prompts.limit", "8"]
-        words += ["--engine.precision", "fp32", "--engine.zero_stage", "0", "--optimizer.name", "adamw", "--log.every"]
-        words += ["1", "--log.sample_every", "-1", "--log.checkpoint_every", "0", "--rollout.overlap", "true"]
+        words = ["--model.path", str(model), "--output", str(output), "--updates", "4", "--engine.compile", choice]
+        words += ["--rollout.mode", mode, "--rollout.grid_steps", "5", "--engine.batch_size", "4"]
+        words += ["--prompts.limit", "8", "--rollout.overlap", "true", "--engine.precision", "fp32"]
+        words += ["--engine.zero_stage", "0", "--optimizer.name", "adamw", "--optimizer.lr", "1e-4"]
+        words += ["--log.every", "1", "--log.sample_every", "-1", "--log.checkpoint_every", "0"]
         assert train.main(["--config", str(CONFIG), *words]) == 0
-        weights.append(load_file(output / "negative/unet/diffusion_pytorch_model.safetensors"))
-        losses.append((output / "metrics.jsonl").read_text().count("loss"))
-    assert losses[0] == losses[1]
-    plain, fast = weights
-    assert plain.keys() == fast.keys(), "compiled blocks keep their names"
-    for key, value in plain.items():
-        # Observed 1e-7; three updates at a rate of 1e-6.
-        torch.testing.assert_close(fast[key], value, rtol=0, atol=1e-5)
+        names.append(load_file(output / "negative/unet/diffusion_pytorch_model.safetensors").keys())
+        rows.append([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
+    assert names[0] == names[1]
+    assert len(rows[0]) == 4
+    for plain, fast in zip(*rows, strict=True):
+        assert fast["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert fast["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
