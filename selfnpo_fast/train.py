@@ -142,6 +142,7 @@ def _run(request: Request, output: Path, world, stop) -> None:
         negative = trainer.run(recorder, stop)
     finally:
         recorder.close()
+        trainer.producer.close()
     if negative is not None:
         logger.info("negative model: %s", negative)
 
