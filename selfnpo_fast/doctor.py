@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast import costs
-from selfnpo_fast.config import EngineConfig, ModelConfig, PromptConfig, TrainConfig
+from selfnpo_fast.config import EngineConfig, ModelConfig, PromptConfig, RolloutConfig, TrainConfig
 from selfnpo_fast.console import logger
 from selfnpo_fast.costs import GIB, Machine, Memory, Run, Tracer
 from selfnpo_fast.errors import UserError
@@ -27,7 +27,10 @@ USABLE = 0.92
 VERIFIED = (
     TrainConfig(model=ModelConfig(path="digits"), prompts=PromptConfig(source="digits")),
     TrainConfig(
-        model=ModelConfig(path=str(SD15_SMALL)), prompts=PromptConfig(limit=64), engine=EngineConfig(batch_size=2)
+        model=ModelConfig(path=str(SD15_SMALL)),
+        prompts=PromptConfig(limit=64),
+        rollout=RolloutConfig(grid_steps=5, pool=1),  # filling the slots is soon done
+        engine=EngineConfig(batch_size=2),
     ),
 )
 """What `--verify` runs when no config is named: the networks of benchmarks/nets.py."""

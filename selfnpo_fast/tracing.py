@@ -8,6 +8,7 @@ convolutions, matrix products and attention are counted, what is done element by
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ class FakeDenoiser:
                 self.module.requires_grad_(True)
         # Fake tensors choose a CPU's operations, which meta tensors do not: attention would keep all its scores.
         with self._mode:
-            _refill(self.module)
+            _refill(self.module, dtype)
         if checkpointing:
             self.module.enable_gradient_checkpointing()
         self.network = Network.of(self.module)
@@ -154,35 +155,56 @@ class FakeDenoiser:
     def forward(self, batch: int, *, one_row: bool = False) -> Forward:
         """A reference forward of `batch` rows; with `one_row` all are given the empty prompt."""
         self.module.eval()
-        live, flops = self._watch()
-        with self._mode, torch.no_grad(), flops, live:
+        live = self._live_bytes()
+        with self._mode, torch.no_grad(), live:
             self._predict(batch, one_row)
-        return Forward(flops=flops.get_total_flops(), peak=live.peak)
+        return Forward(flops=batch * self._forward_flops, peak=live.peak)
 
     def student(self, batch: int, *, keep_gradients: bool = True) -> Student:
         """Forward and backward of a micro-batch. Without `keep_gradients` each is dropped as soon as it is there."""
         self.module.train()
-        live, flops = self._watch()
+        live = self._live_bytes()
         handles = [
             p.register_post_accumulate_grad_hook(self._keep(live) if keep_gradients else _drop)
             for p in self.module.parameters()
             if p.requires_grad
         ]
-        with self._mode, flops, live:
+        with self._mode, live:
             out = self._predict(batch)
             kept = live.now
             out.backward(torch.empty_like(out))
         for handle in handles:
             handle.remove()
-        for parameter in self.module.parameters():
-            parameter.grad = None
+        self._clear_gradients()
         return Student(
-            flops=flops.get_total_flops(), kept=kept, peak=live.peak, peak_gradients=live.peak_gradients
+            flops=batch * self._student_flops, kept=kept, peak=live.peak, peak_gradients=live.peak_gradients
         )
 
-    def _watch(self) -> tuple[LiveBytes, FlopCounterMode]:
-        known = [*self.module.parameters(), *self.module.buffers()]
-        return LiveBytes(known), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    # Counted by themselves and for one sample, to which a batch is proportional: the counter's own hooks would keep
+    # what checkpointing frees.
+
+    @functools.cached_property
+    def _forward_flops(self) -> int:
+        self.module.eval()
+        with self._mode, torch.no_grad(), _flop_counter() as flops:
+            self._predict(1)
+        return flops.get_total_flops()
+
+    @functools.cached_property
+    def _student_flops(self) -> int:
+        self.module.train()
+        with self._mode, _flop_counter() as flops:
+            out = self._predict(1)
+            out.backward(torch.empty_like(out))
+        self._clear_gradients()
+        return flops.get_total_flops()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def _live_bytes(self) -> LiveBytes:
+        return LiveBytes([*self.module.parameters(), *self.module.buffers()])
 
     @staticmethod
     def _keep(live: LiveBytes):
@@ -192,11 +214,18 @@ class FakeDenoiser:
         return count
 
 
-def _refill(module: nn.Module) -> None:
-    """Give every parameter and buffer a new, empty tensor of its shape on the CPU."""
+def _flop_counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+
+
+def _refill(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter and buffer a new, empty tensor of its shape on the CPU.
+
+    PEFT casts its weights to `dtype` in real networks, but not on the meta device.
+    """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            empty = torch.empty(parameter.shape, dtype=dtype)
             part.register_parameter(name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
