@@ -204,7 +204,6 @@ def _engine(run: Run) -> tuple[dict[str, int], dict[str, int]]:
     rest = {"weights": network.weight_bytes, "moments": _moments(run, share)}
     step = _step_copies(run, share)
     in_bucket = width * min(network.trained, bucket)
-    forward = 0
     if stage == 0:
         flat = width * min(network.trained, DEEPSPEED_BUCKET + network.largest_trained)
         backward, reduction, step, carried = 0, gradients + flat, gradients + step, gradients
@@ -220,19 +219,18 @@ def _engine(run: Run) -> tuple[dict[str, int], dict[str, int]]:
         carried = kept or (own or width * share)
         backward = buckets + (0 if several else own)
         reduction = buckets + max(kept, in_bucket) + own
-        step = max(width * bucket + 4 * share, 4 * share + step)
+        # Averaged gradients are views of the bucket, which then outlives the reduction, or have memory of their own.
+        step = max((0 if own else width * bucket) + 4 * share, 4 * share + step)
     else:
         gathered = width * min(network.trained, MAX_LIVE) if world > 1 else 0
-        whole = width * network.persistent
-        rest["weights"] = network.weight_bytes - width * (network.trained - share) + whole
+        rest["weights"] = network.weight_bytes - width * (network.trained - share - network.persistent)
         rest["fp32 masters"] = 0 if precision == "fp32" else 4 * share
         rest["gradients"] = (4 if precision == "bf16" else width) * share
         rest["buckets"] = width * bucket
-        carried, forward, backward = 0, 0, gathered
-        reduction, step = gathered + in_bucket, 4 * share + step
+        backward, reduction, step, carried = gathered, gathered + in_bucket, 4 * share + step, 0
     carried = carried if several else 0
     phases = {
-        "reference forward": forward + carried + run.reference.peak,
+        "reference forward": carried + run.reference.peak,
         "student forward and backward": backward + carried + run.student.peak,
         "gradient reduction": reduction,
         "optimiser step": step,
@@ -285,6 +283,7 @@ class Machine:
     bandwidth: float  # bytes/s of its memory
     utilisation: float  # share of `flops` that the networks are assumed to reach
     source: str
+    gpu: bool = True
 
 
 UTILISATION = 0.35

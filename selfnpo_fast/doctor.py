@@ -89,17 +89,16 @@ def examine(config: TrainConfig, options: DoctorOptions) -> str:
 def make_tracer(config: TrainConfig) -> Tracer:
     """A tracer of the config's model; reads config files and the prompts' number, no weights."""
     model = config.model
-    adapter = load_adapter(
-        model.path, revision=model.revision, variant=model.variant, resolution=model.resolution
-    )
+    adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
     if config.rollout.start == "data":
         return Tracer(adapter, config.data.limit)  # at most; counting would mean to read the images
     prompts = config.prompts
     return Tracer(adapter, len(read_prompts(prompts.source, column=prompts.column, limit=prompts.limit)))
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size >= GIB / 20 else f"{size / GIB:.4f}"
+def shown(size: float) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def _si(value: float) -> str:
@@ -117,7 +116,7 @@ def _duration(seconds: float) -> str:
 
 
 def _rows(rows: Iterable[tuple[str, str]], width: int = 32) -> list[str]:
-    return [f"  {name:<{width}}{value:>10}" for name, value in rows]
+    return [f"  {name:<{width}}{value:>12}" for name, value in rows]
 
 
 def _facts(run: Run) -> str:
@@ -128,35 +127,33 @@ def _facts(run: Run) -> str:
         "computed, not measured; nothing was loaded but config files",
         f"model     {config.model.path}: {_si(network.total)} parameters, {_si(network.trained)} trained "
         f"({f'LoRA rank {config.lora.rank}' if config.lora.rank else 'full weights'})",
-        f"update    {pairs} pairs = {run.world_size} ranks x {engine.accumulation} micro-batches x {run.micro_batch}; "
-        f"{engine.precision}, ZeRO {stage}, {config.optimizer.name}, "
+        f"update    {pairs} pairs (ranks x micro-batches x pairs: {run.world_size} x {engine.accumulation} x "
+        f"{run.micro_batch}); {engine.precision}, ZeRO {stage}, {config.optimizer.name}, "
         f"gradient checkpointing {'on' if engine.gradient_checkpointing else 'off'}",
         f"forwards  {costs.forwards_per_pair(config.rollout, run.micro_batch):.3g} of the reference per pair "
         f"({config.rollout.mode} from {config.rollout.start}, w = {config.rollout.w:g})"
         + (f"; at most {n:,} once, to fill the slots" if (n := costs.startup_forwards(run)) else ""),
         f"FLOPs     {_si(work.total)} per update: reference {_si(work.reference)}, student {_si(work.student)}",
-        f"files     checkpoint {_gib(costs.checkpoint_bytes(run))} GiB, "
-        f"negative model {_gib(costs.negative_bytes(run))} GiB",
+        f"files     checkpoint {shown(costs.checkpoint_bytes(run))}, negative model {shown(costs.negative_bytes(run))}",
     ]
     return "\n".join(lines)
 
 
 def _memory_table(tracer: Tracer, run: Run, memory: Memory, cards: Iterable[float]) -> str:
-    student, config = run.student, run.config
+    config = run.config
     rest = sum(memory.rest.values())
-    lines = ["memory of a rank, GiB"]
-    lines += _rows((name, _gib(size)) for name, size in memory.rest.items())
-    lines += _rows([("at rest", _gib(rest))])
-    lines += _rows((f"+ {name}", _gib(size)) for name, size in memory.phases.items())
-    lines += _rows([("peak of an update", _gib(memory.peak))])
-    held = {}
+    lines = ["memory of a rank"]
+    lines += _rows((name, shown(size)) for name, size in memory.rest.items())
+    lines += _rows([("at rest", shown(rest))])
+    lines += _rows((f"+ {name}", shown(size)) for name, size in memory.phases.items())
+    lines += _rows([("peak of an update", shown(memory.peak))])
     for on in (False, True):
         changed = replace(config, engine=replace(config.engine, gradient_checkpointing=on))
-        held[on] = tracer.run(changed, run.world_size, run.device).student.kept
-    lines.append(
-        f"  activations kept for the backward: {_gib(held[False])} without gradient checkpointing, {_gib(held[True])} "
-        f"with it; at the student's peak {_gib(student.peak - student.peak_gradients)} besides gradients"
-    )
+        student = tracer.run(changed, run.world_size, run.device).student
+        lines.append(
+            f"  activations {'with' if on else 'without'} gradient checkpointing: {shown(student.kept)} kept for the "
+            f"backward, {shown(student.peak - student.peak_gradients)} beside the gradients at its peak"
+        )
     verdicts = [f"{card:g} GiB {'fits' if fits(memory, card) else 'does not fit'}" for card in cards]
     lines.append(f"  cards: {', '.join(verdicts)}")
     return "\n".join(lines)
@@ -174,30 +171,28 @@ def _times(run: Run, machines: Iterable[Machine]) -> str:
         if seconds is None:
             continue
         whole = seconds * run.config.updates
-        lines.append(
-            f"  {machine.name:<16}{_duration(seconds)} per update, {_duration(whole)} in all, "
-            f"{whole * run.world_size / 3600:.3g} GPU hours"
-        )
-    return "\n".join(lines).replace("this machine", "this machine")
+        hours = f", {whole * run.world_size / 3600:.3g} GPU hours" if machine.gpu else ""
+        lines.append(f"  {machine.name:<16}{_duration(seconds)} per update, {_duration(whole)} in all{hours}")
+    return "\n".join(lines)
 
 
 def _savings(tracer: Tracer, run: Run, memory: Memory, cards: Iterable[float]) -> str:
     """What each change saves by itself, and the first changes, one upon the other, that make each card fit."""
-    lines = ["what each change alone takes off the peak, GiB"]
+    lines = ["what each change alone takes off the peak"]
 
     def peak(config: TrainConfig) -> Memory:
         return costs.memory(tracer.run(config, run.world_size, run.device))
 
     saved = [(words, memory.peak - peak(config).peak) for words, config in costs.levers(run.config, run.world_size)]
-    lines += _rows(((words, _gib(size)) for words, size in saved if size > 0), width=40)
+    lines += _rows(((words, shown(size)) for words, size in saved if size > 0), width=40)
     if len(lines) == 1:
         lines.append("  nothing is left to change")
     for card in cards:
         if fits(memory, card):
             continue
         words, reached = reach(tracer, run, card)
-        verdict = f"{' '.join(words)} needs {_gib(reached.peak)}" if fits(reached, card) else (
-            f"not by these changes; all of them need {_gib(reached.peak)}"
+        verdict = f"{' '.join(words)} needs {shown(reached.peak)}" if fits(reached, card) else (
+            f"not by these changes; all of them need {shown(reached.peak)}"
         )  # fmt: skip
         lines.append(f"  to fit {card:g} GiB: {verdict}")
     return "\n".join(lines)
@@ -250,6 +245,7 @@ def measure_this_machine(precision: str) -> Machine | None:
         bandwidth=copied,
         utilisation=THIS_MACHINE,
         source="measured just now: a 3x3 convolution of 320 channels, a copy",
+        gpu=device.type == "cuda",
     )
 
 

@@ -119,7 +119,7 @@ class Forward:
 
 
 class FakeDenoiser:
-    """A denoiser whose weights have shapes alone. Raises UserError as the adapter does, and for unknown LoRA targets."""
+    """A denoiser whose weights have shapes alone. Raises UserError as adapters do, and for unknown LoRA targets."""
 
     def __init__(
         self, adapter: StableDiffusionAdapter, dtype: torch.dtype, lora: LoraConfig, *, checkpointing: bool = False
@@ -176,9 +176,7 @@ class FakeDenoiser:
         for handle in handles:
             handle.remove()
         self._clear_gradients()
-        return Student(
-            flops=batch * self._student_flops, kept=kept, peak=live.peak, peak_gradients=live.peak_gradients
-        )
+        return Student(flops=batch * self._student_flops, kept=kept, peak=live.peak, peak_gradients=live.peak_gradients)
 
     # Counted by themselves and for one sample, to which a batch is proportional: the counter's own hooks would keep
     # what checkpointing frees.

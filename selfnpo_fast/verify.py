@@ -7,6 +7,7 @@ are those of PyTorch's allocator, so that neither libraries' workspaces nor frag
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from bisect import bisect_right
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
     """Bytes that live before the second update, what each phase adds to them, and the peak of that update."""
     config = replace(config, log=LogConfig(sample_every=-1))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])
+    gc.collect()  # what an earlier profile saw made, and this one saw freed, would count against it
     # From the very start: a block's size is known to the profiler only if it saw the block made.
     with profile(activities=activities, profile_memory=True) as records, tempfile.TemporaryDirectory() as output:
         trainer = Trainer(config, _random_inputs(config, adapter, prompts, world), world, Path(output))
@@ -89,9 +91,7 @@ def _random_inputs(config: TrainConfig, adapter: StableDiffusionAdapter, prompts
     dtype, device = DTYPES[config.engine.precision], world.device
 
     def rows(count: int) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.randn(count, *shape, device=device) for name, shape in adapter.conditioning_shapes.items()
-        }
+        return {name: torch.randn(count, *shape, device=device) for name, shape in adapter.conditioning_shapes.items()}
 
     latents = torch.randn(prompts, *adapter.latent_shape) if config.rollout.start == "data" else None
     with torch.random.fork_rng(devices=[]):

@@ -152,7 +152,7 @@ class StableDiffusionAdapter:
         return (self.denoiser_config["in_channels"], cells, cells)
 
     def new_denoiser(self, dtype: torch.dtype) -> nn.Module:
-        """The denoising network with random weights in `dtype`, in evaluation mode; of its files config.json is read."""
+        """The denoising network with random weights in `dtype`, in evaluation mode; reads config.json alone."""
         from diffusers import UNet2DConditionModel
 
         with _loading(self.path, self.denoiser_name):
