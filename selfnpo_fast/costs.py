@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from selfnpo_fast.config import RolloutConfig, TrainConfig
 from selfnpo_fast.engine import deepspeed_config, zero_stage
 from selfnpo_fast.models import StableDiffusionAdapter
-from selfnpo_fast.tracing import FakeDenoiser, Forward, Network, Student
+from selfnpo_fast.tracing import FakeDenoiser, Network, Student
 from selfnpo_fast.world import DTYPES
 
 GIB = 2**30
@@ -30,13 +30,18 @@ class Run:
     config: TrainConfig
     world_size: int
     device: str  # "cuda" or "cpu": optimisers and communication need other memory there
-    network: Network
-    student: Student
-    reference: Forward  # one call: of a micro-batch, twice that where guidance needs both branches
+    denoiser: FakeDenoiser
+    student: Student  # one micro-batch
+    reference_peak: int  # bytes of one call: of a micro-batch, twice that where guidance needs both branches
     latent_elements: int
     row_elements: int  # of one prompt's conditioning
     prompts: int
     timesteps: int
+
+    @property
+    def network(self) -> Network:
+        """The student's parameters."""
+        return self.denoiser.network
 
     @property
     def micro_batch(self) -> int:
@@ -50,7 +55,7 @@ class Tracer:
     def __init__(self, adapter: StableDiffusionAdapter, prompts: int) -> None:
         self.adapter, self.prompts = adapter, prompts
         self._denoisers: dict[tuple, FakeDenoiser] = {}
-        self._traces: dict[tuple, tuple[Student, Forward]] = {}
+        self._traces: dict[tuple, tuple[Student, int]] = {}
 
     def run(self, config: TrainConfig, world_size: int, device: str) -> Run:
         """The run's numbers. Raises UserError where batch and ranks, or LoRA and model, do not fit."""
@@ -67,16 +72,16 @@ class Tracer:
             rows = micro * calls(config.rollout)
             self._traces[key] = (
                 denoiser.student(micro, keep_gradients=keeps_gradients(config)),
-                denoiser.forward(rows, one_row=config.rollout.w == -1),
+                denoiser.forward_peak(rows, one_row=config.rollout.w == -1),
             )
-        student, reference = self._traces[key]
+        student, reference_peak = self._traces[key]
         return Run(
             config=config,
             world_size=world_size,
             device=device,
-            network=denoiser.network,
+            denoiser=denoiser,
             student=student,
-            reference=reference,
+            reference_peak=reference_peak,
             latent_elements=math.prod(self.adapter.latent_shape),
             row_elements=sum(math.prod(shape) for shape in self.adapter.conditioning_shapes.values()),
             prompts=self.prompts,
@@ -132,12 +137,9 @@ class Work:
 
 def work(run: Run) -> Work:
     """Network FLOPs of one update; the fused operations between them do less than a thousandth as many."""
-    rollout, batch = run.config.rollout, run.config.engine.batch_size
-    forward = run.reference.flops / (run.micro_batch * calls(rollout))
-    return Work(
-        reference=batch * forwards_per_pair(rollout, run.micro_batch) * forward,
-        student=run.student.flops * (batch / run.micro_batch),
-    )
+    batch = run.config.engine.batch_size
+    forwards = batch * forwards_per_pair(run.config.rollout, run.micro_batch)
+    return Work(reference=forwards * run.denoiser.forward_flops, student=batch * run.denoiser.student_flops)
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _engine(run: Run) -> tuple[dict[str, int], dict[str, int]]:
         backward, reduction, step, carried = gathered, gathered + in_bucket, 4 * share + step, 0
     carried = carried if several else 0
     phases = {
-        "reference forward": carried + run.reference.peak,
+        "reference forward": carried + run.reference_peak,
         "student forward and backward": backward + carried + run.student.peak,
         "gradient reduction": reduction,
         "optimiser step": step,

@@ -104,18 +104,9 @@ class Network:
 class Student:
     """One micro-batch of the student. Bytes are beyond the weights."""
 
-    flops: int  # forward and backward, recomputation included
     kept: int  # activations and inputs that live between forward and backward
     peak: int  # the most that lives, gradients of the parameters included
     peak_gradients: int  # of which gradients
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forward:
-    """One forward without gradients. Bytes are beyond the weights."""
-
-    flops: int
-    peak: int
 
 
 class FakeDenoiser:
@@ -152,13 +143,14 @@ class FakeDenoiser:
     def _predict(self, batch: int, one_row: bool = False) -> torch.Tensor:
         return self.adapter.predict(self.module, *self._inputs(batch, one_row))
 
-    def forward(self, batch: int, *, one_row: bool = False) -> Forward:
-        """A reference forward of `batch` rows; with `one_row` all are given the empty prompt."""
+    def forward_peak(self, batch: int, *, one_row: bool = False) -> int:
+        """Bytes, beyond the weights, of a forward of `batch` rows without gradients; with `one_row` all are given the
+        empty prompt."""
         self.module.eval()
         live = self._live_bytes()
         with self._mode, torch.no_grad(), live:
             self._predict(batch, one_row)
-        return Forward(flops=batch * self._forward_flops, peak=live.peak)
+        return live.peak
 
     def student(self, batch: int, *, keep_gradients: bool = True) -> Student:
         """Forward and backward of a micro-batch. Without `keep_gradients` each is dropped as soon as it is there."""
@@ -176,20 +168,21 @@ class FakeDenoiser:
         for handle in handles:
             handle.remove()
         self._clear_gradients()
-        return Student(flops=batch * self._student_flops, kept=kept, peak=live.peak, peak_gradients=live.peak_gradients)
+        return Student(kept=kept, peak=live.peak, peak_gradients=live.peak_gradients)
 
-    # Counted by themselves and for one sample, to which a batch is proportional: the counter's own hooks would keep
-    # what checkpointing frees.
+    # FLOPs are counted in passes of their own: the counter's hooks would keep what checkpointing frees.
 
     @functools.cached_property
-    def _forward_flops(self) -> int:
+    def forward_flops(self) -> int:
+        """FLOPs of a forward of one sample; a batch is proportional."""
         self.module.eval()
         with self._mode, torch.no_grad(), _flop_counter() as flops:
             self._predict(1)
         return flops.get_total_flops()
 
     @functools.cached_property
-    def _student_flops(self) -> int:
+    def student_flops(self) -> int:
+        """FLOPs of forward and backward of one sample, recomputation included; a batch is proportional."""
         self.module.train()
         with self._mode, _flop_counter() as flops:
             out = self._predict(1)
