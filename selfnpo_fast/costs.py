@@ -221,8 +221,7 @@ def _engine(run: Run) -> tuple[dict[str, int], dict[str, int]]:
         carried = kept or (own or width * share)
         backward = buckets + (0 if several else own)
         reduction = buckets + max(kept, in_bucket) + own
-        # Averaged gradients are views of the bucket, which then outlives the reduction, or have memory of their own.
-        step = max((0 if own else width * bucket) + 4 * share, 4 * share + step)
+        step = 4 * share + step  # float32 gradients of the share
     else:
         gathered = width * min(network.trained, MAX_LIVE) if world > 1 else 0
         rest["weights"] = network.weight_bytes - width * (network.trained - share - network.persistent)

@@ -18,7 +18,7 @@ from selfnpo_fast.errors import UserError
 from selfnpo_fast.models import SD15_SMALL, load_adapter
 from selfnpo_fast.prompts import read_prompts
 from selfnpo_fast.verify import TOLERANCE, Comparison, compare, measure
-from selfnpo_fast.world import DTYPES
+from selfnpo_fast.world import DTYPES, init_world
 
 CARDS = (16.0, 24.0, 40.0, 80.0)
 """GiB of usual cards."""
@@ -270,23 +270,26 @@ def _assumptions(machine: Machine | None) -> str:
     return "\n".join(lines)
 
 
-def check(configs: Iterable[TrainConfig]) -> tuple[str, bool]:
-    """Runs a real update of each config on this machine, one rank; the table, and whether all peaks are within 10%."""
-    from selfnpo_fast.world import init_world
+def hold_against_update(config: TrainConfig) -> Comparison:
+    """The memory model beside a real update on this machine, one rank."""
+    world, tracer = init_world(), make_tracer(config)
+    predicted = costs.memory(tracer.run(config, 1, world.device.type))
+    return compare(predicted, measure(config, tracer.adapter, tracer.prompts, world))
 
-    world, lines, holds = init_world(), [], True
+
+def check(configs: Iterable[TrainConfig]) -> tuple[str, bool]:
+    """Holds the memory model against a real update of each config; the table, and whether all peaks are near."""
+    lines, holds = [], True
     for config in configs:
-        tracer = make_tracer(config)
-        predicted = costs.memory(tracer.run(config, 1, world.device.type))
         logger.info("running two updates of %s", config.model.path)
-        found = compare(predicted, measure(config, tracer.adapter, tracer.prompts, world))
+        found = hold_against_update(config)
         lines += _comparison(config, found)
         holds &= found.holds
     return "\n".join(lines), holds
 
 
 def _comparison(config: TrainConfig, found: Comparison) -> list[str]:
-    lines = [f"{config.model.path}, batch {config.engine.batch_size}, MiB{'computed':>24}{'measured':>12}"]
+    lines = [f"{config.model.path}, batch {config.engine.batch_size}, MiB", f"{'computed':>46}{'measured':>12}"]
     for name, measured in found.measured.items():
         lines.append(f"  {name:<32}{found.computed[name] / 2**20:>12.2f}{measured / 2**20:>12.2f}")
     verdict = "within" if found.holds else "NOT within"

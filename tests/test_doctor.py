@@ -30,7 +30,17 @@ from selfnpo_fast.config import (
     RolloutConfig,
     TrainConfig,
 )
-from selfnpo_fast.doctor import VERIFIED, DoctorOptions, check, examine, fits, make_tracer, reach, shown
+from selfnpo_fast.doctor import (
+    VERIFIED,
+    DoctorOptions,
+    check,
+    examine,
+    fits,
+    hold_against_update,
+    make_tracer,
+    reach,
+    shown,
+)
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.models import DIGITS, load_adapter
 from selfnpo_fast.tracing import FakeDenoiser, LiveBytes, Network
@@ -507,11 +517,18 @@ ENGINES = {
 }
 
 
+def near(config: TrainConfig) -> None:
+    """The peak within 1% (0.4% is the most that was seen), and every part of it within 2% or a mebibyte."""
+    found = hold_against_update(config)
+    assert abs(found.error) < 0.01, found
+    for name, measured in found.measured.items():
+        assert found.computed[name] == pytest.approx(measured, rel=0.02, abs=2**20), (name, found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_verify_on_digits_with_every_engine(engine):
-    table, holds = check([digits(engine=EngineConfig(**{"batch_size": 32, **engine}), rollout=SHORT)])
-    assert holds, table
+    near(digits(engine=EngineConfig(**{"batch_size": 32, **engine}), rollout=SHORT))
 
 
 @pytest.mark.slow
@@ -526,8 +543,7 @@ def test_verify_on_digits_with_every_engine(engine):
     ids=["adamw8bit", "lora", "lockstep", "frozen"],
 )
 def test_verify_on_digits_with_other_choices(changes):
-    table, holds = check([digits(**{"rollout": SHORT, **changes})])
-    assert holds, table
+    near(digits(**{"rollout": SHORT, **changes}))
 
 
 @pytest.mark.slow
