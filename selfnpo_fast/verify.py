@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import time
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -67,7 +69,8 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])
     gc.collect()  # what an earlier profile saw made, and this one saw freed, would count against it
     # From the very start: a block's size is known to the profiler only if it saw the block made.
-    with profile(activities=activities, profile_memory=True) as records, tempfile.TemporaryDirectory() as output:
+    held = mock.patch.object(torch.distributed, "all_reduce", _held(torch.distributed.all_reduce))
+    with profile(activities=activities, profile_memory=True) as records, held, tempfile.TemporaryDirectory() as output:
         trainer = Trainer(config, _random_inputs(config, adapter, prompts, world), world, Path(output))
         recorder = Recorder(config, world, adapter.schedule.num_train_timesteps)
         trainer.train_update(recorder)
@@ -77,6 +80,18 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
         trainer.engine.step = _marked("optimiser step", trainer.engine.step)
         _marked("update", trainer.train_update)(recorder)
     return _peaks(records, world.device.type)
+
+
+def _held(all_reduce):
+    """gloo's worker may be the last to let go of a reduced tensor, and of that thread the profiler keeps no records:
+    hold it a little longer, so that it is freed here."""
+
+    def call(tensor: torch.Tensor, *args, **kwargs):
+        result = all_reduce(tensor, *args, **kwargs)
+        time.sleep(0.02)
+        return result
+
+    return call
 
 
 def _marked(name: str, function):
