@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.conditioning import ConditioningTable
-from selfnpo_fast.models import StableDiffusionAdapter, load_adapter
+from selfnpo_fast.models import SD15_SMALL, StableDiffusionAdapter, load_adapter
 from selfnpo_fast.schedule import NoiseSchedule
 
 SEED = 0
@@ -56,55 +56,35 @@ class BenchNet:
 def digits() -> BenchNet:
     """The embedded model's UNet, 1,077,572 parameters, trained; 8x8 latents, 16 tokens of width 64."""
     adapter = load_adapter("digits")
-    return BenchNet(
-        name="digits",
-        module_factory=adapter.load_denoiser,
-        adapter=adapter,
-        latent_shape=adapter.latent_shape,
-        text_tokens=16,
-        text_width=adapter.denoiser_config["cross_attention_dim"],
-        schedule=adapter.schedule,
-    )
+    return _net("digits", adapter, adapter.load_denoiser)
 
 
 def sd15_small() -> BenchNet:
     """Half of Stable Diffusion 1.5's UNet, 79,865,604 parameters, random: 32x32 latents, 77 tokens of width 768.
 
-    SD1.5's first two widths, 320 and 640, with one layer per block; as there, the lowest level has attention in its
-    middle block alone, and attention has 8 heads.
+    Its configs lie in the package, where `selfnpo doctor --verify` finds them, too.
     """
-    from diffusers import DDIMScheduler
+    adapter = load_adapter(str(SD15_SMALL))
 
-    # SD1.5's own scheduler_config.json.
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
-    )
+    def seeded(dtype: torch.dtype) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return adapter.new_denoiser(dtype)
+
+    return _net("sd15_small", adapter, seeded)
+
+
+def _net(name: str, adapter: StableDiffusionAdapter, factory: Callable[[torch.dtype], nn.Module]) -> BenchNet:
+    tokens, width = adapter.conditioning_shapes["encoder_hidden_states"]
     return BenchNet(
-        name="sd15_small",
-        module_factory=_new_sd15_small,
-        adapter=StableDiffusionAdapter("sd15_small"),  # for `predict` alone, which reads no file
-        latent_shape=(4, 32, 32),
-        text_tokens=77,
-        text_width=768,
-        schedule=NoiseSchedule.from_scheduler(scheduler),
+        name=name,
+        module_factory=factory,
+        adapter=adapter,
+        latent_shape=adapter.latent_shape,
+        text_tokens=tokens,
+        text_width=width,
+        schedule=adapter.schedule,
     )
-
-
-def _new_sd15_small(dtype: torch.dtype) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        network = UNet2DConditionModel(
-            sample_size=32,
-            block_out_channels=(320, 640),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=768,
-            attention_head_dim=8,  # diffusers' name for the number of heads here
-        )
-    return network.to(dtype).eval()
 
 
 NETS = {"digits": digits, "sd15_small": sd15_small}

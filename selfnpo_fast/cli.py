@@ -1,4 +1,4 @@
-"""The `selfnpo` command: train, sample, evaluate."""
+"""The `selfnpo` command: train, doctor, sample, evaluate."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from selfnpo_fast.folders import check_writable
 USAGE = """usage: selfnpo COMMAND [options]
 
   train      make a negative model of a diffusion model          selfnpo train --config configs/digits.yaml
+  doctor     say what a config will cost, loading nothing        selfnpo doctor --config configs/sd15_fast.yaml
   sample     draw pictures with a negative model                 selfnpo sample --negative runs/digits --prompt "..."
   evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
 
@@ -267,8 +268,37 @@ def _train(argv: list[str]) -> None:
     train(argv)
 
 
+DOCTOR_HELP = """usage: selfnpo doctor [--memory_gib GIB] [--world_size RANKS] [--verify] [options of selfnpo train]
+
+Prints memory per rank, FLOPs, time and file sizes of a config, computed from the model's config files alone.
+
+  --memory_gib GIB     a card's memory: does it fit, and what would make it fit (default: 16, 24, 40 and 80)
+  --world_size RANKS   GPUs (default: 1)
+  --verify             hold the memory model against one real update on this machine, of the config that is named or
+                       else of digits and half an SD1.5; exit code 1 where the peak is off by more than 10%
+"""
+
+
+def doctor(argv: list[str]) -> None:
+    """Print what a config will cost; with --verify, RunError where the memory model is off."""
+    from selfnpo_fast.doctor import VERIFIED, check, examine, split_options
+    from selfnpo_fast.train import parse
+
+    if "-h" in argv or "--help" in argv:
+        print(DOCTOR_HELP)
+    options, words = split_options(argv)
+    if not options.verify:
+        print(examine(parse(words).config, options))
+        return
+    table, holds = check([parse(words).config] if words else VERIFIED)
+    print(table)
+    if not holds:
+        raise RunError("the memory model is off by more than 10%")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "doctor": doctor,
     "sample": lambda argv: sample(parse_options(SampleOptions, argv, "selfnpo sample")),
     "evaluate": lambda argv: evaluate(parse_options(EvaluateOptions, argv, "selfnpo evaluate")),
 }

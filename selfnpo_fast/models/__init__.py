@@ -9,7 +9,10 @@ from selfnpo_fast.errors import UserError, one_line
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
 
-DIGITS = Path(__file__).resolve().parent.parent / "assets" / "digits"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+DIGITS = ASSETS / "digits"
+SD15_SMALL = ASSETS / "sd15_small"
+"""A pipeline of configs without weights, which benchmarks and `selfnpo doctor --verify` fill with random ones."""
 
 ADAPTERS = {
     "StableDiffusionPipeline": StableDiffusionAdapter,
@@ -61,4 +64,4 @@ def _check_parts(path: str, index: dict) -> None:
             )
 
 
-__all__ = ["StableDiffusionAdapter", "StableDiffusionXLAdapter", "load_adapter", "resolve_path"]
+__all__ = ["SD15_SMALL", "StableDiffusionAdapter", "StableDiffusionXLAdapter", "load_adapter", "resolve_path"]

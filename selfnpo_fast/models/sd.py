@@ -153,6 +153,25 @@ class StableDiffusionAdapter:
             )
         return (self.denoiser_config["in_channels"], cells, cells)
 
+    def new_denoiser(self, dtype: torch.dtype) -> nn.Module:
+        """The denoising network with random weights in `dtype`, in evaluation mode; reads config.json alone."""
+        from diffusers import UNet2DConditionModel
+
+        with _loading(self.path, self.denoiser_name):
+            return UNet2DConditionModel.from_config(self.denoiser_config).to(dtype).eval()
+
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one prompt's row by name, as `encode_prompts` makes it, read from the encoder's config.json."""
+        text = self._text_config("text_encoder")
+        return {"encoder_hidden_states": (text.max_position_embeddings, text.hidden_size)}
+
+    def _text_config(self, part: str):
+        from transformers import CLIPTextConfig
+
+        with _loading(self.path, f"{part}/config.json"):
+            return CLIPTextConfig.from_pretrained(self.path, subfolder=part, revision=self._revision)
+
     def load_denoiser(self, dtype: torch.dtype, field: str = "model.path") -> nn.Module:
         """The denoising network with its weights in `dtype`, in evaluation mode; errors name `field`."""
         from diffusers import UNet2DConditionModel

@@ -12,6 +12,16 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
 
     pipeline_class = "StableDiffusionXLPipeline"
 
+    @property
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one prompt's row by name: both encoders' states side by side, and what SDXL adds."""
+        first, second = self._text_config("text_encoder"), self._text_config("text_encoder_2")
+        return {
+            "encoder_hidden_states": (first.max_position_embeddings, first.hidden_size + second.hidden_size),
+            "text_embeds": (second.projection_dim,),
+            "time_ids": (6,),
+        }
+
     def _encode(self, pipe, prompts: list[str], device: torch.device) -> Conditioning:
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
