@@ -275,6 +275,7 @@ def test_arms_are_those_of_the_issue():
         (-1, "continuous"),
         (-5, "continuous"),
         (None, None),
+        (None, None),
     ]
 
 

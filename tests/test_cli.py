@@ -198,7 +198,7 @@ MISTAKES = {
     "unknown solver": ([*DRAW, "--solver", "heun"], ".*solver"),
     "not a number": ([*DRAW, "--steps", "many"], ".*steps"),
     "unknown option": ([*DRAW, "--colour", "red"], ".*--colour"),
-    "unknown command": (["paint"], "unknown command 'paint'; expected one of train, sample, evaluate"),
+    "unknown command": (["paint"], "unknown command 'paint'; expected one of train, doctor, sample, evaluate"),
     "evaluate: no such negative": (["evaluate", "--negative", "{folder}/none"], "negative: no such folder"),
     "evaluate: other shapes": (["evaluate", "--negative", "{misfit}"], "negative: .* does not fit"),
     "evaluate: one negative twice": (["evaluate", "--negative", "{negative}", "{negative}"], "negative: "),

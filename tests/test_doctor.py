@@ -274,7 +274,7 @@ def test_bytes_of_each_engine_against_the_arithmetic():
     share = count // 4
     half = rest(4, precision="bf16")  # which runs as stage 1
     assert half["weights"] == half["reference"] == 2 * count
-    assert half["EMA masters"] == half["gradients"] == 4 * count
+    assert (half["EMA masters"], half["gradients"]) == (4 * share, 4 * count)
     assert (half["fp32 masters"], half["moments"]) == (4 * share, 8 * share)
 
     two = rest(4, precision="bf16", zero_stage=2)
@@ -360,7 +360,8 @@ def test_forwards_per_pair_and_files_against_a_run(tmp_path, words):
     varies = "lockstep" in words and "fixed" not in words
     assert sum(used) / len(used) == pytest.approx(expected, rel=0.15 if varies else 1e-6)
     first = rows[0]["reference_forwards_per_pair"] * 2
-    assert first <= costs.startup_forwards(run) + 2 * max([*used, expected])
+    most = run.config.rollout.max_steps + 1 if varies else expected
+    assert first <= costs.startup_forwards(run) + 2 * most
 
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

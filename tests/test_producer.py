@@ -133,6 +133,8 @@ def test_pairs_in_flight_are_saved():
         for ours, theirs in zip(a.micro_batches, b.micro_batches, strict=True):
             for name in FIELDS:
                 assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    for each in (producer, other):
+        each.settle()
     assert other.rollout.calls == producer.rollout.calls
     producer.close()
     other.close()

@@ -62,6 +62,7 @@ def test_a_profile_of_the_digits_run(overlap, tmp_path, capsys):
     assert "student forward" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_of_the_rollout_read_nothing_back(tmp_path):
     """The reference's forward, the fused step, the student's loss and the moving average: no value goes to the host."""
     trainer, recorder, _ = profile_step.make_trainer([*SHORT, "--rollout.overlap", "true"], tmp_path / "run")
