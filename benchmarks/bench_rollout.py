@@ -32,7 +32,7 @@ from benchmarks.environment import RESULTS, cores, describe, pick_device  # noqa
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BATCHES, QUICK_BATCHES = (16, 32, 64, 128), (4,)
+BATCHES, QUICK_BATCHES = (16, 64, 128), (4,)
 SETTINGS = ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3))
 """(ranks, ZeRO stage)."""
 QUICK_SETTINGS = ((1, 0), (2, 2))

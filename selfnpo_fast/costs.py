@@ -220,9 +220,10 @@ def _engine(run: Run) -> tuple[dict[str, int], dict[str, int]]:
         own = 4 * share if precision == "bf16" else 0
         kept = gradients if stage == 1 else 0
         carried = kept or (own or width * share)
-        backward = buckets + (0 if several else own)
+        backward = buckets  # float32 gradients of the share gather while activations go
         reduction = buckets + max(kept, in_bucket) + own
-        step = 4 * share + step  # float32 gradients of the share
+        # Float32 gradients of the share; where they were float32 before, those still live.
+        step = (4 if precision == "bf16" else 8) * share + step
     else:
         gathered = width * min(network.trained, MAX_LIVE) if world > 1 else 0
         rest["weights"] = network.weight_bytes - width * (network.trained - share - network.persistent)
@@ -232,7 +233,7 @@ def _engine(run: Run) -> tuple[dict[str, int], dict[str, int]]:
         backward, reduction, step, carried = gathered, gathered + in_bucket, 4 * share + step, 0
     carried = carried if several else 0
     phases = {
-        REFERENCE: carried + run.reference_peak,
+        REFERENCE: run.reference_peak,  # the pairs of all micro-batches come before the first gradient
         "student forward and backward": backward + carried + run.student.peak,
         "gradient reduction": reduction,
         "optimiser step": step,
@@ -251,10 +252,9 @@ def _buffers(run: Run) -> dict[str, int]:
         "coefficient tables": 4 * (7 * states + 2 * states + 2 * states * run.timesteps + 2 * run.timesteps)
         + 8 * states
         + 4 * states,
-        "pairs": micro * (2 * latent + 5 * 8),  # x_s, target; s, t, row, sample id, weight
+        # x_s, target; s, t, row, sample id, weight; of all micro-batches, with overlap in two sets of buffers besides.
+        "pairs": (3 if rollout.overlap else 1) * run.config.engine.accumulation * micro * (2 * latent + 5 * 8),
     }
-    if rollout.overlap:  # and two sets of buffers for those of an update
-        out["pairs"] *= 1 + 2 * run.config.engine.accumulation
     if rollout.mode == "continuous":
         states_held = 2 if rollout.start == "noise" else 1  # x, and where the sample before it ended
         out["slots"] = slots(run) * (states_held * latent + 4 * 8) + micro * 4 * 8

@@ -215,7 +215,7 @@ def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dic
     weight, k2, k7 = empty(samples), empty(50, 2), empty(50, 7)
     key = (None, 1, index, 0, None)
     tables = (empty(26, 7), empty(26, 2), empty(26, 1000, 2), empty(26, dtype=torch.int64), empty(26))
-    rules, naive = (2333, 80, 5, 1, 0.1, False, False), (2333, 80, 5, 1, 0.1, True, True)
+    rules, naive = (700, 80, 5, 1, 0.1, False, False), (700, 80, 5, 1, 0.1, True, True)
     # An odd row length comes with a view that begins between two 16-byte boundaries.
     masters, live = [empty(samples * count)], [empty(samples * count + 1, dtype=net)[count % 2 :][: samples * count]]
     return {
@@ -231,7 +231,7 @@ def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dic
         "tdft_step, unconditional": lambda: ops.tdft_step(None, p, x, x, slots, slots, *tables, None, *rules),
         "tdft_step, naive": lambda: ops.tdft_step(p, p, x, x, slots, slots, *tables, None, *naive),
         "tdft_step, from data": lambda: ops.tdft_step(
-            p, None, x, None, slots, slots, *tables, empty(2333, count, dtype=state), *rules
+            p, None, x, None, slots, slots, *tables, empty(700, count, dtype=state), *rules
         ),
         "x0_loss, l2": lambda: ops.x0_loss(p, x, x, k2, index, weight, "l2", 1e-3, True),
         "x0_loss, huber": lambda: ops.x0_loss(p, x, x, k2, index, weight, "huber", 1e-3, True),
