@@ -259,7 +259,8 @@ def test_a_whole_update_on_fake_cuda_asks_nothing_of_the_host(dtype, w):
     assert loss.device.type == per_pair.device.type == "cuda"
 
 
-@pytest.mark.parametrize("w", [-1.0, pytest.param(-3.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("w", [-1.0, -3.0])
 def test_a_whole_update_is_one_graph(w):
     """fullgraph=True over rollout and loss, backward traced with it; with the results of the plain functions."""
     torch.compiler.reset()

@@ -169,7 +169,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW = ("data", "checkpointing", "zero2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES])
 def test_with_a_frozen_reference_overlap_changes_nothing(name, tmp_path):
     """Not a bit of the weights, nor of any metric but the times."""
     negatives = []

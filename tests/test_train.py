@@ -184,7 +184,10 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+SLOW = ("bf16, 8 bit, frozen", "bf16, zero 3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RESUMED])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(name, sd, prompts, tmp_path):
     words = ["--prompts.source", str(prompts), "--optimizer.lr", "1e-2", "--optimizer.warmup", "5", *RESUMED[name]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
