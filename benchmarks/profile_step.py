@@ -5,8 +5,8 @@
 
 Words after -- are those of `selfnpo train`. The run's own parts are timed (`world.region`), each without those inside
 it; `kernels` are the fused ops wherever they run. With `rollout.overlap` the rollout runs beside the rest, so the parts
-add up to more than the update, and `waiting` is what the update waits for it. On a GPU, host times are given beside the
-device's. The trace opens in chrome://tracing or Perfetto.
+add up to more than the update, and `waiting` is what the update waits for it. Times are the host's; on
+a GPU the trace holds the device's as well. It opens in chrome://tracing or Perfetto.
 """
 
 from __future__ import annotations

@@ -310,8 +310,8 @@ class EngineConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compile: Literal["off", "default", "max"] = "off"
-    """torch.compile for the reference's step and the student's blocks; on a GPU the former is also captured as a CUDA
-    graph. max lets the compiler try more (max-autotune)."""
+    """torch.compile for the student's blocks and the reference's step in continuous rollouts, which on a GPU is also
+    captured as a CUDA graph. max lets the compiler try more (max-autotune)."""
     channels_last: bool = False
     """Keep convolutions in channels_last order, which GPUs prefer in half precision: the reference's, and with ZeRO 0
     the student's (ZeRO's flat buffers are row-major)."""

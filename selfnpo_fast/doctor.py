@@ -232,6 +232,7 @@ def measure_this_machine(precision: str) -> Machine | None:
     source = torch.empty(2**26, dtype=torch.uint8, device=device)
 
     def seconds(action) -> float:
+        """The least of four calls."""
         best = float("inf")
         for _ in range(4):
             start = time.perf_counter()

@@ -223,6 +223,7 @@ def _tar_source(source: str, name: str, shards: list[Path], limit: int) -> Sourc
         facts.append((str(shard), stat.st_size, stat.st_mtime_ns))
 
     def pictures() -> list[Picture]:
+        """The first `limit` pictures of all shards, in order."""
         found: list[Picture] = []
         for shard in shards:
             found += _shard_pictures(shard, limit - len(found))

@@ -35,6 +35,7 @@ class CudaGraphs:
         graph, outputs, calls = torch.cuda.CUDAGraph(), (), 0
 
         def replayed() -> Tensors:
+            """The step, by its graph once there is one."""
             nonlocal outputs, calls
             calls += 1
             if calls <= self.WARM_UP:

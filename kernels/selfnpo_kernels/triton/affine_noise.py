@@ -14,6 +14,7 @@ def affine_noise_kernel(
     out, x, k, index, noise, sample_ids, draws, seed: tl.int64, draw: tl.int64,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One block of a sample: out = k0 x + k1 noise."""
     sample, block = place(N, BLOCK, WIDE)
     values = load(x, sample, block, N, BLOCK)
     z = common.noise(noise, seed, sample_ids, draw, draws, sample, block, N, BLOCK, x.dtype.element_ty)

@@ -21,6 +21,7 @@ def guidance_moments_kernel(
     partial, pos, neg, k, index,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One block: mean and squared deviations of pos and of p, four floats of `partial` a program."""
     sample, block = place(N, BLOCK, WIDE)
     conditional = load(pos, sample, block, N, BLOCK)
     negative = load(neg, sample, block, N, BLOCK)
@@ -62,6 +63,7 @@ def _combined(partial, blocks, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.c
 def guidance_rescale_kernel(
     scale, partial, blocks, phi, rest, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """One sample: its blocks' moments combined into phi std(pos) / std(p) + rest."""
     sample = tl.program_id(0)
     partial += sample.to(tl.int64) * blocks * 4
     conditional = _combined(partial, blocks, N, BLOCK, WIDTH)

@@ -14,6 +14,7 @@ def guided_step_kernel(
     x_next, x0, pos, neg, x, k, index, scale, x0_prev, noise, sample_ids, draws, seed: tl.int64, draw: tl.int64,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One block of a sample: x_next and x0 from pos, neg, x, and from x0_prev and noise where they are given."""
     sample, block = place(N, BLOCK, WIDE)
     # The long loads first: nothing that follows from the index has to arrive before they are under way.
     state = load(x, sample, block, N, BLOCK)

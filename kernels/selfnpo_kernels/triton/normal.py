@@ -12,6 +12,7 @@ from selfnpo_kernels.triton.common import entry, launch, noise, place, plan, sto
 def normal_kernel(
     out, sample_ids, draws, seed: tl.int64, draw: tl.int64, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
 ):
+    """One block of a sample: standard normals of its key."""
     sample, block = place(N, BLOCK, WIDE)
     z = noise(None, seed, sample_ids, draw, draws, sample, block, N, BLOCK, out.dtype.element_ty)
     store(out, sample, block, z, N, BLOCK)

@@ -98,6 +98,7 @@ def tdft_step_kernel(
     SHUFFLED: tl.constexpr, NAIVE: tl.constexpr, HALF: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One block of a slot: target, x_s, the next state; its first block writes the slot's and the pair's integers."""
     sample, block = place(N, BLOCK, WIDE)
     # The long loads first: nothing that follows from the slot has to arrive before they are under way.
     state = load(x, sample, block, N, BLOCK)

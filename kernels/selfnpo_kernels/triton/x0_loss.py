@@ -14,6 +14,7 @@ def x0_loss_kernel(
     partial, slope, pred, x_s, target, k, index, c,
     HUBER: tl.constexpr, PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One block of a sample: the sum of its losses, and the slope d(loss per element) / d(x0) where it is asked for."""
     sample, block = place(N, BLOCK, WIDE)
     output = load(pred, sample, block, N, BLOCK)
     state = load(x_s, sample, block, N, BLOCK)
@@ -80,6 +81,7 @@ def x0_loss_backward_kernel(
     out, slope, k, index, weight, grad, size,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """One block of a sample: out = slope k1 weight grad / size."""
     sample, block = place(N, BLOCK, WIDE)
     rise = load(slope, sample, block, N, BLOCK)
     k += table_row(index, sample, PER_SAMPLE) * 2
