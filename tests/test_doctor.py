@@ -522,7 +522,7 @@ ENGINES = {
 def near(config: TrainConfig, error: float = 0.01) -> None:
     """The peak within 1% (0.4% is the most that was seen), and then every part of it within 2% or a mebibyte.
 
-    What ZeRO 3 holds at rest is not the same from run to run: its peak was between 6% above the model and 4% below.
+    In bf16 with ZeRO 3 the model is 6% too high: DeepSpeed holds 2 MiB less at rest than it says.
     """
     found = hold_against_update(config)
     assert abs(found.error) < error, found
@@ -534,7 +534,7 @@ def near(config: TrainConfig, error: float = 0.01) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 def test_verify_on_digits_with_every_engine(engine):
-    error = 0.1 if engine.get("zero_stage") == 3 else 0.01
+    error = 0.1 if engine.get("zero_stage") == 3 and engine.get("precision") == "bf16" else 0.01
     near(digits(engine=EngineConfig(**{"batch_size": 32, **engine}), rollout=SHORT), error)
 
 
