@@ -29,7 +29,7 @@ from selfnpo_fast.world import DTYPES, World
 
 TOLERANCE = 0.10
 _MARK = "selfnpo.verify."
-_REDUCING = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+_SENDING = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])
     gc.collect()  # what an earlier profile saw made, and this one saw freed, would count against it
     # From the very start: a block's size is known to the profiler only if it saw the block made.
-    held = mock.patch.multiple(torch.distributed, **{name: _held(getattr(torch.distributed, name)) for name in _REDUCING})
+    longer = {name: _held(getattr(torch.distributed, name)) for name in _SENDING}
+    held = mock.patch.multiple(torch.distributed, **longer)
     with profile(activities=activities, profile_memory=True) as records, held, tempfile.TemporaryDirectory() as output:
         trainer = Trainer(config, _random_inputs(config, adapter, prompts, world), world, Path(output))
         recorder = Recorder(config, world, adapter.schedule.num_train_timesteps)
@@ -84,8 +85,8 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
 
 
 def _held(reduction):
-    """gloo's worker may be the last to let go of a tensor that was sent, and of that thread the profiler keeps no records:
-    hold it a little longer, so that it is freed here."""
+    """gloo's worker may be the last to let go of a tensor that was sent, and of that thread the profiler keeps no
+    records: hold it a little longer, so that it is freed here."""
 
     def call(*args, **kwargs):
         result = reduction(*args, **kwargs)
