@@ -88,7 +88,7 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name).strip("-").replace("--", "-")
 
 
-def _selfnpo_train(output: Path, options: Mapping[str, object]) -> None:
+def selfnpo_train(output: Path, options: Mapping[str, object]) -> None:
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     config = ["--config", str(ROOT / "configs" / "digits.yaml")]  # first: later words override it
     command = [sys.executable, "-m", "selfnpo_fast.cli", "train", *config, *words, "--overwrite"]
@@ -116,7 +116,7 @@ def train(name: str, seed: int, work: Path, calibration: Mapping[str, Mapping[st
     output = work / slug(name) / f"seed{seed}"
     if not (output / "negative").is_dir():
         common = {"output": output, "log.sample_every": -1, "log.every": 20, "seed": seed}
-        _selfnpo_train(output, options_of(name, calibration) | common)
+        selfnpo_train(output, options_of(name, calibration) | common)
         shutil.rmtree(output / "checkpoints")
     return output
 
@@ -138,7 +138,7 @@ def calibrate(work: Path, rounds: int = 3, updates: int = 6) -> dict[str, dict[s
             output = work / "calibration" / name
             options = START | dict(recipe.changes)
             options |= {"output": output, "log.sample_every": -1, "log.every": updates, "updates": 2 * updates}
-            _selfnpo_train(output, options)
+            selfnpo_train(output, options)
             times[name].append(_seconds(output, updates * int(START["engine.batch_size"])))
     start_up = {name: statistics.median(start for start, _ in values) for name, values in times.items()}
     per_update = {name: statistics.median(each for _, each in values) for name, values in times.items()}
