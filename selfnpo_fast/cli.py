@@ -33,7 +33,13 @@ class SampleOptions:
     model: str = "digits"
     """`digits`, a folder in diffusers format, or a Hub id."""
     negative: str | None = None
-    """A training run's output folder, or its negative/ part; none for plain classifier-free guidance."""
+    """A training run's folder, a diffusers folder, a Hub id or a safetensors file, full weights or LoRA; else none."""
+    alpha: float = 1.0
+    """Eq. 7: how much of what the model has learned beyond `base` the negative has, too."""
+    beta: float = 1.0
+    """Eq. 7: strength of the negative's own weights."""
+    base: str | None = None
+    """The model that both the model and the negative come from, for alpha below 1 or a fine-tuned model."""
     prompt: str | None = None
     """One prompt."""
     prompts: str | None = None
@@ -52,6 +58,9 @@ class SampleOptions:
     """DPM-Solver++(2M), DDIM or Euler."""
     negative_prompt: Literal["empty", "same"] = "empty"
     """Prompt of the negative branch: empty, or the same as the positive's."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    guidance_rescale: float = 0.0
+    """0 to 1: diffusers' guidance_rescale."""
     resolution: int | None = None
     """Picture height and width; the model's own by default."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -88,6 +97,7 @@ class EvaluateOptions:
 
 
 LIST_HELP = {
+    "guidance_interval": "shares of the steps between which guidance acts, two numbers from 0 to 1",
     "negative": "one or more runs' output folders (or their negative/ parts)",
     "negative_prompt": "prompts of the negative branch, empty and/or same; each is an arm of its own",
     "guidance_scales": "diffusers' guidance_scale (omega + 1) of all arms",
@@ -137,7 +147,7 @@ def sample(options: SampleOptions) -> None:
     import torch
 
     from selfnpo_fast.guidance.negative import load_negative
-    from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
+    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
     from selfnpo_fast.images import image_grid, to_pil
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.prompts import read_prompts
@@ -154,6 +164,8 @@ def sample(options: SampleOptions) -> None:
         solver=options.solver,
         negative_prompt=options.negative_prompt,
         batch_size=options.batch_size,
+        guidance_interval=options.guidance_interval,
+        guidance_rescale=options.guidance_rescale,
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
@@ -161,13 +173,18 @@ def sample(options: SampleOptions) -> None:
     dtype = DTYPES[options.precision]
     adapter = load_adapter(options.model, resolution=options.resolution)
     denoiser = adapter.load_denoiser(dtype).to(device)
-    negative = load_negative(adapter, options.negative, dtype).to(device) if options.negative is not None else None
+    negative = None
+    if options.negative is not None:
+        negative = load_negative(
+            denoiser, options.negative, alpha=options.alpha, beta=options.beta, base=options.base,
+            denoiser_name=adapter.denoiser_name,
+        )  # fmt: skip
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
     check_seeds(seeds)
     check_request(adapter, settings.steps)
     with _bar(len(seeds), "image") as done:
-        images = sample_images(adapter, denoiser, negative, rows, empty, seeds, settings, done)
+        images = GuidedSampler(adapter, denoiser, negative).images(rows, empty, seeds, settings, done)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
         picture.save(folder / f"{i:04d}-seed{seed}.png")
@@ -195,7 +212,7 @@ def evaluate(options: EvaluateOptions) -> None:
     import torch
 
     from selfnpo_fast.guidance.negative import load_negative
-    from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
+    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.scoring import evaluate as sweep
     from selfnpo_fast.scoring import report
@@ -208,27 +225,27 @@ def evaluate(options: EvaluateOptions) -> None:
         SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
     adapter = load_adapter(options.model)
     check_request(adapter, options.steps)
-    denoiser = adapter.load_denoiser(torch.float32)
-    arms = {"base": (None, "empty")}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    denoiser = adapter.load_denoiser(torch.float32).to(device)
+    arms = {"base": (GuidedSampler(adapter, denoiser), "empty")}
     for path in options.negative:
-        module = load_negative(adapter, path, torch.float32)
+        negative = load_negative(denoiser, path, denoiser_name=adapter.denoiser_name)
+        sampler = GuidedSampler(adapter, denoiser, negative)
         label = "negative" if len(options.negative) == 1 else Path(path).name
         for prompt in options.negative_prompt:
             suffix = "" if prompt == "empty" else ", same prompt"
-            arms[f"base + {label}{suffix}"] = (module, prompt)
+            arms[f"base + {label}{suffix}"] = (sampler, prompt)
     if len(arms) != 1 + len(options.negative) * len(options.negative_prompt):
         raise UserError(f"negative: {options.negative} share a folder name; give folders of distinct names")
     cases = sweep.make_cases(options.images, options.seed)
     sweep.check_sweep(cases, list(arms), options.guidance_scales, "base", 5)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    denoiser.to(device)
     distinct = sorted({case.prompt for case in cases})
     place = {prompt: i for i, prompt in enumerate(distinct)}
     table, empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
 
     def generate(arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:
         """Pictures of one arm at one scale (`scoring.evaluate.Generate`)."""
-        negative, negative_prompt = arms[arm]
+        sampler, negative_prompt = arms[arm]
         settings = SamplerConfig(
             steps=options.steps,
             guidance_scale=guidance_scale,
@@ -238,13 +255,12 @@ def evaluate(options: EvaluateOptions) -> None:
         )
         index = torch.tensor([place[prompt] for prompt in prompts], device=device)
         rows = {name: value[index] for name, value in table.items()}
-        network = negative.to(device) if negative is not None else None
         before = drawn.n
 
         def done(count: int) -> None:
             drawn.update(before + count - drawn.n)
 
-        return sample_images(adapter, denoiser, network, rows, empty, seeds, settings, done)
+        return sampler.images(rows, empty, seeds, settings, done)
 
     from tqdm import tqdm
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
 
 from selfnpo_fast.config import LoraConfig
@@ -16,7 +17,6 @@ from selfnpo_fast.errors import UserError
 
 def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
     """Freeze a diffusers denoiser and give its target layers a low-rank update that starts at zero (B = 0)."""
-    import torch
     from peft import LoraConfig as PeftConfig
 
     denoiser.requires_grad_(False)
@@ -39,6 +39,14 @@ def share_frozen(module: nn.Module) -> nn.Module:
 
     Trainable parameters are cloned; nothing else costs memory.
     """
-    memo = {id(p): p for p in module.parameters() if not p.requires_grad}
-    memo |= {id(b): b for b in module.buffers()}
-    return copy.deepcopy(module, memo).requires_grad_(False).eval()
+    frozen = (p for p in module.parameters() if not p.requires_grad)
+    return _copy_around(module, [*frozen, *module.buffers()]).requires_grad_(False).eval()
+
+
+def share(module: nn.Module) -> nn.Module:
+    """A copy of the module tree over the very same tensors, in evaluation mode: layers can be changed in it alone."""
+    return _copy_around(module, [*module.parameters(), *module.buffers()]).eval()
+
+
+def _copy_around(module: nn.Module, tensors: list[torch.Tensor]) -> nn.Module:
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -15,7 +15,8 @@ from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
 from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.errors import RunError
-from selfnpo_fast.guidance.sampler import SamplerConfig, check_steps, sample_images
+from selfnpo_fast.guidance.negative import Negative
+from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, check_steps
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.latents import load_real_data
 from selfnpo_fast.lifecycle import StopRequest
@@ -251,11 +252,10 @@ class Trainer:
         )
         prompts, empty = self.table.gather(index), self.table.empty(1)
         texts = [self.prompts[i - 1] for i in index.tolist()]
+        student = Negative(source="the student", network=self.engine, deltas=None)
         self.engine.module.eval()
-        arms = [
-            sample_images(self.adapter, base, negative, prompts, empty, list(range(len(index))), settings)
-            for negative in (None, self.engine)
-        ]
+        samplers = [GuidedSampler(self.adapter, base, negative) for negative in (None, student)]
+        arms = [sampler.images(prompts, empty, range(len(index)), settings) for sampler in samplers]
         self.engine.module.train()
         captions = [f"{name}: {text}" for name in ("base", "base + negative") for text in texts]
         recorder.picture(self.update, "samples", image_grid(torch.cat(arms), len(index), captions))

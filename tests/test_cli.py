@@ -15,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet
 from PIL import Image
 
 from selfnpo_fast.cli import EvaluateOptions, SampleOptions, main, parse_options
-from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images, start_noise
+from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, start_noise
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.scoring.domain import DIGITS_DIR
 from selfnpo_fast.scoring.evaluate import make_cases
@@ -148,7 +148,7 @@ def test_evaluate_plain_guidance(tmp_path, capsys):
     denoiser, empty = adapter.load_denoiser(torch.float32), adapter.encode_empty(CPU)
     for row in report["rows"]:
         config = SamplerConfig(steps=2, guidance_scale=row["guidance_scale"])
-        images = sample_images(adapter, denoiser, None, rows, empty, [case.seed for case in cases], config)
+        images = GuidedSampler(adapter, denoiser).images(rows, empty, [case.seed for case in cases], config)
         scores = DigitsScorers.load().score(images, [case.label for case in cases])
         for measure in ("digit_log_prob", "digit_correct", "colour_match", "realness"):
             expected = getattr(scores, measure).float().mean().item()
@@ -234,7 +234,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capfd, n
 def test_a_file_for_the_output_folder_is_refused_before_any_work(tmp_path, monkeypatch, capfd, command):
     output = tmp_path / "file"
     output.write_text("mine")
-    monkeypatch.setattr("selfnpo_fast.guidance.sampler.sample_images", lambda *args: pytest.fail("drew pictures first"))
+    monkeypatch.setattr(GuidedSampler, "images", lambda *args: pytest.fail("drew pictures first"))
     assert main([*command, "--output", str(output)]) == 2
     assert capfd.readouterr().err == f"error: output: {output} is a file; name a folder\n"
     assert output.read_text() == "mine"

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
+from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.scoring.domain import DIGITS_DIR, digits_domain
 from selfnpo_fast.scoring.evaluate import make_cases
@@ -139,7 +139,7 @@ def test_pictures_show_what_was_asked_for():
     rows, empty = adapter.encode_prompts([case.prompt for case in cases], cpu), adapter.encode_empty(cpu)
     config = SamplerConfig(steps=10, guidance_scale=2.5)
     denoiser = adapter.load_denoiser(torch.float32)
-    images = sample_images(adapter, denoiser, None, rows, empty, [case.seed for case in cases], config)
+    images = GuidedSampler(adapter, denoiser).images(rows, empty, [case.seed for case in cases], config)
     scores = DigitsScorers.load().score(images, [case.label for case in cases])
     assert scores.digit_correct.float().mean() >= 0.93
     assert scores.colour_match.float().mean() >= 0.98

@@ -9,7 +9,8 @@ import torch
 from dispatched import Dispatched
 
 from selfnpo_fast import moving_reference, objective, train
-from selfnpo_fast.guidance.sampler import SamplerConfig, sample_latents
+from selfnpo_fast.guidance.negative import Negative
+from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.rollout import continuous
 from selfnpo_fast.trainer import Trainer
@@ -151,6 +152,7 @@ def test_a_sampler_step(solver):
     empty = adapter.encode_empty(torch.device("cpu"))
     prompts = {name: row.expand(BATCH, *row.shape[1:]) for name, row in empty.items()}
     config = SamplerConfig(steps=3, guidance_scale=3.0, solver=solver)
+    against = Negative(source="test", network=negative, deltas=None)
     with Dispatched({BATCH * LATENT, 2 * BATCH * LATENT}, denoiser, negative) as mode:
-        sample_latents(adapter, denoiser, negative, prompts, empty, list(range(BATCH)), config)
+        GuidedSampler(adapter, denoiser, against).latents(prompts, empty, range(BATCH), config)
     assert mode.computing == {"selfnpo.normal": 1, "selfnpo.guided_step": 3}

@@ -19,7 +19,8 @@ from diffusers import (
 from dispatched import Dispatched
 
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images, sample_latents, start_noise
+from selfnpo_fast.guidance.negative import Negative
+from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, start_noise
 from selfnpo_fast.models import load_adapter
 
 SCHEDULERS = {"dpm++": DPMSolverMultistepScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
@@ -27,6 +28,11 @@ PROMPTS = ["a cat", "two birds"]
 SEEDS = [11, 2**40]
 STEPS = 5
 CPU = torch.device("cpu")
+
+
+def sampler_of(adapter, denoiser: torch.nn.Module, negative: torch.nn.Module | None = None, **options) -> GuidedSampler:
+    against = None if negative is None else Negative(source="test", network=negative, deltas=None)
+    return GuidedSampler(adapter, denoiser, against, **options)
 
 
 class Setting:
@@ -42,8 +48,7 @@ class Setting:
 
     def latents(self, negative=None, seeds=SEEDS, **options) -> torch.Tensor:
         config = SamplerConfig(**({"steps": STEPS} | options))
-        arguments = (self.adapter, self.denoiser, negative, self.prompts, self.empty)
-        return sample_latents(*arguments, seeds, config)
+        return sampler_of(self.adapter, self.denoiser, negative).latents(self.prompts, self.empty, seeds, config)
 
     def stock(self, solver: str, guidance_scale: float, output_type: str = "latent") -> torch.Tensor:
         self.pipe.scheduler = SCHEDULERS[solver].from_config(self.pipe.scheduler.config)
@@ -102,8 +107,8 @@ def test_sdxl_without_a_negative_it_is_the_stock_pipeline(sdxl, solver, guidance
 
 @pytest.mark.parametrize("solver", list(SCHEDULERS))
 def test_pictures_are_the_stock_pipelines(plain, solver):
-    arguments = (plain.adapter, plain.denoiser, None, plain.prompts, plain.empty, SEEDS)
-    images = sample_images(*arguments, SamplerConfig(steps=STEPS, guidance_scale=4.0, solver=solver))
+    config = SamplerConfig(steps=STEPS, guidance_scale=4.0, solver=solver)
+    images = sampler_of(plain.adapter, plain.denoiser).images(plain.prompts, plain.empty, SEEDS, config)
     assert_same(images / 2 + 0.5, plain.stock(solver, 4.0, "pt"))
 
 
@@ -181,7 +186,7 @@ def recorder_of(setting: Setting, *networks: torch.nn.Module) -> Dispatched:
 def test_a_step_is_one_fused_call(plain, other, solver, guidance_scale):
     with recorder_of(plain, plain.denoiser, other) as recorder:
         plain.latents(other, solver=solver, guidance_scale=guidance_scale)
-    assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.guided_step": STEPS}
+    assert recorder.computing == {"selfnpo.normal": 1, "selfnpo.guided_step": STEPS}
 
 
 def test_a_start_below_unit_noise_is_fused_too(plain, monkeypatch):
@@ -189,7 +194,7 @@ def test_a_start_below_unit_noise_is_fused_too(plain, monkeypatch):
     monkeypatch.setitem(plain.adapter.__dict__, "scheduler_config", config)
     with recorder_of(plain, plain.denoiser) as recorder:
         plain.latents(solver="euler")
-    assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.affine_noise": 1, "selfnpo.guided_step": STEPS}
+    assert recorder.computing == {"selfnpo.normal": 1, "selfnpo.affine_noise": 1, "selfnpo.guided_step": STEPS}
 
 
 def test_what_is_not_fused_is_seen(plain, other):
@@ -222,9 +227,10 @@ def test_the_state_stays_float32_beside_a_bfloat16_network(plain, low, solver):
 
     config = SamplerConfig(steps=1, guidance_scale=4.0, solver=solver)
     with recorder_of(plain, low) as recorder:
-        ours = sample_latents(plain.adapter, low, None, plain.prompts, plain.empty, SEEDS, config)
+        ours = sampler_of(plain.adapter, low).latents(plain.prompts, plain.empty, SEEDS, config)
     assert ours.dtype == torch.float32
-    assert recorder.seen == {"selfnpo.normal": 1, "selfnpo.guided_step": 1, "aten._to_copy": 2}
+    assert recorder.seen["aten._to_copy"] == 1, "the input of both branches, once"
+    assert recorder.computing == {"selfnpo.normal": 1, "selfnpo.guided_step": 1}
     assert_same(ours, theirs)
 
 
@@ -232,7 +238,7 @@ def test_a_channels_last_network_changes_nothing(plain):
     moved = copy.deepcopy(plain.denoiser).to(memory_format=torch.channels_last)
     before = plain.adapter.layout_copies
     arguments = (plain.prompts, plain.empty, SEEDS, SamplerConfig(steps=STEPS))
-    assert_same(sample_latents(plain.adapter, moved, None, *arguments), plain.latents())
+    assert_same(sampler_of(plain.adapter, moved, branches="split").latents(*arguments), plain.latents())
     assert plain.adapter.layout_copies == before + 2 * STEPS, "its outputs are channels_last"
 
 
@@ -259,7 +265,8 @@ def test_digits_are_those_of_the_stock_scheduler(digits, solver, with_negative):
     rows = prompts["encoder_hidden_states"], empty["encoder_hidden_states"].expand(3, -1, -1)
     latents = stock_loop(scheduler, denoiser, worse if with_negative else denoiser, rows, seeds, 2.5)
     config = SamplerConfig(steps=12, guidance_scale=2.5, solver=solver)
-    ours = sample_images(adapter, denoiser, worse if with_negative else None, prompts, empty, seeds, config)
+    sampler = sampler_of(adapter, denoiser, worse if with_negative else None)
+    ours = sampler.images(prompts, empty, seeds, config)
     torch.testing.assert_close(ours, adapter.decode(latents), rtol=0, atol=4e-5)  # observed 8e-6
 
 
@@ -289,8 +296,8 @@ def test_a_picture_depends_on_its_own_seed_alone(plain, other, negative):
     def draw(prompts: list[str], seeds: list[int], batch_size: int) -> torch.Tensor:
         rows = plain.adapter.encode_prompts(prompts, CPU)
         config = SamplerConfig(steps=3, guidance_scale=4.0, batch_size=batch_size)
-        network = other if negative else None
-        return sample_images(plain.adapter, plain.denoiser, network, rows, plain.empty, seeds, config)
+        sampler = sampler_of(plain.adapter, plain.denoiser, other if negative else None)
+        return sampler.images(rows, plain.empty, seeds, config)
 
     prompts, seeds = ["a cat", "two birds", "a cat", "a red house", "a cat"], [5, 6, 7, 8, 5]
     whole = draw(prompts, seeds, 5)
@@ -306,7 +313,7 @@ def test_progress_hears_how_many_are_done(plain):
     rows = {name: value[:1].expand(5, *value.shape[1:]) for name, value in plain.prompts.items()}
     heard = []
     config = SamplerConfig(steps=1, guidance_scale=1.0, batch_size=2)
-    sample_images(plain.adapter, plain.denoiser, None, rows, plain.empty, list(range(5)), config, heard.append)
+    sampler_of(plain.adapter, plain.denoiser).images(rows, plain.empty, range(5), config, heard.append)
     assert heard == [2, 4, 5]
 
 

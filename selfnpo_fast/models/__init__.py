@@ -54,6 +54,14 @@ def load_adapter(
     return ADAPTERS[name](source, revision=revision, variant=variant, resolution=resolution)
 
 
+def adapter_of(pipe) -> StableDiffusionAdapter:
+    """The adapter of a diffusers pipeline that is loaded. Raises UserError for a class it does not know."""
+    name = type(pipe).__name__
+    if name not in ADAPTERS:  # by name: a subclass may call its denoiser in another way
+        raise UserError(f"pipe: a {name} is not supported; expected one of {', '.join(ADAPTERS)}")
+    return ADAPTERS[name].from_pipeline(pipe)
+
+
 def _check_parts(path: str, index: dict) -> None:
     """Refuse a model_index.json whose parts come from other modules than those of the libraries: it names code."""
     for part, entry in index.items():
@@ -64,4 +72,11 @@ def _check_parts(path: str, index: dict) -> None:
             )
 
 
-__all__ = ["SD15_SMALL", "StableDiffusionAdapter", "StableDiffusionXLAdapter", "load_adapter", "resolve_path"]
+__all__ = [
+    "SD15_SMALL",
+    "StableDiffusionAdapter",
+    "StableDiffusionXLAdapter",
+    "adapter_of",
+    "load_adapter",
+    "resolve_path",
+]

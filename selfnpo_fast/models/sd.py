@@ -70,7 +70,19 @@ class StableDiffusionAdapter:
         self.path = path
         self._hub = {"revision": revision, "variant": variant}
         self._resolution = resolution
+        self._loaded = None  # the pipeline whose parts these are, where there is one
         self.layout_copies = 0  # outputs that `predict` had to copy into row-major order
+
+    @classmethod
+    def from_pipeline(cls, pipe) -> StableDiffusionAdapter:
+        """An adapter over the parts of a pipeline that is loaded: nothing is read, copied or moved."""
+        adapter = cls(str(pipe.config.get("_name_or_path") or type(pipe).__name__))
+        adapter._loaded = pipe
+        unet, vae = pipe.unet.config, pipe.vae.config
+        adapter.denoiser_config = dict(unet) | {"sample_size": int(unet.sample_size)}
+        adapter._scheduler, adapter.vae = pipe.scheduler, pipe.vae
+        adapter._vae_config = {"block_out_channels": list(vae.block_out_channels)}
+        return adapter
 
     @functools.cached_property
     def denoiser_config(self) -> dict:
@@ -145,13 +157,22 @@ class StableDiffusionAdapter:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent."""
-        cells, rest = divmod(self.resolution, self.vae_scale)
-        if rest or not 1 <= self.resolution <= MAX_RESOLUTION:
-            raise UserError(
-                f"model.resolution: {self.resolution} is no multiple of {self.vae_scale} from {self.vae_scale} to "
-                f"{MAX_RESOLUTION}"
-            )
-        return (self.denoiser_config["in_channels"], cells, cells)
+        return self.latent_shape_of(self.resolution, self.resolution, "model.resolution")
+
+    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int]:
+        """(C, H, W) of the latent of a picture in pixels; errors name `field`, or else the side."""
+        for side, pixels in (("height", height), ("width", width)):
+            if pixels % self.vae_scale or not 1 <= pixels <= MAX_RESOLUTION:
+                raise UserError(
+                    f"{field or side}: {pixels} is no multiple of {self.vae_scale} from {self.vae_scale} to "
+                    f"{MAX_RESOLUTION}"
+                )
+        return (self.denoiser_config["in_channels"], height // self.vae_scale, width // self.vae_scale)
+
+    @staticmethod
+    def sized(cond: Conditioning, height: int, width: int) -> Conditioning:
+        """The rows for pictures of another size in pixels than the adapter's own."""
+        return cond
 
     def new_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The denoising network with random weights in `dtype`, in evaluation mode; reads config.json alone."""
@@ -216,6 +237,8 @@ class StableDiffusionAdapter:
         """The pipeline class with its text parts alone: its own encode_prompt is the truth about prompts."""
         import diffusers
 
+        if self._loaded is not None:
+            return self._loaded
         cls = getattr(diffusers, self.pipeline_class)
         optional = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
         known = inspect.signature(cls.__init__).parameters
@@ -277,8 +300,13 @@ class StableDiffusionAdapter:
         pixels = latents[0, 0].numel() * self.vae_scale**2
         batch_size = max(1, 2**20 // pixels)
         vae = self.vae.to(latents.device)
+        dtype = vae.dtype
+        if dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in float16
+            vae.to(torch.float32)
         scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in scaled.split(batch_size)])
+        pictures = [vae.decode(part.to(vae.dtype)).sample.float().clamp(-1, 1) for part in scaled.split(batch_size)]
+        vae.to(dtype)
+        return torch.cat(pictures)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:

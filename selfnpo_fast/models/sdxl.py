@@ -26,12 +26,18 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        time_ids = self._time_ids(len(prompts), embeds)
+        time_ids = self._time_ids(len(prompts), embeds, (self.resolution, self.resolution))
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": time_ids}
 
-    def _time_ids(self, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """Original size, crop corner and target size: an uncropped picture at the training resolution."""
-        size = (self.resolution, self.resolution)
+    @classmethod
+    def sized(cls, cond: Conditioning, height: int, width: int) -> Conditioning:
+        """The rows with other `time_ids`."""
+        rows = cond["time_ids"]
+        return cond | {"time_ids": cls._time_ids(len(rows), rows, (height, width))}
+
+    @staticmethod
+    def _time_ids(rows: int, like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Original size, crop corner and target size: an uncropped picture of (height, width) pixels."""
         return torch.tensor([[*size, 0, 0, *size]], device=like.device, dtype=torch.float32).expand(rows, 6)
 
     def encode_empty(self, device: torch.device) -> Conditioning:
@@ -45,6 +51,8 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
     def _force_zeros(self) -> bool:
         from diffusers import DiffusionPipeline
 
+        if self._loaded is not None:
+            return bool(self._loaded.config.force_zeros_for_empty_prompt)
         index = DiffusionPipeline.load_config(self.path, revision=self._revision)
         return bool(index.get("force_zeros_for_empty_prompt", True))
 

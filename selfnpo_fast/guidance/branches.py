@@ -1,0 +1,129 @@
+"""The two branches of guidance: who answers for the positive and the negative one, and how their forwards are run.
+
+Shape letters: B pictures of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from selfnpo_fast.compiling import compile_blocks
+from selfnpo_fast.console import logger
+from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
+from selfnpo_fast.guidance.negative import Negative
+from selfnpo_fast.lora import share
+from selfnpo_fast.models.sd import Conditioning
+
+Predict = Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+"""(network, x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
+BRANCHES = ("auto", "batched", "split")
+MARGIN = 0.02
+"""One batch, where it can be had, is left only for two that are faster by this: chance shall not decide."""
+
+
+class Branches:
+    """The positive network and what stands against it.
+
+    Without a negative that is the same network, with a low-rank one the same backbone, with full weights another
+    network. One network runs both branches as one batch, the negative rows first, or as two; two networks run one after
+    the other.
+    """
+
+    def __init__(self, predict: Predict, positive: nn.Module, negative: Negative | None, compile: str = "off") -> None:
+        self.predict, self.positive = predict, positive
+        self.backbone: LowRankBackbone | None = None
+        against = negative.network if negative is not None else None
+        deltas = negative.deltas if negative is not None else None
+        if deltas is not None or compile != "off":
+            # A module tree of our own over the caller's tensors: his network keeps its layers and compiles nothing.
+            self.positive = share(positive)
+        if deltas is not None:
+            self.backbone = install(self.positive, deltas)
+        if compile != "off":
+            compile_blocks(self.positive, compile)
+            if against is not None:
+                against = share(against)
+                compile_blocks(against, compile)
+        self.against = against
+
+    @property
+    def one_network(self) -> bool:
+        """Whether both branches can be one batch."""
+        return self.against is None
+
+    def _rows(self, choice: Rows) -> AbstractContextManager:
+        return self.backbone.rows(choice) if self.backbone is not None else nullcontext()
+
+    def single(self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning) -> torch.Tensor:
+        """The positive output (B, ...) at states x (B, ...), timesteps t (B,) and the prompts' rows (B, ...)."""
+        return self.predict(self.positive, x, t, rows)
+
+    def both(
+        self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning, batched: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(pos, neg)`, (B, ...) each; rows (2 B, ...) are the negative branch's, then the prompts'."""
+        if batched:
+            with self._rows(Rows.FIRST_HALF):
+                neg, pos = self.predict(self.positive, torch.cat([x, x]), torch.cat([t, t]), rows).chunk(2)
+            return pos, neg
+        against, prompts = halves(rows)
+        pos = self.single(x, t, prompts)
+        if self.against is not None:
+            return pos, self.predict(self.against, x, t, against)
+        with self._rows(Rows.ALL):
+            return pos, self.predict(self.positive, x, t, against)
+
+
+def halves(rows: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """The negative branch's rows and the prompts' of (2 B, ...) rows; views."""
+    half = len(next(iter(rows.values()))) // 2
+    return {name: value[:half] for name, value in rows.items()}, {name: value[half:] for name, value in rows.items()}
+
+
+class BatchOrSplit:
+    """One batch or two for one shape, chosen by timing the first steps of a real trajectory: no forward is wasted.
+
+    The first call of either kind sets things up and is not counted; the least of the next two decides.
+    """
+
+    TRIALS = 3
+
+    def __init__(self, fixed: bool | None, what: str) -> None:
+        self.batched, self.what = fixed, what
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    @property
+    def decided(self) -> bool:
+        """Whether later calls run alike: before, nothing is to be captured."""
+        return self.batched is not None
+
+    def run(self, call: Callable[[bool], tuple], device: torch.device) -> tuple:
+        """`call(batched)`, timed while the choice is open; the device is waited for then."""
+        if self.batched is not None:
+            return call(self.batched)
+        batched = len(self._seconds[True]) <= len(self._seconds[False])
+        _wait(device)
+        start = time.perf_counter()
+        out = call(batched)
+        _wait(device)
+        self._seconds[batched].append(time.perf_counter() - start)
+        if len(self._seconds[False]) == self.TRIALS:
+            self._decide()
+        return out
+
+    def _decide(self) -> None:
+        one, two = (min(self._seconds[batched][1:], default=math.inf) for batched in (True, False))
+        self.batched = one <= two * (1 + MARGIN)
+        chosen = "one batch" if self.batched else "two batches"
+        logger.info("guidance branches: %s for %s (one %.3g s, two %.3g s)", chosen, self.what, one, two)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,109 @@
+"""One shape's way from noise to latents: static buffers, and steps that can be captured.
+
+Shape letters: B pictures of a batch, n solver steps.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from selfnpo_fast.guidance.branches import BatchOrSplit, Branches, halves
+from selfnpo_fast.models.sd import Conditioning
+from selfnpo_fast.rollout.capture import Capture, Step
+from selfnpo_fast.solvers import SolverSteps
+from selfnpo_kernels import guidance_rescale, guided_step
+
+
+class Trajectory:
+    """The buffers of one shape and its steps: guided ones, and ones of the positive model alone."""
+
+    def __init__(
+        self,
+        branches: Branches,
+        choice: str,
+        capture: Capture,
+        x: torch.Tensor,
+        rows: Conditioning,
+        keeps_x0: bool,
+        rescale: float,
+        most_steps: int,
+    ) -> None:
+        self.branches, self.keeps_x0, self.rescale = branches, keeps_x0, rescale
+        self.x, self.x0 = torch.empty_like(x), torch.zeros_like(x)
+        self.rows = {name: torch.empty_like(value) for name, value in rows.items()}
+        self.index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        # As long as any trajectory can be, so that one captured step serves them all.
+        self.k = torch.zeros(most_steps, 7, device=x.device)
+        # Timesteps as float32 whatever the solver: networks embed them as such.
+        self.timesteps = torch.zeros(most_steps, device=x.device)
+        fixed = {"auto": None, "batched": True, "split": False}[choice] if branches.one_network else False
+        self.batched = BatchOrSplit(fixed, f"{len(x)} x {tuple(x.shape[1:])}")
+        self._capture = capture
+        self._captured: dict[bool, Step] = {}
+
+    def begin(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps) -> None:
+        """Start from x (B, ...) float32 with rows (2 B, ...): the negative branch's, then the prompts'."""
+        self.x.copy_(x)
+        self.x0.zero_()
+        for name, value in rows.items():
+            self.rows[name].copy_(value)
+        self.index.zero_()
+        n = len(solver.k)
+        self.k[:n].copy_(solver.k)
+        self.timesteps[:n].copy_(solver.timesteps)
+
+    def step(self, guided: bool) -> None:
+        """One solver step of all pictures."""
+        if guided and not self.batched.decided:
+            self.batched.run(lambda batched: self._step(True, batched), self.x.device)
+            return
+        if guided not in self._captured:
+            self._captured[guided] = self._capture(lambda: self._step(guided, bool(self.batched.batched)))
+        self._captured[guided]()
+
+    def _step(self, guided: bool, batched: bool) -> tuple:
+        t, scale = self.timesteps[self.index], None
+        if guided:
+            pos, neg = self.branches.both(self.x, t, self.rows, batched)
+            if self.rescale:
+                scale = guidance_rescale(pos, neg, self.k, self.rescale, index=self.index)
+        else:
+            pos, neg = self.branches.single(self.x, t, halves(self.rows)[1]), None
+        before = self.x0 if self.keeps_x0 else None
+        x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, x0_prev=before)
+        self.x.copy_(x)
+        if self.keeps_x0:
+            self.x0.copy_(x0)
+        self.index.add_(1)
+        return ()
+
+
+class Trajectories:
+    """The shapes that were used last, at most `most` of them."""
+
+    def __init__(self, branches: Branches, choice: str, capture: Capture, *, most: int, most_steps: int) -> None:
+        self.branches, self.choice, self.capture = branches, choice, capture
+        self.most, self.most_steps = most, most_steps
+        self._by_shape: OrderedDict[tuple, Trajectory] = OrderedDict()
+
+    def of(self, x: torch.Tensor, rows: Conditioning, keeps_x0: bool, rescale: float) -> Trajectory:
+        """The trajectory for states and rows like these; a new one takes the place of the one used longest ago."""
+        shapes = tuple((name, tuple(value.shape)) for name, value in sorted(rows.items()))
+        key = (tuple(x.shape), shapes, keeps_x0, rescale)
+        found = self._by_shape.pop(key, None)
+        if found is None:
+            while len(self._by_shape) >= self.most:
+                self._by_shape.popitem(last=False)
+            made = self.branches, self.choice, self.capture, x, rows, keeps_x0, rescale, self.most_steps
+            found = Trajectory(*made)
+        self._by_shape[key] = found
+        return found
+
+    def __len__(self) -> int:
+        return len(self._by_shape)
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._by_shape.clear()
