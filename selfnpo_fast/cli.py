@@ -1,4 +1,4 @@
-"""The `selfnpo` command: train, doctor, sample, evaluate."""
+"""The `selfnpo` command: train, doctor, sample, evaluate, merge."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """usage: selfnpo COMMAND [options]
   doctor     say what a config will cost, loading nothing        selfnpo doctor --config configs/sd15_fast.yaml
   sample     draw pictures with a negative model                 selfnpo sample --negative runs/digits --prompt "..."
   evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
+  merge      write theta + alpha eta + beta delta as a network   selfnpo merge --base B --negative N --output FOLDER
 
 `selfnpo COMMAND --help` lists the options. guidance_scale everywhere is diffusers' (the paper's omega + 1).
 """
@@ -136,7 +137,7 @@ def sample(options: SampleOptions) -> None:
     """Write one PNG per picture and grid.png; everything is checked before the folder is made."""
     import torch
 
-    from selfnpo_fast.guidance.negative import load_negative
+    from selfnpo_fast.guidance.negative import load_negative_network
     from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
     from selfnpo_fast.images import image_grid, to_pil
     from selfnpo_fast.models import load_adapter
@@ -161,7 +162,9 @@ def sample(options: SampleOptions) -> None:
     dtype = DTYPES[options.precision]
     adapter = load_adapter(options.model, resolution=options.resolution)
     denoiser = adapter.load_denoiser(dtype).to(device)
-    negative = load_negative(adapter, options.negative, dtype).to(device) if options.negative is not None else None
+    negative = None
+    if options.negative is not None:
+        negative = load_negative_network(adapter, options.negative, dtype).to(device)
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
     check_seeds(seeds)
@@ -194,7 +197,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """Sweep, score, write the report and print it in brief."""
     import torch
 
-    from selfnpo_fast.guidance.negative import load_negative
+    from selfnpo_fast.guidance.negative import load_negative_network
     from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.scoring import evaluate as sweep
@@ -211,7 +214,7 @@ def evaluate(options: EvaluateOptions) -> None:
     denoiser = adapter.load_denoiser(torch.float32)
     arms = {"base": (None, "empty")}
     for path in options.negative:
-        module = load_negative(adapter, path, torch.float32)
+        module = load_negative_network(adapter, path, torch.float32)
         label = "negative" if len(options.negative) == 1 else Path(path).name
         for prompt in options.negative_prompt:
             suffix = "" if prompt == "empty" else ", same prompt"
@@ -296,11 +299,18 @@ def doctor(argv: list[str]) -> None:
         raise RunError("the memory model is off by more than 10%")
 
 
+def _merge(argv: list[str]) -> None:
+    from selfnpo_fast.guidance.merge import MergeOptions, merge_command
+
+    merge_command(parse_options(MergeOptions, argv, "selfnpo merge"))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "doctor": doctor,
     "sample": lambda argv: sample(parse_options(SampleOptions, argv, "selfnpo sample")),
     "evaluate": lambda argv: evaluate(parse_options(EvaluateOptions, argv, "selfnpo evaluate")),
+    "merge": _merge,
 }
 
 

@@ -15,7 +15,9 @@ from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
 from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.errors import RunError
+from selfnpo_fast.guidance.fingerprint import base_record
 from selfnpo_fast.guidance.sampler import SamplerConfig, check_steps, sample_images
+from selfnpo_fast.guidance.weights import module_weights
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.latents import load_real_data
 from selfnpo_fast.lifecycle import StopRequest
@@ -49,6 +51,8 @@ class Inputs:
     prompts: list[str]
     latents: torch.Tensor | None
     student: nn.Module
+    base: dict
+    """What the negative model's files say of the base (`guidance.fingerprint`)."""
 
 
 def load_inputs(config: TrainConfig, world: World) -> Inputs:
@@ -76,7 +80,8 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.build(adapter.encode_empty(world.device), rows, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
-    return Inputs(adapter, table, prompts, latents, student)
+    base = base_record(model.path, model.revision, module_weights(student, model.path))
+    return Inputs(adapter, table, prompts, latents, student, base)
 
 
 class Trainer:
@@ -85,6 +90,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, inputs: Inputs, world: World, output: Path) -> None:
         self.config, self.world, self.output = config, world, output
         self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
+        self.base = inputs.base
         student = inputs.student
         lora = config.lora.rank > 0
         if lora:
@@ -203,7 +209,9 @@ class Trainer:
         # Weights first: a grid that does not fit into memory must not cost the run its result.
         dtype = DTYPES[self.config.engine.precision]
         lora = self.config.lora.rank > 0
-        folder = save_negative(self.output / "negative", self.engine, self.adapter, dtype, self.world, lora)
+        folder = save_negative(
+            self.output / "negative", self.engine, self.adapter, dtype, self.world, lora=lora, base=self.base
+        )
         if log.sample_every >= 0:
             self.draw_samples(recorder)
         return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from selfnpo_fast.guidance.negative import load_negative
+from selfnpo_fast.guidance.negative import load_negative_network
 from selfnpo_fast.guidance.sampler import SamplerConfig, sample_images
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.scoring.evaluate import Case, make_cases
@@ -62,7 +62,7 @@ class Painter:
         if not file.exists():
             part = slice(block * PROMPTS, (block + 1) * PROMPTS)
             rows = {key: value[self.rows[part]] for key, value in self.table.items()}
-            module = load_negative(self.adapter, str(negative), torch.float32) if negative is not None else None
+            module = load_negative_network(self.adapter, str(negative), torch.float32) if negative is not None else None
             seeds = [case.seed for case in self.cases[part]]
             images = sample_images(self.adapter, self.base, module, rows, self.empty, seeds, settings)
             file.parent.mkdir(parents=True, exist_ok=True)
