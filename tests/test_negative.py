@@ -15,18 +15,16 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
-from peft.utils import get_peft_model_state_dict
+from negatives import merged, moved, output, save_with_diffusers, with_lora
 from safetensors.torch import load_file, save_file
 
 from selfnpo_fast.checkpoint import _write_lora
-from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.guidance import weights as weights_module
 from selfnpo_fast.guidance.fingerprint import base_record, fingerprint, matches
 from selfnpo_fast.guidance.negative import as_network, load_negative, load_negative_network
 from selfnpo_fast.guidance.sources import LORA_FILE, RECORD
 from selfnpo_fast.guidance.weights import Weights, mix, module_weights
-from selfnpo_fast.lora import add_lora
 from selfnpo_fast.models import load_adapter
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -35,44 +33,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     return load_adapter(str(tiny.write_sd(tmp_path_factory.mktemp("base"))))
-
-
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, 8, 8, generator=generator)
-    return x, torch.tensor([100, 700]), torch.randn(2, 12, tiny.WIDTH, generator=generator)
-
-
-@torch.no_grad()
-def output(network: torch.nn.Module) -> torch.Tensor:
-    return network(*inputs()).sample
-
-
-def with_lora(adapter, rank: int, alpha: float | None, targets: list[str] | None = None) -> torch.nn.Module:
-    """The base with low-rank updates that do something."""
-    network = adapter.load_denoiser(torch.float32)
-    add_lora(network, LoraConfig(rank=rank, alpha=alpha, targets=targets or ["to_q", "to_k", "to_v", "to_out.0"]), 0)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return network
-
-
-def save_with_diffusers(folder: Path, network: torch.nn.Module) -> None:
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(network))
-
-
-def merged(adapter, network: torch.nn.Module, scale: float) -> torch.nn.Module:
-    """The base with scale * B A added to its weights."""
-    base = adapter.load_denoiser(torch.float32)
-    lora = {name: value for name, value in network.named_parameters() if "lora_A" in name}
-    with torch.no_grad():
-        for name, down in lora.items():
-            up = dict(network.named_parameters())[name.replace("lora_A", "lora_B")]
-            base.get_submodule(name.split(".lora_A")[0]).weight += scale * up @ down
-    return base
 
 
 @pytest.fixture
@@ -90,14 +50,6 @@ def base(adapter) -> torch.nn.Module:
 def tuned(base) -> torch.nn.Module:
     """A fine-tune: theta + eta."""
     return moved(base, 11, 0.05)
-
-
-def moved(network: torch.nn.Module, seed: int, size: float) -> torch.nn.Module:
-    network, generator = copy.deepcopy(network), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def assert_eq7(network: torch.nn.Module, theta, positive, delta: dict, alpha: float, beta: float) -> None:
@@ -243,7 +195,7 @@ def test_a_module_is_taken_over(base, tuned, trained, adapter):
         (base, "is the positive model itself"),
         (copy.deepcopy(base), "equals the positive model"),
         (torch.nn.Linear(2, 2), "which is a UNet2DConditionModel"),
-        (tiny.unet(layers_per_block=2), "has shape"),
+        (tiny.unet(layers_per_block=2), "its layers_per_block is 2, the model's 1"),
         (tiny.unet(attention_head_dim=2), "its attention_head_dim is 2, the model's 4"),
     ):
         with pytest.raises(UserError, match=message):

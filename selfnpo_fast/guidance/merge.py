@@ -142,8 +142,8 @@ def _checked(result: Weights, positive: Weights, dtype: str) -> Weights:
     return Weights(result.source, result.shapes, read)
 
 
-def write_weights(folder: Path, weights: Weights, dtype: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """safetensors files under diffusers' names: one, or shards of at most `shard_bytes` and their index.
+def write_weights(folder: Path, weights: Weights, dtype: str) -> None:
+    """safetensors files under diffusers' names: one, or shards of at most 5 GB and their index.
 
     Holds one tensor at a time, which safetensors' own function does not. Raises OSError.
     """
@@ -152,7 +152,7 @@ def write_weights(folder: Path, weights: Weights, dtype: str, shard_bytes: int =
     filled = 0
     for name in sorted(weights.shapes):
         count = size * torch.Size(weights.shapes[name]).numel()
-        if shards[-1] and filled + count > shard_bytes:
+        if shards[-1] and filled + count > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)

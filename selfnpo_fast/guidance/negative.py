@@ -89,6 +89,8 @@ def load_negative(
     """
     check_strengths(alpha, beta)
     positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
+    if isinstance(source, Negative) and source.network is not None:
+        source = source.network
     loaded = _load(positive, source, denoiser_name, revision, variant)
     theta = None
     if base is not None:
@@ -112,10 +114,8 @@ def check_strengths(alpha: float, beta: float) -> None:
 
 def _load(positive: nn.Module, source, denoiser_name: str, revision: str | None, variant: str | None) -> Loaded:
     if isinstance(source, Negative):
-        if source.deltas is not None:
-            _check_deltas(source, positive)
-            return Loaded(source.source, source.deltas)
-        source = source.network
+        _check_deltas(source, positive)
+        return Loaded(source.source, source.deltas)
     if isinstance(source, nn.Module):
         name = f"the given {type(source).__name__}"
         if type(source) is not type(positive):
@@ -254,8 +254,11 @@ def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
     if not differs:
         raise UserError("negative: the given module equals the positive model: guidance would have no effect")
     like = next(positive.parameters())
-    device = network.device if like.is_meta else like.device
-    return network.to(device, like.dtype).eval().requires_grad_(False)
+    if not like.is_meta:
+        network = network.to(like.device)
+    if network.dtype != like.dtype:
+        network = network.to(like.dtype)
+    return network.eval().requires_grad_(False)
 
 
 def as_network(positive: nn.Module, negative: Negative) -> nn.Module:
