@@ -30,6 +30,8 @@ from selfnpo_fast.console import logger
 from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.errors import RunError, UserError, one_line
 from selfnpo_fast.folders import begin_aside, finish_aside, remove, why_not_whole, write_manifest
+from selfnpo_fast.guidance.lora_files import RECORD_KEY
+from selfnpo_fast.guidance.sources import RECORD
 from selfnpo_fast.moving_reference import Reference
 from selfnpo_fast.world import World
 
@@ -309,35 +311,46 @@ def _first_takes_all(states: list[Tensors], world: World) -> Tensors:
     return total if world.is_main else {name: torch.zeros_like(value) for name, value in total.items()}
 
 
-def save_negative(folder: Path, engine: StudentEngine, adapter, dtype: torch.dtype, world: World, lora: bool) -> Path:
+def save_negative(
+    folder: Path, engine: StudentEngine, adapter, dtype: torch.dtype, world: World, *, lora: bool, base: dict
+) -> Path:
     """Write the negative model: `folder/unet` as a diffusers component, or a LoRA file that diffusers loads.
 
-    Weights are stored in the run's precision. All ranks take part; rank 0 writes. Raises RunError on all of them.
+    Weights are stored in the run's precision. `base` (`guidance.fingerprint.base_record`) is noted beside full weights,
+    and in a LoRA file's metadata. All ranks take part; rank 0 writes. Raises RunError on all of them.
     """
     writer = Writer(folder, world)
     if lora:
         weights = {
             name: value.to("cpu", dtype, copy=True) for name, value in engine.full_weights() if world.is_main
         }
-        writer.run("LoRA", lambda: _write_lora(writer.folder, engine.module, weights, adapter))
+        writer.run("LoRA", lambda: _write_lora(writer.folder, engine.module, weights, adapter, base))
     else:
         weights = (pair for part in (engine.full_weights(), engine.frozen_weights()) for pair in part)
         name = f"{adapter.denoiser_name}/diffusion_pytorch_model.safetensors"
         writer.save(name, weights, here=world.is_main, dtype=dtype, metadata={"format": "pt"})
         writer.run("config.json", lambda: engine.module.save_config(writer.folder / adapter.denoiser_name))
+        writer.run(RECORD, lambda: (writer.folder / RECORD).write_text(json.dumps(base, indent=1), encoding="utf-8"))
     return writer.finish()
 
 
-def _write_lora(folder: Path, module: nn.Module, weights: Tensors, adapter) -> None:
+def _write_lora(folder: Path, module: nn.Module, weights: Tensors, adapter, base: dict) -> None:
     """PEFT's layout with its config in the metadata, as `pipe.load_lora_weights(folder)` expects it."""
     import diffusers
     from peft.utils import get_peft_model_state_dict
 
     config = module.peft_config["default"].to_dict()
-    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    prefixed = {f"{adapter.denoiser_name}.{key}": value for key, value in config.items()}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(prefixed, indent=2, sort_keys=True),
+        RECORD_KEY: json.dumps(base),
+    }
     getattr(diffusers, adapter.pipeline_class).save_lora_weights(
         folder,
         unet_lora_layers=get_peft_model_state_dict(module, state_dict=weights),
-        unet_lora_adapter_metadata=metadata,
+        # diffusers' own function knows of no metadata but the adapter's.
+        save_function=lambda tensors, path: save_file(tensors, path, metadata=metadata),
         safe_serialization=True,
     )

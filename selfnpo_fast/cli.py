@@ -1,4 +1,4 @@
-"""The `selfnpo` command: train, doctor, sample, evaluate."""
+"""The `selfnpo` command: train, doctor, sample, evaluate, merge."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """usage: selfnpo COMMAND [options]
   doctor     say what a config will cost, loading nothing        selfnpo doctor --config configs/sd15_fast.yaml
   sample     draw pictures with a negative model                 selfnpo sample --negative runs/digits --prompt "..."
   evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
+  merge      write theta + alpha eta + beta delta as a network   selfnpo merge --base B --negative N --output FOLDER
 
 `selfnpo COMMAND --help` lists the options. guidance_scale everywhere is diffusers' (the paper's omega + 1).
 """
@@ -312,11 +313,18 @@ def doctor(argv: list[str]) -> None:
         raise RunError("the memory model is off by more than 10%")
 
 
+def _merge(argv: list[str]) -> None:
+    from selfnpo_fast.guidance.merge import MergeOptions, merge_command
+
+    merge_command(parse_options(MergeOptions, argv, "selfnpo merge"))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "doctor": doctor,
     "sample": lambda argv: sample(parse_options(SampleOptions, argv, "selfnpo sample")),
     "evaluate": lambda argv: evaluate(parse_options(EvaluateOptions, argv, "selfnpo evaluate")),
+    "merge": _merge,
 }
 
 

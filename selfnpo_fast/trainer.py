@@ -15,8 +15,10 @@ from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.console import logger
 from selfnpo_fast.engine import StudentEngine
 from selfnpo_fast.errors import RunError
+from selfnpo_fast.guidance.fingerprint import base_record
 from selfnpo_fast.guidance.negative import Negative
 from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, check_steps
+from selfnpo_fast.guidance.weights import module_weights
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.latents import load_real_data
 from selfnpo_fast.lifecycle import StopRequest
@@ -50,6 +52,8 @@ class Inputs:
     prompts: list[str]
     latents: torch.Tensor | None
     student: nn.Module
+    base: dict
+    """What the negative model's files say of the base (`guidance.fingerprint`)."""
 
 
 def load_inputs(config: TrainConfig, world: World) -> Inputs:
@@ -77,7 +81,8 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.build(adapter.encode_empty(world.device), rows, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
-    return Inputs(adapter, table, prompts, latents, student)
+    base = base_record(model.path, model.revision, module_weights(student, model.path))
+    return Inputs(adapter, table, prompts, latents, student, base)
 
 
 class Trainer:
@@ -86,6 +91,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, inputs: Inputs, world: World, output: Path) -> None:
         self.config, self.world, self.output = config, world, output
         self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
+        self.base = inputs.base
         student = inputs.student
         lora = config.lora.rank > 0
         if lora:
@@ -204,7 +210,9 @@ class Trainer:
         # Weights first: a grid that does not fit into memory must not cost the run its result.
         dtype = DTYPES[self.config.engine.precision]
         lora = self.config.lora.rank > 0
-        folder = save_negative(self.output / "negative", self.engine, self.adapter, dtype, self.world, lora)
+        folder = save_negative(
+            self.output / "negative", self.engine, self.adapter, dtype, self.world, lora=lora, base=self.base
+        )
         if log.sample_every >= 0:
             self.draw_samples(recorder)
         return folder
@@ -252,7 +260,7 @@ class Trainer:
         )
         prompts, empty = self.table.gather(index), self.table.empty(1)
         texts = [self.prompts[i - 1] for i in index.tolist()]
-        student = Negative(source="the student", network=self.engine, deltas=None)
+        student = Negative("the student", network=self.engine)
         self.engine.module.eval()
         samplers = [GuidedSampler(self.adapter, base, negative) for negative in (None, student)]
         arms = [sampler.images(prompts, empty, range(len(index)), settings) for sampler in samplers]

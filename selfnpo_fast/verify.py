@@ -114,7 +114,7 @@ def _random_inputs(config: TrainConfig, adapter: StableDiffusionAdapter, prompts
     with torch.random.fork_rng(devices=[]):
         student = adapter.new_denoiser(dtype).to(device)
     table = ConditioningTable.build(rows(1), rows(prompts), dtype)
-    return Inputs(adapter, table, [""] * prompts, latents, student)
+    return Inputs(adapter, table, [""] * prompts, latents, student, base={})
 
 
 def _peaks(records: profile, device_type: str) -> dict[str, int]:

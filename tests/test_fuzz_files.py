@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from selfnpo_fast import cli, train
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.guidance.negative import LORA_FILE, load_negative
+from selfnpo_fast.guidance.negative import LORA_FILE, load_negative_network
 from selfnpo_fast.lora import add_lora
 from selfnpo_fast.models import load_adapter
 
@@ -52,6 +52,12 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other(tmp_path_factory) -> Path:
+    """The same architecture with weights of its own, as a negative has them."""
+    return tiny.write_sd(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="session")
 def model(whole, tmp_path_factory) -> Path:
     """A copy to damage; `damaged` puts the file back."""
     folder = tmp_path_factory.mktemp("damaged") / "model"
@@ -65,6 +71,10 @@ def lora(whole, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     network = load_adapter(str(whole)).load_denoiser(torch.float32)
     add_lora(network, LoraConfig(rank=2), 0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)  # zero, as it starts, is refused
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(network))
     return folder
 
@@ -147,10 +157,10 @@ def header_size(content: bytes) -> int:
 SHARES = st.floats(0, 1, exclude_max=True)
 
 
-def test_the_whole_folder_loads(whole, lora):
+def test_the_whole_folder_loads(whole, other, lora):
     load_all(whole)
-    load_negative(load_adapter(str(whole)), str(whole), torch.float32)
-    load_negative(load_adapter(str(whole)), str(lora), torch.float32)
+    load_negative_network(load_adapter(str(whole)), str(other), torch.float32)
+    load_negative_network(load_adapter(str(whole)), str(lora), torch.float32)
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
@@ -284,21 +294,21 @@ def test_damaged_lora_files(whole, lora, share, damage):
     place = int(share * header_size(content))
     changed = content[: int(share * len(content))] if damage == "cut" else flipped(content, 8 * place + 1)
     adapter = load_adapter(str(whole))
-    loaded = damaged(path, changed, lambda: load_negative(adapter, str(lora), torch.float32), str(lora))
+    loaded = damaged(path, changed, lambda: load_negative_network(adapter, str(lora), torch.float32), str(lora))
     assert not (loaded and damage == "cut")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS["unet"], CONFIGS["unet"]])
 @fuzz(25)
 @given(share=SHARES, bit=st.booleans())
-def test_damaged_negative_folders(whole, model, name, share, bit):
-    path = model / name
+def test_damaged_negative_folders(whole, other, name, share, bit):
+    path = other / name
     content = path.read_bytes()
     size = header_size(content) if name.endswith("safetensors") else len(content)
     place = int(share * size)
     changed = flipped(content, 8 * place + bit) if bit else content[:place]
     adapter = load_adapter(str(whole))
-    damaged(path, changed, lambda: load_negative(adapter, str(model), torch.float32), str(model))
+    damaged(path, changed, lambda: load_negative_network(adapter, str(other), torch.float32), str(other))
 
 
 # Hostile folders

@@ -1,73 +1,278 @@
-"""Loading a negative model: full weights or a LoRA, from a training run's output folder."""
+"""Loading a negative model: full weights or a LoRA, as it is or mixed with a fine-tuned positive (Eq. 7).
+
+theta_neg = theta + alpha eta + beta delta. theta is the base, theta + eta the positive model that is guided, theta +
+delta the negative as it was trained. Where no base is given the positive is the base, and eta is zero.
+"""
 
 from __future__ import annotations
 
-import os
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from selfnpo_fast.errors import UserError
-from selfnpo_fast.models import StableDiffusionAdapter
+from selfnpo_fast.console import logger
+from selfnpo_fast.errors import UserError, one_line
+from selfnpo_fast.guidance.fingerprint import matches
+from selfnpo_fast.guidance.lora_files import read_lora, read_record
+from selfnpo_fast.guidance.low_rank import Deltas
+from selfnpo_fast.guidance.sources import LORA_FILE, Source, locate
+from selfnpo_fast.guidance.weights import (
+    Weights,
+    check_class,
+    check_shapes,
+    file_weights,
+    has_adapters,
+    materialise,
+    mix,
+    mixture,
+    module_weights,
+    plain_state,
+)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+
+@dataclass(frozen=True)
+class Negative:
+    """A negative model that fits the positive it was loaded for: a network of its own, or updates of the positive's."""
+
+    source: str
+    """Where it came from, for messages."""
+    network: nn.Module | None = None
+    """In evaluation mode, without gradients, in the positive's dtype and on its device."""
+    deltas: Deltas | None = None
+    """Low-rank updates on top of the positive's own weights, in its dtype and on its device."""
+
+    def __post_init__(self) -> None:
+        assert (self.network is None) != (self.deltas is None), "either a network or deltas"
 
 
-def locate_negative(path: str, denoiser_name: str) -> Path:
-    """The folder that holds the weights: `path` itself, or its `negative` part when it is a run's output folder."""
-    folder = Path(os.path.expanduser(path))
-    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes names of any length
-        raise UserError(f"negative: no such folder: {path}; give a run's output folder or its negative/ part")
-    for candidate in (folder, folder / "negative"):
-        if (candidate / denoiser_name / "config.json").is_file() or (candidate / LORA_FILE).is_file():
-            return candidate
-    raise UserError(f"negative: {path} holds neither {denoiser_name}/config.json nor {LORA_FILE}")
+@dataclass(frozen=True)
+class Loaded:
+    """A negative as its files hold it: theta + delta as weights or delta as low-rank updates, and its base's record."""
+
+    source: str
+    part: Weights | Deltas
+    record: dict | None = None
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether `part` is delta."""
+        return not isinstance(self.part, Weights)
 
 
-def load_negative(adapter: StableDiffusionAdapter, path: str, dtype: torch.dtype) -> nn.Module:
-    """The negative denoiser in evaluation mode, checked against the base's architecture.
+def load_negative(
+    positive: nn.Module,
+    source: str | Path | nn.Module | Negative,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    base: str | Path | None = None,
+    denoiser_name: str = "unet",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Negative:
+    """The negative model for a positive denoiser (diffusers UNet2DConditionModel), whose weights are left alone.
 
-    Raises UserError for a missing folder, broken files, other shapes, or a LoRA that fits no layer.
+    `source`: a training run's output folder or its negative/ part; a pipeline or denoiser folder in diffusers format; a
+    Hub id, owner/name, with a folder or a .safetensors file behind it if need be (`revision` and `variant` are of it);
+    a safetensors file with full weights or a LoRA; or a module or a Negative, which is taken over.
+    `base` is theta, a folder, Hub id or file; needed for alpha other than 1 and where the positive is a fine-tune of
+    what the negative was trained from. alpha = 0 takes a negative of full weights as it is, whatever the positive is.
+
+    A LoRA at alpha 1 costs no network: it comes back as updates of the positive's layers, times beta. Everything else
+    is a second network, mixed in float32 tensor by tensor.
+
+    Raises UserError, one line, for what cannot be read or does not fit, is not finite, is equal to the positive, or was
+    trained from another model; nothing is changed then.
     """
-    folder = locate_negative(path, adapter.denoiser_name)
-    if (folder / LORA_FILE).is_file():
-        return _load_lora(adapter, folder, dtype)
-    negative = type(adapter)(str(folder)).load_denoiser(dtype, field="negative")
-    _check_shapes(adapter, negative, path)
-    return negative
+    check_strengths(alpha, beta)
+    positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
+    if isinstance(source, Negative) and source.network is not None:
+        source = source.network
+    loaded = _load(positive, source, denoiser_name, revision, variant)
+    theta = None
+    if base is not None:
+        theta = load_base(positive, base, denoiser_name)
+    check_base(loaded, theta or _own_weights(positive), alpha, beta, None if base is None else str(base))
+    if loaded.is_lora and alpha == 1:
+        return Negative(loaded.source, deltas=_scaled(loaded, beta, positive))
+    if isinstance(source, nn.Module) and (beta == 1 and (alpha == 0 or (alpha == 1 and theta is None))):
+        _refuse_adapters(positive, alpha)
+        return Negative(loaded.source, network=_taken_over(source, positive))
+    weights = mixed(loaded, positive, theta, alpha, beta)
+    return Negative(loaded.source, network=materialise(weights, positive, "negative"))
 
 
-def _check_shapes(adapter: StableDiffusionAdapter, negative: nn.Module, path: str) -> None:
-    with torch.device("meta"):
-        base = type(negative).from_config(adapter.denoiser_config)
-    expected = {name: tuple(p.shape) for name, p in base.named_parameters()}
-    found = {name: tuple(p.shape) for name, p in negative.named_parameters()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UserError(
-                f"negative: {path} does not fit the model: {name} has shape {found.get(name)}, "
-                f"the model has {expected.get(name)}; train it from this model"
-            )
+def check_strengths(alpha: float, beta: float) -> None:
+    """UserError where alpha or beta is outside of Eq. 7's range."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name}: {value} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta")
 
 
-def _load_lora(adapter: StableDiffusionAdapter, folder: Path, dtype: torch.dtype) -> nn.Module:
-    negative = adapter.load_denoiser(dtype)
-    before = {id(p) for p in negative.parameters()}
+def _load(positive: nn.Module, source, denoiser_name: str, revision: str | None, variant: str | None) -> Loaded:
+    if isinstance(source, Negative):
+        _check_deltas(source, positive)
+        return Loaded(source.source, source.deltas)
+    if isinstance(source, nn.Module):
+        name = f"the given {type(source).__name__}"
+        if type(source) is not type(positive):
+            raise UserError(f"negative: {name} does not fit the model, which is a {type(positive).__name__}")
+        if source is positive:
+            raise UserError(f"negative: {name} is the positive model itself: guidance would have no effect")
+        if has_adapters(source):
+            raise UserError(f"negative: {name} has PEFT adapters loaded; fuse and unload them first")
+        weights = module_weights(source, name)
+        check_class({**source.config, "_class_name": type(source).__name__}, positive, name, "negative")
+        check_shapes(weights, _shapes(positive), "negative")
+        return Loaded(name, weights)
+    return read_files(locate(source, denoiser_name, "negative", revision, variant), positive, denoiser_name, "negative")
+
+
+def read_files(found: Source, model: nn.Module, denoiser_name: str, field: str) -> Loaded:
+    """The files of a model that is a fine-tune or an update of `model`, checked against it (its weights are not read).
+
+    Raises UserError, one line that starts with `field`.
+    """
+    if found.is_lora:
+        deltas = read_lora(found.files[0], model, denoiser_name, field)
+        return Loaded(found.name, deltas, read_record(found.files[0], field))
+    weights = file_weights(found, dict(model.config), field)
+    check_shapes(weights, _shapes(model), field)
+    if found.config is not None:
+        check_class(found.config, model, found.name, field)
+    return Loaded(found.name, weights, found.record)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in plain_state(module).items()}
+
+
+def _own_weights(positive: nn.Module) -> Weights | None:
+    """The positive's weights, or None where they are not in memory (sequential offload keeps them elsewhere)."""
+    weights = module_weights(positive, "the positive model")
+    return None if any(value.is_meta for value in positive.parameters()) else weights
+
+
+def load_base(model: nn.Module, base: str | Path, denoiser_name: str) -> Weights:
+    """theta, checked against the model's architecture. Raises UserError that starts with `base`."""
+    loaded = read_files(locate(base, denoiser_name, "base"), model, denoiser_name, "base")
+    if loaded.is_lora:
+        raise UserError(f"base: {base} is a LoRA; give the model that it belongs to")
+    return loaded.part
+
+
+def check_base(loaded: Loaded, theta: Weights | None, alpha: float, beta: float, base: str | None) -> None:
+    """Hold the negative's own record of its base against theta: UserError for full weights, a warning for a LoRA.
+
+    theta is the base that was given or, where `base` is None, the positive itself.
+    """
+    if loaded.record is None or theta is None or (not loaded.is_lora and (alpha, beta) == (0, 1)):
+        return
     try:
-        negative.load_lora_adapter(folder, weight_name=LORA_FILE, prefix=adapter.denoiser_name, use_safetensors=True)
-        with safe_open(folder / LORA_FILE, "pt") as file:
-            stored = {name for name in file.keys() if name.startswith(f"{adapter.denoiser_name}.")}
-    except Exception as error:  # diffusers, PEFT and safetensors each throw their own; the cause is chained
-        raise UserError(f"negative: cannot load {folder / LORA_FILE}: {' '.join(str(error).split())[:300]}") from error
-    if all(id(p) in before for p in negative.parameters()):
-        raise UserError(f"negative: {folder / LORA_FILE} matches no layer of the model; was it trained on another?")
-    prefix = f"{adapter.denoiser_name}."
-    from peft.utils import get_peft_model_state_dict
+        trained_from, same = str(loaded.record["path"]), matches(loaded.record["fingerprint"], theta)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"negative: {loaded.source}: its record of the base is damaged: {one_line(error)}") from error
+    if same:
+        return
+    other = "the positive model" if base is None else f"base {base}"
+    if loaded.is_lora:
+        logger.warning(
+            "negative: %s was trained from %s, and %s has other weights: its update is applied all the same",
+            loaded.source, trained_from, other,
+        )  # fmt: skip
+        return
+    raise UserError(
+        f"negative: {loaded.source} was trained from {trained_from}, and {other} has other weights; give base="
+        f"{trained_from!r} for theta + alpha eta + beta delta, or alpha=0 for the negative's weights as they are"
+    )
 
-    loaded = {prefix + name for name in get_peft_model_state_dict(negative, adapter_name="default_0")}
-    stray = sorted(stored - loaded)
-    if stray:
-        raise UserError(f"negative: {folder / LORA_FILE} does not fit the model: it has no {stray[0]}")
-    return negative.to(dtype).eval()
+
+def _refuse_adapters(positive: nn.Module, alpha: float) -> None:
+    if has_adapters(positive) and alpha != 0:
+        raise UserError(
+            f"alpha: {alpha} needs the positive model's weights, and it has PEFT adapters loaded; fuse and unload them "
+            "(fuse_lora, unload_lora_weights) first"
+        )
+
+
+def mixed(loaded: Loaded, positive: nn.Module | Weights, theta: Weights | None, alpha: float, beta: float) -> Weights:
+    """Eq. 7 as weights that are computed when they are read; theta None takes the positive as the base.
+
+    Raises UserError where alpha or beta need what is not there: a base, or the positive's own weights.
+    """
+    as_it_is = beta == 1 and (alpha == 0 or (alpha == 1 and theta is None))
+    if isinstance(positive, nn.Module):
+        if loaded.is_lora or not (as_it_is and alpha == 0):
+            _refuse_adapters(positive, alpha or 1)
+        own = _own_weights(positive)
+    else:
+        own = positive
+    if not loaded.is_lora and as_it_is:
+        return loaded.part
+    if theta is None and alpha != 1:
+        raise UserError(f"alpha: {alpha} needs the base model, from which eta = positive - base; give base=...")
+    if own is None:
+        raise UserError("negative: the positive model's weights are offloaded; load the negative before you offload it")
+    return mixture(theta or own, own, loaded.part, alpha, beta, loaded.source)
+
+
+def _scaled(loaded: Loaded, beta: float, positive: nn.Module) -> Deltas:
+    """The updates times beta, in dtype and on the device of the positive's layers."""
+    if beta == 0:
+        raise UserError("beta: 0 leaves nothing of the negative: guidance would have no effect; give more than 0")
+    deltas = {}
+    for path, delta in loaded.part.items():
+        like = positive.get_submodule(path).weight
+        device = torch.device("cpu") if like.is_meta else like.device
+        down, up = (factor.to(device, like.dtype) for factor in (delta.down, delta.up))
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise UserError(f"negative: {loaded.source}: the update of {path} is too large for {like.dtype}")
+        deltas[path] = dataclasses.replace(delta, down=down, up=up, scale=delta.scale * beta)
+    return deltas
+
+
+def _check_deltas(negative: Negative, positive: nn.Module) -> None:
+    state = {
+        f"{path}.lora_{key}.weight": value
+        for path, delta in negative.deltas.items()
+        for key, value in (("A", delta.down), ("B", delta.up))
+    }
+    read_lora(state, positive)
+
+
+def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
+    """A module that is the negative as it is; its weights are looked at and not copied."""
+    differs = has_adapters(positive)
+    own = plain_state(positive)
+    for name, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"negative: the given {type(network).__name__} is damaged: {name} is not finite")
+        differs = differs or own[name].is_meta or not torch.equal(value.to(own[name]), own[name])
+    if not differs:
+        raise UserError("negative: the given module equals the positive model: guidance would have no effect")
+    like = next(positive.parameters())
+    if not like.is_meta:
+        network = network.to(like.device)
+    if network.dtype != like.dtype:
+        network = network.to(like.dtype)
+    return network.eval().requires_grad_(False)
+
+
+def as_network(positive: nn.Module, negative: Negative) -> nn.Module:
+    """The negative as a network of its own: with a LoRA a second one is made, the update folded into its weights."""
+    if negative.network is not None:
+        return negative.network
+    weights = mixed(Loaded(negative.source, negative.deltas), positive, None, 1.0, 1.0)
+    return materialise(weights, positive, "negative")
+
+
+def load_negative_network(adapter, path: str, dtype: torch.dtype) -> nn.Module:
+    """The negative of the adapter's own denoiser as a whole network, which costs the memory of a second one."""
+    positive = adapter.load_denoiser(dtype)
+    return as_network(positive, load_negative(positive, path, denoiser_name=adapter.denoiser_name))
+
+
+__all__ = ["LORA_FILE", "Loaded", "Negative", "as_network", "load_negative", "load_negative_network", "mix"]
