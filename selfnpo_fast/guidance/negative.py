@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,18 @@ from safetensors import safe_open
 from torch import nn
 
 from selfnpo_fast.errors import UserError
+from selfnpo_fast.guidance.low_rank import Deltas
 from selfnpo_fast.models import StableDiffusionAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negative:
+    """A negative model: exactly one of `network` (full weights) and `deltas` (a LoRA)."""
+
+    source: str
+    network: nn.Module | None = None
+    deltas: Deltas | None = None
+
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -26,11 +38,13 @@ def locate_negative(path: str, denoiser_name: str) -> Path:
     raise UserError(f"negative: {path} holds neither {denoiser_name}/config.json nor {LORA_FILE}")
 
 
-def load_negative(adapter: StableDiffusionAdapter, path: str, dtype: torch.dtype) -> nn.Module:
+def load_negative(adapter: StableDiffusionAdapter, path: str, dtype: torch.dtype = None, **stand_in) -> nn.Module:
     """The negative denoiser in evaluation mode, checked against the base's architecture.
 
     Raises UserError for a missing folder, broken files, other shapes, or a LoRA that fits no layer.
     """
+    if isinstance(path, Negative):
+        return path
     folder = locate_negative(path, adapter.denoiser_name)
     if (folder / LORA_FILE).is_file():
         return _load_lora(adapter, folder, dtype)
