@@ -19,11 +19,6 @@ from selfnpo_fast.guidance.negative import Negative, load_negative
 from selfnpo_fast.guidance.pipelines import calling_pipeline, rule_of
 from selfnpo_fast.guidance.two_networks import TwoNetworks, rows_of
 
-_COMPILED_LATER = (
-    "attach_negative looks for the pipeline that calls the denoiser, which no compiled graph can: compile first "
-    "(pipe.unet = torch.compile(pipe.unet)), then attach; or use pipe.unet.compile_repeated_blocks()"
-)
-
 
 class AttachedNegative:
     """What `attach_negative` returns; a context manager that detaches at its end.
@@ -60,7 +55,7 @@ class AttachedNegative:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    @torch.compiler.disable(reason=_COMPILED_LATER)
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._branch.reset()  # an interrupt may have ended the last call without its `_after`
         if not self._is_guided():
@@ -69,7 +64,7 @@ class AttachedNegative:
             raise UserError(f"negative: guidance is on, but the denoiser was given {rows_of(args, kwargs)} rows")
         return self._branch.begin(args, kwargs)
 
-    @torch.compiler.disable(reason=_COMPILED_LATER)
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if output is None:  # the forward has failed
             self._branch.reset()
@@ -105,7 +100,7 @@ def attach_negative(
     called = getattr(pipe, rule.denoiser)
     if called is None:
         raise UserError(f"pipe: it has no {rule.denoiser}; load it with its denoiser")
-    denoiser = getattr(called, "_orig_mod", called)  # under torch.compile the hooks stay outside of the graph
+    denoiser = getattr(called, "_orig_mod", called)  # under torch.compile, which leaves hooks outside of its graph
     _check_denoiser(denoiser, called, rule.denoiser)
     loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, denoiser_name=rule.denoiser)
     if loaded.deltas is not None:
@@ -125,11 +120,6 @@ def _check_denoiser(denoiser: nn.Module, called: nn.Module, name: str) -> None:
         )
     if denoiser.config.get("time_cond_proj_dim") is not None:
         raise UserError(f"pipe: its {name} takes the guidance scale as an input (LCM), so it has no negative branch")
-    if denoiser._compiled_call_impl is not None:
-        raise UserError(
-            f"pipe: its {name} was compiled in place, which hides later hooks; use pipe.{name} = "
-            f"torch.compile(pipe.{name}) or pipe.{name}.compile_repeated_blocks() instead"
-        )
     children = [module for module in denoiser.modules() if module is not denoiser]
     if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in children):
         raise UserError(

@@ -69,7 +69,7 @@ class TwoNetworks:
         if network is denoiser:
             raise UserError("negative: it is the pipeline's own denoiser; give a network of its own")
         first = next(denoiser.parameters())
-        network.requires_grad_(False).eval().to(first.device, first.dtype)
+        nn.Module.to(network.requires_grad_(False).eval(), first.device, first.dtype)  # without ModelMixin's warning
         self._denoiser, self._network = denoiser, network
         self._own_image_prompt: tuple | None = None
         self._pending = threading.local()
