@@ -1,3 +1,23 @@
 """Negative preference models for diffusion, trained from prompts alone (Self-NPO)."""
 
+from __future__ import annotations
+
+import importlib
+
 __version__ = "0.1.0"
+
+# Imported when first asked for: commands that need none of them start without diffusers.
+_PUBLIC = {
+    "attach_negative": "selfnpo_fast.guidance.attach",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

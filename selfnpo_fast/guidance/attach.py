@@ -1,0 +1,127 @@
+"""A negative model on a stock diffusers pipeline: the rows of its negative branch go through the negative.
+
+The pipeline keeps its denoiser, its forward and its components; two hooks on the denoiser do everything.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from selfnpo_fast.console import logger
+from selfnpo_fast.errors import UserError
+from selfnpo_fast.guidance.lora_layers import LowRankBackbone, install
+from selfnpo_fast.guidance.negative import Negative, load_negative
+from selfnpo_fast.guidance.pipelines import calling_pipeline, rule_of
+from selfnpo_fast.guidance.two_networks import TwoNetworks, rows_of
+
+
+class AttachedNegative:
+    """What `attach_negative` returns; a context manager that detaches at its end.
+
+    It owns the negative's placement: the negative moves with the denoiser, also under model offload. A denoiser that is
+    called outside of a pipeline's call is the positive model alone, which is said once.
+    """
+
+    def __init__(self, called: nn.Module, branch: LowRankBackbone | TwoNetworks) -> None:
+        self._branch = branch
+        self._warned = False
+        self._hooks = [
+            called.register_forward_pre_hook(self._before, with_kwargs=True),
+            called.register_forward_hook(self._after, prepend=True, always_call=True),
+        ]
+
+    @property
+    def attached(self) -> bool:
+        """False once it is detached."""
+        return bool(self._hooks)
+
+    def detach(self) -> None:
+        """Leave the pipeline as it was found. A second call does nothing."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._branch.remove()
+
+    def __enter__(self) -> AttachedNegative:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._branch.reset()  # an interrupt may have ended the last call without its `_after`
+        if not self._is_guided():
+            return None
+        if rows_of(args, kwargs) % 2:
+            raise UserError(f"negative: guidance is on, but the denoiser was given {rows_of(args, kwargs)} rows")
+        return self._branch.begin(args, kwargs)
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if output is None:  # the forward has failed
+            self._branch.reset()
+            return None
+        return self._branch.end(output)
+
+    def _is_guided(self) -> bool:
+        pipe = calling_pipeline()
+        if pipe is not None:
+            return rule_of(pipe).guided(pipe)
+        if not self._warned:
+            self._warned = True
+            logger.warning("the denoiser is called outside of a pipeline's call: its negative is not used there")
+        return False
+
+
+def attach_negative(
+    pipe: DiffusionPipeline,
+    negative: str | PathLike | Negative,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    *,
+    base: str | PathLike | None = None,
+) -> AttachedNegative:
+    """Guide a diffusers pipeline away from a negative model instead of from its own unconditional prediction.
+
+    The rows of the negative branch, under the negative prompt, go through the negative from here on; where a call has
+    no guidance nothing changes and the negative costs nothing. `negative`, `alpha`, `beta` and `base` are as in
+    `load_negative` (Eq. 7). Pipelines that share the denoiser (`from_pipe`) share the negative. UserError, and nothing
+    attached, for a pipeline class that is not known, a negative that does not fit, or a denoiser that has one already.
+    """
+    rule = rule_of(pipe)
+    called = getattr(pipe, rule.denoiser)
+    if called is None:
+        raise UserError(f"pipe: it has no {rule.denoiser}; load it with its denoiser")
+    denoiser = getattr(called, "_orig_mod", called)  # under torch.compile, which leaves hooks outside of its graph
+    _check_denoiser(denoiser, called, rule.denoiser)
+    loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, denoiser_name=rule.denoiser)
+    if loaded.deltas is not None:
+        branch = install(denoiser, loaded.deltas)
+    else:
+        branch = TwoNetworks(denoiser, loaded.network)
+    logger.info("negative %s (alpha %g, beta %g) on %s: %s", loaded.source, alpha, beta, type(pipe).__name__, branch)
+    return AttachedNegative(called, branch)
+
+
+def _check_denoiser(denoiser: nn.Module, called: nn.Module, name: str) -> None:
+    """UserError where the denoiser cannot take a negative, whatever the negative is."""
+    hooks = [*denoiser._forward_pre_hooks.values(), *called._forward_pre_hooks.values()]
+    if any(isinstance(getattr(hook, "__self__", None), AttachedNegative) for hook in hooks):
+        raise UserError(
+            f"pipe: its {name} has a negative already, perhaps by a pipeline that shares it; detach it first"
+        )
+    if denoiser.config.get("time_cond_proj_dim") is not None:
+        raise UserError(f"pipe: its {name} takes the guidance scale as an input (LCM), so it has no negative branch")
+    children = [module for module in denoiser.modules() if module is not denoiser]
+    if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in children):
+        raise UserError(
+            f"pipe: the layers of its {name} are offloaded or cast one by one; attach first, then turn that on"
+        )
