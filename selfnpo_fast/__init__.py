@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 # Imported when first asked for: commands that need none of them start without diffusers.
 _PUBLIC = {
+    "GuidedSampler": "selfnpo_fast.guidance.sampler",
     "attach_negative": "selfnpo_fast.guidance.attach",
 }
 __all__ = ["__version__", *_PUBLIC]

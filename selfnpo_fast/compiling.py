@@ -10,7 +10,7 @@ from torch import nn
 from selfnpo_fast.console import logger
 
 MODES = {"default": None, "max": "max-autotune-no-cudagraphs"}
-"""torch.compile's mode for each choice of `engine.compile`; CUDA graphs are ours (rollout/capture.py)."""
+"""torch.compile's mode for each choice of `engine.compile`; CUDA graphs are ours (capture.py)."""
 RECOMPILES = 64
 """Shapes that blocks of one kind may have; torch stops at 8."""
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")

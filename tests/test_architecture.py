@@ -26,7 +26,7 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 LAYERS = [
     {"errors"},
     {"console", "images", "image_sources", "world", "folders"},
-    {"schedule", "config", "compiling", "latent_store"},
+    {"schedule", "config", "compiling", "capture", "latent_store"},
     {"solvers"},
     {"models", "lora", "prompts", "latents", "conditioning", "objective"},
     {"rollout", "moving_reference", "guidance", "tracing"},

@@ -19,8 +19,7 @@ from diffusers import (
 )
 from recording import Recording
 
-from selfnpo_fast.guidance.sampler import GuidedSampler
-attach_negative = None
+from selfnpo_fast import GuidedSampler, attach_negative
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.guidance.low_rank import LowRank
 from selfnpo_fast.guidance.negative import Negative
@@ -340,6 +339,8 @@ def test_other_pipelines_are_refused(sd, tmp_path):
     other = StableDiffusionImg2ImgPipeline(**sd.components, requires_safety_checker=False)
     with pytest.raises(UserError, match="pipe: a StableDiffusionImg2ImgPipeline is not supported"):
         GuidedSampler.from_pipeline(other)
+    with attach_negative(sd, lora(sd.unet)), pytest.raises(UserError, match="pipe: a negative is attached to its unet"):
+        GuidedSampler.from_pipeline(sd)
     offloaded = pipeline(tiny.write_sd(tmp_path))
     offloaded.enable_model_cpu_offload(device="cpu")
     with pytest.raises(UserError, match="pipe: its unet is offloaded"):

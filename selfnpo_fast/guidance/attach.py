@@ -111,10 +111,15 @@ def attach_negative(
     return AttachedNegative(called, branch)
 
 
+def has_negative(denoiser: nn.Module) -> bool:
+    """Whether a negative is attached to it."""
+    hooks = denoiser._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), AttachedNegative) for hook in hooks)
+
+
 def _check_denoiser(denoiser: nn.Module, called: nn.Module, name: str) -> None:
     """UserError where the denoiser cannot take a negative, whatever the negative is."""
-    hooks = [*denoiser._forward_pre_hooks.values(), *called._forward_pre_hooks.values()]
-    if any(isinstance(getattr(hook, "__self__", None), AttachedNegative) for hook in hooks):
+    if has_negative(denoiser) or has_negative(called):
         raise UserError(
             f"pipe: its {name} has a negative already, perhaps by a pipeline that shares it; detach it first"
         )

@@ -197,8 +197,8 @@ def _check(path: str, layer: nn.Module, delta: LowRank) -> None:
     if type(layer) not in _LOW_RANK or type(layer.weight.data) is not torch.Tensor:
         weight = type(getattr(layer, "weight", None)).__name__
         raise UserError(
-            f"negative: {path} is a {kind} with a {weight} as its weight; a LoRA goes on a plain Linear or Conv2d, load "
-            "the model without quantisation"
+            f"negative: {path} is a {kind} with a {weight} as its weight; a LoRA goes on a plain Linear or Conv2d, "
+            "load the model without quantisation"
         )
     if not layer.weight.is_floating_point() or layer.weight.itemsize < 2:
         raise UserError(f"negative: {path} holds {layer.weight.dtype} weights; load the model in bfloat16 or float32")

@@ -19,15 +19,16 @@ from typing import Literal
 import torch
 from torch import nn
 
+from selfnpo_fast.capture import CudaGraphs, no_capture
 from selfnpo_fast.console import logger
 from selfnpo_fast.errors import RunError, UserError
+from selfnpo_fast.guidance.attach import has_negative
 from selfnpo_fast.guidance.branches import BRANCHES, Branches
 from selfnpo_fast.guidance.negative import Negative, load_negative
 from selfnpo_fast.guidance.trajectory import Trajectories
 from selfnpo_fast.images import to_pil
 from selfnpo_fast.models import StableDiffusionAdapter, adapter_of
 from selfnpo_fast.models.sd import Conditioning
-from selfnpo_fast.rollout.capture import CudaGraphs, no_capture
 from selfnpo_fast.solvers import SolverSteps, solver_steps
 from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, normal
 
@@ -305,6 +306,8 @@ class GuidedSampler:
 
 
 def _check_pipeline(pipe, denoiser: nn.Module, name: str) -> None:
+    if has_negative(denoiser):
+        raise UserError(f"pipe: a negative is attached to its {name}; detach it, and give it to the sampler")
     if any(hasattr(module, "_hf_hook") for module in denoiser.modules()):
         raise UserError(
             f"pipe: its {name} is offloaded, and the sampler keeps its networks where they are; make the sampler "

@@ -9,9 +9,9 @@ from collections import OrderedDict
 
 import torch
 
+from selfnpo_fast.capture import Capture, Step
 from selfnpo_fast.guidance.branches import BatchOrSplit, Branches, halves
 from selfnpo_fast.models.sd import Conditioning
-from selfnpo_fast.rollout.capture import Capture, Step
 from selfnpo_fast.solvers import SolverSteps
 from selfnpo_kernels import guidance_rescale, guided_step
 

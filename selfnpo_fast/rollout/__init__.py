@@ -1,6 +1,6 @@
 """The rollout engine: a reference model walks down a DDIM grid and leaves training pairs (x_s, s, target)."""
 
-from selfnpo_fast.rollout.capture import CudaGraphs, no_capture
+from selfnpo_fast.capture import CudaGraphs, no_capture
 from selfnpo_fast.rollout.continuous import ContinuousRollout
 from selfnpo_fast.rollout.grid import Grid, continuous_frequencies, life_states, lockstep_frequencies
 from selfnpo_fast.rollout.lockstep import LockstepDraws, LockstepRollout, lockstep_rollout, walk

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from selfnpo_fast.capture import Capture, Step, no_capture
 from selfnpo_fast.compiling import compiled
-from selfnpo_fast.rollout.capture import Capture, Step, no_capture
 from selfnpo_fast.rollout.grid import continuous_frequencies, life_states, lockstep_frequencies
 from selfnpo_fast.rollout.lockstep import walk
 from selfnpo_fast.rollout.pairs import PairMaker, Pairs
