@@ -1,4 +1,4 @@
-"""The `selfnpo` command: train, doctor, sample, evaluate, merge."""
+"""The `selfnpo` command: train, doctor, sample, evaluate, correlate, merge."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """usage: selfnpo COMMAND [options]
   doctor     say what a config will cost, loading nothing        selfnpo doctor --config configs/sd15_fast.yaml
   sample     draw pictures with a negative model                 selfnpo sample --negative runs/digits --prompt "..."
   evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
+  correlate  say how alike positive and negative predict         selfnpo correlate --model M --negative N [--base B]
   merge      write theta + alpha eta + beta delta as a network   selfnpo merge --base B --negative N --output FOLDER
 
 `selfnpo COMMAND --help` lists the options. guidance_scale everywhere is diffusers' (the paper's omega + 1).
@@ -319,11 +320,18 @@ def _merge(argv: list[str]) -> None:
     merge_command(parse_options(MergeOptions, argv, "selfnpo merge"))
 
 
+def _correlate(argv: list[str]) -> None:
+    from selfnpo_fast.guidance.correlation import CorrelateOptions, correlate_command
+
+    correlate_command(parse_options(CorrelateOptions, argv, "selfnpo correlate"))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "doctor": doctor,
     "sample": lambda argv: sample(parse_options(SampleOptions, argv, "selfnpo sample")),
     "evaluate": lambda argv: evaluate(parse_options(EvaluateOptions, argv, "selfnpo evaluate")),
+    "correlate": _correlate,
     "merge": _merge,
 }
 

@@ -68,7 +68,8 @@ def test_eq7_in_closed_form():
     theta, positive, delta = (torch.tensor([value], dtype=torch.float64) for value in (2.0, 5.0, -4.0))
     assert mix(theta, positive, delta, 1.0, 1.0).item() == 1.0
     assert mix(theta, positive, delta, 0.5, 0.25).item() == 2.5
-    assert mix(theta, positive, 0.0, 0.0, 1.0).item() == 2.0
+    assert mix(theta, positive, None, 0.0, 1.0).item() == 2.0
+    assert mix(theta, positive, None, 1.0, 1.0).item() == 5.0
 
 
 # Full weights

@@ -18,6 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from selfnpo_fast import train
+from selfnpo_fast.errors import UserError
+from selfnpo_fast.guidance.fingerprint import matches
+from selfnpo_fast.guidance.lora_files import read_record
+from selfnpo_fast.guidance.negative import load_negative
+from selfnpo_fast.guidance.sources import LORA_FILE, RECORD
+from selfnpo_fast.guidance.weights import module_weights
 from selfnpo_kernels import Draw, NoiseKey, draw_id, randint
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +136,22 @@ RECIPES = {
 }
 
 
+def assert_knows_its_base(output: Path, base: UNet2DConditionModel, path: Path, lora: bool) -> None:
+    """What a run leaves is taken for a negative of its base and of nothing else."""
+    part = output / "negative"
+    if lora:
+        record = read_record(part / LORA_FILE, "negative")
+        assert load_negative(base, output).deltas
+    else:
+        record = json.loads((part / RECORD).read_text())
+        assert load_negative(base, output).network is not None
+        with pytest.raises(UserError, match=f"was trained from {path}, and the positive model has other weights"):
+            load_negative(tiny.unet(), output)
+    assert record["path"] == str(path)
+    assert matches(record["fingerprint"], module_weights(base, "the base"))
+    assert not matches(record["fingerprint"], module_weights(tiny.unet(), "another"))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_choice_trains(name, sd, prompts, tmp_path):
     """The recommended config with one choice changed: finite losses, a model of the right shapes that moved."""
@@ -143,8 +165,10 @@ def test_every_choice_trains(name, sd, prompts, tmp_path):
         moved = [p for n, p in pipe.unet.named_parameters() if "lora_B" in n]
         assert moved
         assert any(p.abs().max() > 0 for p in moved)
+        assert_knows_its_base(output, UNet2DConditionModel.from_pretrained(sd, subfolder="unet"), sd, lora=True)
         return
     base = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+    assert_knows_its_base(output, base, sd, lora=False)
     negative = UNet2DConditionModel.from_pretrained(output / "negative", subfolder="unet")
     difference = [(a - b).abs().max() for a, b in zip(negative.parameters(), base.parameters(), strict=True)]
     assert max(difference) > 1e-3

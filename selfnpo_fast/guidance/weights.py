@@ -32,10 +32,14 @@ class Weights:
 
 
 def mix(
-    theta: torch.Tensor, positive: torch.Tensor, delta: torch.Tensor | float, alpha: float, beta: float
+    theta: torch.Tensor, positive: torch.Tensor, delta: torch.Tensor | None, alpha: float, beta: float
 ) -> torch.Tensor:
-    """theta + alpha eta + beta delta (Eq. 7) with eta = positive - theta; any shape, in the arguments' dtype."""
-    return theta + alpha * (positive - theta) + beta * delta
+    """theta + alpha eta + beta delta (Eq. 7) with eta = positive - theta; any shape, in the arguments' dtype.
+
+    A new tensor; alpha = 1 and alpha = 0 give positive and theta exactly. None for a delta of zero.
+    """
+    mixed = torch.lerp(theta, positive, alpha)
+    return mixed if delta is None else mixed.add_(delta, alpha=beta)
 
 
 def mixture(
@@ -53,7 +57,7 @@ def mixture(
             delta = negative.read(name).to(base.device).float() - base
         else:
             update = negative.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            delta = update.delta().to(base.device) if update is not None else 0.0
+            delta = update.delta().to(base.device) if update is not None else None
         return mix(base, tuned, delta, alpha, beta)
 
     return Weights(source, positive.shapes, read)
