@@ -112,7 +112,7 @@ class LowRankBackbone:
 
     def choose(self, choice: Rows) -> None:
         """This thread's rows from now on. UserError where fused projections have put the layers out of use."""
-        if choice is not Rows.NONE and any(attention.fused_projections for attention in self._attentions):
+        if choice is not Rows.NONE and any(map(_is_fused, self._attentions)):
             raise UserError(_FUSED)
         self._choice.rows = choice
 
@@ -155,7 +155,7 @@ def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:
     if not deltas:
         raise UserError("negative: the LoRA holds no layer")
     attentions = [module for module in denoiser.modules() if hasattr(module, "fused_projections")]
-    if any(attention.fused_projections for attention in attentions):
+    if any(map(_is_fused, attentions)):
         raise UserError(_FUSED)
     layers = {path: _layer_at(denoiser, path) for path in deltas}
     if len({id(layer) for layer in layers.values()}) < len(layers):
@@ -172,6 +172,11 @@ def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:
         for name, buffer in buffers[path].items():
             layer.register_buffer(name, buffer, persistent=False)
     return LowRankBackbone(list(layers.values()), attentions, choice)
+
+
+def _is_fused(attention: nn.Module) -> bool:
+    """unfuse_qkv_projections() changes the processor alone and leaves the flag as it was."""
+    return attention.fused_projections and "Fused" in type(attention.processor).__name__
 
 
 _FUSED = (
@@ -197,8 +202,8 @@ def _check(path: str, layer: nn.Module, delta: LowRank) -> None:
     if type(layer) not in _LOW_RANK or type(layer.weight.data) is not torch.Tensor:
         weight = type(getattr(layer, "weight", None)).__name__
         raise UserError(
-            f"negative: {path} is a {kind} with a {weight} as its weight; a LoRA goes on a plain Linear or Conv2d, load "
-            "the model without quantisation"
+            f"negative: {path} is a {kind} with a {weight} as its weight; a LoRA goes on a plain Linear or Conv2d, "
+            "load the model without quantisation"
         )
     if not layer.weight.is_floating_point() or layer.weight.itemsize < 2:
         raise UserError(f"negative: {path} holds {layer.weight.dtype} weights; load the model in bfloat16 or float32")

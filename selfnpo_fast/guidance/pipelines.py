@@ -57,7 +57,8 @@ _REASONS = (
     ("StableDiffusion3", "its denoiser is a transformer, which it calls again to skip layers"),
 )
 _SUPPORTED = (
-    "supported are the stock StableDiffusion and StableDiffusionXL classes, Img2Img, Inpaint, ControlNet, Adapter"
+    "supported are the stock StableDiffusion and StableDiffusionXL pipelines, their Img2Img, Inpaint, ControlNet and "
+    "Adapter kin"
 )
 
 
