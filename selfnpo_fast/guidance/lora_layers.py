@@ -49,21 +49,26 @@ class RowChoice(threading.local):
 _PLAIN = RowChoice()
 
 
+def _rows(layer: nn.Module, x: torch.Tensor) -> int:
+    """How many rows of x get the layer's update. Offload hooks may go on calling our forward after `remove`: none."""
+    return getattr(layer, "choice", _PLAIN).count(len(x))
+
+
 class LowRankLinear(nn.Linear):
     """A Linear made by `install`, which keeps its weight, bias, names and hooks and gains two buffers.
 
     The buffers are not persistent: they move with the network and stay out of its state dict. Rows (B, ..., in).
     """
 
-    choice: RowChoice = _PLAIN
+    choice: RowChoice
     low_rank_down: torch.Tensor
     low_rank_up: torch.Tensor
     """The update's scale included."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ..., in) to (B, ..., out) in the layer's dtype."""
-        out = nn.Linear.forward(self, x)  # not super(): accelerate's hooks may keep this method beyond `remove`
-        count = self.choice.count(len(x))
+        out = nn.Linear.forward(self, x)  # not super(), which would need the class that `remove` takes away
+        count = _rows(self, x)
         if count == 0:
             return out
         low = F.linear(x[:count], self.low_rank_down)
@@ -76,14 +81,14 @@ class LowRankLinear(nn.Linear):
 class LowRankConv2d(nn.Conv2d):
     """A Conv2d made by `install`, as LowRankLinear is; `down` has the layer's kernel and stride, `up` is 1x1."""
 
-    choice: RowChoice = _PLAIN
+    choice: RowChoice
     low_rank_down: torch.Tensor
     low_rank_up: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) to (B, out, H', W') in the layer's dtype."""
         out = nn.Conv2d.forward(self, x)
-        count = self.choice.count(len(x))
+        count = _rows(self, x)
         if count == 0:
             return out
         low = self._conv_forward(x[:count], self.low_rank_down, None)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from diffusers import DiffusionPipeline
+from typing import TYPE_CHECKING
 
 from selfnpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ def calling_pipeline() -> DiffusionPipeline | None:
     Pipelines share denoisers (`from_pipe`, `components`), and each keeps its last call's guidance scale: only the one
     that is being called can say whether these rows are guided.
     """
+    from diffusers import DiffusionPipeline
+
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and isinstance(caller := frame.f_locals.get("self"), DiffusionPipeline):
