@@ -43,13 +43,16 @@ class AttachedNegative:
         return bool(self._hooks)
 
     def detach(self) -> None:
-        """Leave the pipeline as it was found. A second call does nothing."""
+        """Leave the pipeline as it was found. A second call does nothing.
+
+        UserError, and still attached, where a LoRA's layers have been offloaded one by one meanwhile.
+        """
         if not self._hooks:
             return
+        self._branch.remove()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._branch.remove()
 
     def __enter__(self) -> AttachedNegative:
         return self

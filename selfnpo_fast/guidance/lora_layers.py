@@ -46,14 +46,6 @@ class RowChoice(threading.local):
         return batch if self.rows is Rows.ALL else batch // 2
 
 
-_PLAIN = RowChoice()
-
-
-def _rows(layer: nn.Module, x: torch.Tensor) -> int:
-    """How many rows of x get the layer's update. Offload hooks may go on calling our forward after `remove`: none."""
-    return getattr(layer, "choice", _PLAIN).count(len(x))
-
-
 class LowRankLinear(nn.Linear):
     """A Linear made by `install`, which keeps its weight, bias, names and hooks and gains two buffers.
 
@@ -67,8 +59,8 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ..., in) to (B, ..., out) in the layer's dtype."""
-        out = nn.Linear.forward(self, x)  # not super(), which would need the class that `remove` takes away
-        count = _rows(self, x)
+        out = super().forward(x)
+        count = self.choice.count(len(x))
         if count == 0:
             return out
         low = F.linear(x[:count], self.low_rank_down)
@@ -87,8 +79,8 @@ class LowRankConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) to (B, out, H', W') in the layer's dtype."""
-        out = nn.Conv2d.forward(self, x)
-        count = _rows(self, x)
+        out = super().forward(x)
+        count = self.choice.count(len(x))
         if count == 0:
             return out
         low = self._conv_forward(x[:count], self.low_rank_down, None)
@@ -144,7 +136,15 @@ class LowRankBackbone:
         self.reset()
 
     def remove(self) -> None:
-        """Make the layers plain again, wherever they are by now. A second call does nothing."""
+        """Make the layers plain again, wherever they are by now. A second call does nothing.
+
+        UserError, and nothing changed, while hooks on the single layers hold on to what they were given.
+        """
+        if any("forward" in vars(layer) for layer in self._layers):
+            raise UserError(
+                "negative: the layers are offloaded one by one since it was attached; call pipe.remove_all_hooks(), then "
+                "detach it"
+            )
         for layer in self._layers:
             del layer.low_rank_down, layer.low_rank_up, layer.choice
             layer.__class__ = _PLAIN_CLASS[type(layer)]
