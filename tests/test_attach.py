@@ -295,7 +295,7 @@ def test_layerwise_offload_turned_on_after_attaching(setting):
     offload_layers(setting.pipe.unet)
     three_times(setting)
     if setting.kind == "lora":  # the offload hooks keep lists of the layers' tensors
-        with pytest.raises(UserError, match=r"^negative: the layers are offloaded one by one since .* then detach it"):
+        with pytest.raises(UserError, match=r"^negative: the layers were offloaded one by one while .* then detach"):
             handle.detach()
         assert handle.attached
         three_times(setting)

@@ -140,14 +140,14 @@ class LowRankBackbone:
 
         UserError, and nothing changed, while hooks on the single layers hold on to what they were given.
         """
-        if any("forward" in vars(layer) for layer in self._layers):
+        if any(map(_is_patched, self._layers)):
             raise UserError(
-                "negative: the layers are offloaded one by one since it was attached; call pipe.remove_all_hooks(), then "
+                "negative: the layers were offloaded one by one while it was attached; call pipe.remove_all_hooks(), then "
                 "detach it"
             )
         for layer in self._layers:
             del layer.low_rank_down, layer.low_rank_up, layer.choice
-            layer.__class__ = _PLAIN_CLASS[type(layer)]
+            _set_class(layer, _PLAIN_CLASS[type(layer)])
         self._layers = []
 
 
@@ -172,11 +172,23 @@ def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:
     for path, layer in layers.items():  # nothing below can fail
         # The class is swapped in place, as torch's own parametrizations do: the layer stays the same object for PEFT,
         # offload hooks and whoever else holds it, and torch.compile, which guards on the class, compiles anew.
-        layer.__class__ = _LOW_RANK[type(layer)]
+        _set_class(layer, _LOW_RANK[type(layer)])
         layer.choice = choice
         for name, buffer in buffers[path].items():
             layer.register_buffer(name, buffer, persistent=False)
     return LowRankBackbone(list(layers.values()), attentions, choice)
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    """Has a hook put a forward of its own in front of the class's?"""
+    forward = vars(layer).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
+
+
+def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Swap the class, and drop the forward of the old one that hooks leave on the layer when they are removed."""
+    vars(layer).pop("forward", None)
+    layer.__class__ = kind
 
 
 def _is_fused(attention: nn.Module) -> bool:
@@ -212,7 +224,7 @@ def _check(path: str, layer: nn.Module, delta: LowRank) -> None:
         )
     if not layer.weight.is_floating_point() or layer.weight.itemsize < 2:
         raise UserError(f"negative: {path} holds {layer.weight.dtype} weights; load the model in bfloat16 or float32")
-    if "forward" in vars(layer) or layer.weight.is_meta:
+    if _is_patched(layer) or layer.weight.is_meta:
         raise UserError(f"negative: {path} is offloaded on its own; attach the negative first, then turn offload on")
     if getattr(layer, "groups", 1) != 1:
         raise UserError(f"negative: {path} is a grouped convolution, on which no LoRA can go")
