@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import subprocess
@@ -35,6 +36,13 @@ SD = "StableDiffusionPipeline"
 KINDS = ["lora", "full"]
 
 
+@functools.cache
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    """The stock images, and those whose negative branch another network computes."""
+    pipe = stock.build(SD)
+    return stock.draw(pipe), stock.reference(SD, stock.negative("full", pipe)[1], pipe.unet)
+
+
 class Setting:
     """A pipeline, a negative for it, its stock images, and those with the negative."""
 
@@ -42,8 +50,7 @@ class Setting:
         self.kind = kind
         self.pipe = stock.build(SD)
         self.given, self.network = stock.negative(kind, self.pipe)
-        self.plain = stock.draw(self.pipe)
-        self.guided = stock.reference(SD, self.network, self.pipe.unet)
+        self.plain, self.guided = images()
 
     def attach(self, pipe=None, **options):
         return attach_negative(self.pipe if pipe is None else pipe, self.given, **options)
@@ -78,7 +85,7 @@ def test_a_handle_detaches_once_and_leaves_nothing(setting):
     assert not handle.attached
     handle.detach()
     assert_clean(unet)
-    assert torch.equal(stock.draw(setting.pipe), setting.plain)
+    assert_same(stock.draw(setting.pipe), setting.plain)
     with setting.attach():
         assert_same(stock.draw(setting.pipe), setting.guided)
 

@@ -46,13 +46,17 @@ class RowChoice(threading.local):
         return batch if self.rows is Rows.ALL else batch // 2
 
 
+_PLAIN = RowChoice()
+"""Never set. PEFT makes the convolutions of its adapters of the class of the layer below them: those are plain."""
+
+
 class LowRankLinear(nn.Linear):
     """A Linear made by `install`, which keeps its weight, bias, names and hooks and gains two buffers.
 
     The buffers are not persistent: they move with the network and stay out of its state dict. Rows (B, ..., in).
     """
 
-    choice: RowChoice
+    choice: RowChoice = _PLAIN
     low_rank_down: torch.Tensor
     low_rank_up: torch.Tensor
     """The update's scale included."""
@@ -73,7 +77,7 @@ class LowRankLinear(nn.Linear):
 class LowRankConv2d(nn.Conv2d):
     """A Conv2d made by `install`, as LowRankLinear is; `down` has the layer's kernel and stride, `up` is 1x1."""
 
-    choice: RowChoice
+    choice: RowChoice = _PLAIN
     low_rank_down: torch.Tensor
     low_rank_up: torch.Tensor
 
@@ -142,8 +146,8 @@ class LowRankBackbone:
         """
         if any(map(_is_patched, self._layers)):
             raise UserError(
-                "negative: the layers were offloaded one by one while it was attached; call pipe.remove_all_hooks(), then "
-                "detach it"
+                "negative: the layers were offloaded one by one while it was attached; call pipe.remove_all_hooks(), "
+                "then detach it"
             )
         for layer in self._layers:
             del layer.low_rank_down, layer.low_rank_up, layer.choice
