@@ -129,12 +129,12 @@ def merged(network: nn.Module, deltas: Deltas) -> nn.Module:
 
 
 def negative(kind: str, pipe) -> tuple[Negative, nn.Module]:
-    """A negative of the kind "lora" or "full" for a pipeline, and a plain network that computes the same."""
+    """A negative of the kind "lora" or "full" for a pipeline, and a network that computes the same."""
     deltas = low_rank(pipe.unet)
     network = merged(pipe.unet, deltas)
     if kind == "lora":
         return Negative(source="a LoRA", deltas=deltas), network
-    return Negative(source="full weights", network=copy.deepcopy(network)), network
+    return Negative(source="full weights", network=network), network
 
 
 class TwoBranches(nn.Module):
