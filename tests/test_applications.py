@@ -56,7 +56,7 @@ def loop(pipe, negative: nn.Module, prompt: str, negative_prompt: str = "", feat
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())  # observed up to 3e-6
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())  # observed 6e-7
 
 
 def perturbed(network: nn.Module, seed: int) -> nn.Module:

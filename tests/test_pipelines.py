@@ -69,7 +69,7 @@ def test_images_are_those_of_two_networks(name, changes, kind):
     with attach_negative(pipe, negatives[kind]):
         ours = stock.draw(pipe, **changes)
     assert ours.isfinite().all()
-    # Observed up to 2e-6: W x + B A x where the reference has (W + B A) x, and products whose rounding depends on where
+    # Observed up to 9e-7: W x + B A x where the reference has (W + B A) x, and products whose rounding depends on where
     # in memory their operands happen to lie.
     assert relative(ours, by_hand(*case)) < 1e-5
     # So that the above can fail: the stock images and those with the branches exchanged are others.
@@ -136,7 +136,7 @@ def test_a_negative_equal_to_the_base_gives_the_stock_images(name, kind):
     else:
         given = Negative(source="nothing", deltas=stock.low_rank(pipe.unet, scale=0.0))
     with attach_negative(pipe, given):
-        assert relative(stock.draw(pipe), plain_images(name)) < 1e-5
+        assert relative(stock.draw(pipe), plain_images(name)) < 1e-5  # observed 2e-6: the rows in two batches
 
 
 @pytest.mark.parametrize("kind", KINDS)
