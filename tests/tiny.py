@@ -85,6 +85,20 @@ def unet(**changes) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(config | changes))
 
 
+def sdxl_unet(**changes) -> UNet2DConditionModel:
+    """For two text encoders, pooled text embeddings and size conditioning."""
+    config = {
+        "cross_attention_dim": 2 * WIDTH,
+        "attention_head_dim": (2, 4),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
+        "transformer_layers_per_block": 1,
+        "use_linear_projection": True,
+    }
+    return unet(**(config | changes))
+
+
 def write_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0, **unet_changes) -> Path:
     """A Stable Diffusion 1.x pipeline."""
     torch.manual_seed(seed)
@@ -112,15 +126,7 @@ def write_sdxl(folder: Path, seed: int = 0) -> Path:
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokens)),
         tokenizer=tokens,
         tokenizer_2=tokens,
-        unet=unet(
-            cross_attention_dim=2 * WIDTH,
-            attention_head_dim=(2, 4),
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-            transformer_layers_per_block=1,
-            use_linear_projection=True,
-        ),
+        unet=sdxl_unet(),
         scheduler=scheduler(),
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(folder)

@@ -6,10 +6,9 @@ The pipeline keeps its denoiser, its forward and its components; two hooks on th
 from __future__ import annotations
 
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from selfnpo_fast.console import logger
@@ -18,6 +17,9 @@ from selfnpo_fast.guidance.lora_layers import LowRankBackbone, install
 from selfnpo_fast.guidance.negative import Negative, load_negative
 from selfnpo_fast.guidance.pipelines import calling_pipeline, rule_of
 from selfnpo_fast.guidance.two_networks import TwoNetworks, rows_of
+
+if TYPE_CHECKING:  # diffusers' models import bitsandbytes where it is installed
+    from diffusers import DiffusionPipeline
 
 
 class AttachedNegative:
@@ -41,13 +43,16 @@ class AttachedNegative:
         return bool(self._hooks)
 
     def detach(self) -> None:
-        """Leave the pipeline as it was found. A second call does nothing."""
+        """Leave the pipeline as it was found. A second call does nothing.
+
+        UserError, and still attached, where a LoRA's layers have been offloaded one by one meanwhile.
+        """
         if not self._hooks:
             return
+        self._branch.remove()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._branch.remove()
 
     def __enter__(self) -> AttachedNegative:
         return self

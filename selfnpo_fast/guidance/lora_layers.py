@@ -47,6 +47,7 @@ class RowChoice(threading.local):
 
 
 _PLAIN = RowChoice()
+"""Never set. PEFT makes the convolutions of its adapters of the class of the layer below them: those are plain."""
 
 
 class LowRankLinear(nn.Linear):
@@ -62,7 +63,7 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ..., in) to (B, ..., out) in the layer's dtype."""
-        out = nn.Linear.forward(self, x)  # not super(): accelerate's hooks may keep this method beyond `remove`
+        out = super().forward(x)
         count = self.choice.count(len(x))
         if count == 0:
             return out
@@ -82,7 +83,7 @@ class LowRankConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) to (B, out, H', W') in the layer's dtype."""
-        out = nn.Conv2d.forward(self, x)
+        out = super().forward(x)
         count = self.choice.count(len(x))
         if count == 0:
             return out
@@ -112,7 +113,7 @@ class LowRankBackbone:
 
     def choose(self, choice: Rows) -> None:
         """This thread's rows from now on. UserError where fused projections have put the layers out of use."""
-        if choice is not Rows.NONE and any(attention.fused_projections for attention in self._attentions):
+        if choice is not Rows.NONE and any(map(_is_fused, self._attentions)):
             raise UserError(_FUSED)
         self._choice.rows = choice
 
@@ -139,10 +140,18 @@ class LowRankBackbone:
         self.reset()
 
     def remove(self) -> None:
-        """Make the layers plain again, wherever they are by now. A second call does nothing."""
+        """Make the layers plain again, wherever they are by now. A second call does nothing.
+
+        UserError, and nothing changed, while hooks on the single layers hold on to what they were given.
+        """
+        if any(map(_is_patched, self._layers)):
+            raise UserError(
+                "negative: the layers were offloaded one by one while it was attached; call pipe.remove_all_hooks(), "
+                "then detach it"
+            )
         for layer in self._layers:
             del layer.low_rank_down, layer.low_rank_up, layer.choice
-            layer.__class__ = _PLAIN_CLASS[type(layer)]
+            _set_class(layer, _PLAIN_CLASS[type(layer)])
         self._layers = []
 
 
@@ -155,7 +164,7 @@ def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:
     if not deltas:
         raise UserError("negative: the LoRA holds no layer")
     attentions = [module for module in denoiser.modules() if hasattr(module, "fused_projections")]
-    if any(attention.fused_projections for attention in attentions):
+    if any(map(_is_fused, attentions)):
         raise UserError(_FUSED)
     layers = {path: _layer_at(denoiser, path) for path in deltas}
     if len({id(layer) for layer in layers.values()}) < len(layers):
@@ -167,11 +176,28 @@ def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:
     for path, layer in layers.items():  # nothing below can fail
         # The class is swapped in place, as torch's own parametrizations do: the layer stays the same object for PEFT,
         # offload hooks and whoever else holds it, and torch.compile, which guards on the class, compiles anew.
-        layer.__class__ = _LOW_RANK[type(layer)]
+        _set_class(layer, _LOW_RANK[type(layer)])
         layer.choice = choice
         for name, buffer in buffers[path].items():
             layer.register_buffer(name, buffer, persistent=False)
     return LowRankBackbone(list(layers.values()), attentions, choice)
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    """Has a hook put a forward of its own in front of the class's?"""
+    forward = vars(layer).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
+
+
+def _set_class(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Swap the class, and drop the forward of the old one that hooks leave on the layer when they are removed."""
+    vars(layer).pop("forward", None)
+    layer.__class__ = kind
+
+
+def _is_fused(attention: nn.Module) -> bool:
+    """unfuse_qkv_projections() changes the processor alone and leaves the flag as it was."""
+    return attention.fused_projections and "Fused" in type(attention.processor).__name__
 
 
 _FUSED = (
@@ -202,7 +228,7 @@ def _check(path: str, layer: nn.Module, delta: LowRank) -> None:
         )
     if not layer.weight.is_floating_point() or layer.weight.itemsize < 2:
         raise UserError(f"negative: {path} holds {layer.weight.dtype} weights; load the model in bfloat16 or float32")
-    if "forward" in vars(layer) or layer.weight.is_meta:
+    if _is_patched(layer) or layer.weight.is_meta:
         raise UserError(f"negative: {path} is offloaded on its own; attach the negative first, then turn offload on")
     if getattr(layer, "groups", 1) != 1:
         raise UserError(f"negative: {path} is a grouped convolution, on which no LoRA can go")

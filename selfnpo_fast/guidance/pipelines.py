@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from diffusers import DiffusionPipeline
+from typing import TYPE_CHECKING
 
 from selfnpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ _REASONS = (
     ("StableDiffusion3", "its denoiser is a transformer, which it calls again to skip layers"),
 )
 _SUPPORTED = (
-    "supported are the stock StableDiffusion and StableDiffusionXL classes, Img2Img, Inpaint, ControlNet, Adapter"
+    "supported are the stock StableDiffusion and StableDiffusionXL pipelines, their Img2Img, Inpaint, ControlNet and "
+    "Adapter kin"
 )
 
 
@@ -84,6 +87,8 @@ def calling_pipeline() -> DiffusionPipeline | None:
     Pipelines share denoisers (`from_pipe`, `components`), and each keeps its last call's guidance scale: only the one
     that is being called can say whether these rows are guided.
     """
+    from diffusers import DiffusionPipeline
+
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and isinstance(caller := frame.f_locals.get("self"), DiffusionPipeline):

@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import nn
 
 from selfnpo_fast.errors import UserError
@@ -108,6 +107,8 @@ class TwoNetworks:
 
     def _share_image_prompt(self) -> None:
         """IP-Adapter: the negative uses the positive's image projections and the attention processors beside them."""
+        from diffusers.models.embeddings import MultiIPAdapterImageProjection
+
         network, denoiser = self._network, self._denoiser
         shared = denoiser.encoder_hid_proj
         if not isinstance(shared, MultiIPAdapterImageProjection):
