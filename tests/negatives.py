@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 
 from selfnpo_fast.config import LoraConfig
+from selfnpo_fast.guidance.negative import as_network, load_negative
 from selfnpo_fast.lora import add_lora
 
 
@@ -58,3 +59,9 @@ def moved(network: torch.nn.Module, seed: int, size: float) -> torch.nn.Module:
         for parameter in network.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return network
+
+
+def load_network(adapter, path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
+    """A negative of the adapter's own denoiser as a whole network."""
+    positive = adapter.load_denoiser(dtype)
+    return as_network(positive, load_negative(positive, path, denoiser_name=adapter.denoiser_name))

@@ -18,12 +18,12 @@ import yaml
 from fuzzing import assert_one_line, assert_refused, call, fuzz, hostile_pickle
 from hypothesis import example, given
 from hypothesis import strategies as st
+from negatives import load_network
 from PIL import Image
 
 from selfnpo_fast import train
 from selfnpo_fast.config import TrainConfig, load_yaml
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.guidance.negative import load_negative_network
 from selfnpo_fast.models import load_adapter
 
 SECTIONS = {name: kind for name, kind in get_type_hints(TrainConfig).items() if hasattr(kind, "__dataclass_fields__")}
@@ -157,7 +157,7 @@ def run_valid(base: Path, config: dict) -> None:
     numbers = [value for row in rows for value in row.values() if isinstance(value, (int, float))]
     assert all(math.isfinite(value) for value in numbers)
     assert all(row["loss"] >= 0 and row["reference_forwards_per_pair"] > 0 for row in rows)
-    negative = load_negative_network(load_adapter(str(model)), str(output), torch.float32)
+    negative = load_network(load_adapter(str(model)), str(output), torch.float32)
     assert all(parameter.isfinite().all() for parameter in negative.parameters())
     stored = yaml.safe_load((output / "config.yaml").read_text())
     for name in SECTIONS:

@@ -19,13 +19,14 @@ from diffusers import StableDiffusionPipeline
 from fuzzing import Marked, assert_one_line, assert_refused, call, fuzz, hostile_pickle
 from hypothesis import given
 from hypothesis import strategies as st
+from negatives import load_network
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from selfnpo_fast import cli, train
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.guidance.negative import LORA_FILE, load_negative_network
+from selfnpo_fast.guidance.negative import LORA_FILE
 from selfnpo_fast.lora import add_lora
 from selfnpo_fast.models import load_adapter
 
@@ -159,8 +160,8 @@ SHARES = st.floats(0, 1, exclude_max=True)
 
 def test_the_whole_folder_loads(whole, other, lora):
     load_all(whole)
-    load_negative_network(load_adapter(str(whole)), str(other), torch.float32)
-    load_negative_network(load_adapter(str(whole)), str(lora), torch.float32)
+    load_network(load_adapter(str(whole)), str(other), torch.float32)
+    load_network(load_adapter(str(whole)), str(lora), torch.float32)
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
@@ -294,7 +295,7 @@ def test_damaged_lora_files(whole, lora, share, damage):
     place = int(share * header_size(content))
     changed = content[: int(share * len(content))] if damage == "cut" else flipped(content, 8 * place + 1)
     adapter = load_adapter(str(whole))
-    loaded = damaged(path, changed, lambda: load_negative_network(adapter, str(lora), torch.float32), str(lora))
+    loaded = damaged(path, changed, lambda: load_network(adapter, str(lora), torch.float32), str(lora))
     assert not (loaded and damage == "cut")
 
 
@@ -308,7 +309,7 @@ def test_damaged_negative_folders(whole, other, name, share, bit):
     place = int(share * size)
     changed = flipped(content, 8 * place + bit) if bit else content[:place]
     adapter = load_adapter(str(whole))
-    damaged(path, changed, lambda: load_negative_network(adapter, str(other), torch.float32), str(other))
+    damaged(path, changed, lambda: load_network(adapter, str(other), torch.float32), str(other))
 
 
 # Hostile folders

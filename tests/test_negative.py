@@ -15,14 +15,14 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
-from negatives import merged, moved, output, save_with_diffusers, with_lora
+from negatives import load_network, merged, moved, output, save_with_diffusers, with_lora
 from safetensors.torch import load_file, save_file
 
 from selfnpo_fast.checkpoint import _write_lora
 from selfnpo_fast.errors import UserError
 from selfnpo_fast.guidance import weights as weights_module
 from selfnpo_fast.guidance.fingerprint import base_record, fingerprint, matches
-from selfnpo_fast.guidance.negative import as_network, load_negative, load_negative_network
+from selfnpo_fast.guidance.negative import as_network, load_negative
 from selfnpo_fast.guidance.sources import LORA_FILE, RECORD
 from selfnpo_fast.guidance.weights import Weights, mix, module_weights
 from selfnpo_fast.models import load_adapter
@@ -280,7 +280,7 @@ def test_a_lora_takes_the_positives_dtype_and_beta(adapter, base, tmp_path):
     with pytest.raises(UserError, match=r"^beta: 0 leaves nothing"):
         load_negative(base, tmp_path, beta=0)
     assert {
-        value.dtype for value in load_negative_network(adapter, tmp_path, torch.bfloat16).state_dict().values()
+        value.dtype for value in load_network(adapter, tmp_path, torch.bfloat16).state_dict().values()
     } == {torch.bfloat16}
 
 

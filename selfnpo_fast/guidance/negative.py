@@ -269,10 +269,4 @@ def as_network(positive: nn.Module, negative: Negative) -> nn.Module:
     return materialise(weights, positive, "negative")
 
 
-def load_negative_network(adapter, path: str, dtype: torch.dtype) -> nn.Module:
-    """The negative of the adapter's own denoiser as a whole network, which costs the memory of a second one."""
-    positive = adapter.load_denoiser(dtype)
-    return as_network(positive, load_negative(positive, path, denoiser_name=adapter.denoiser_name))
-
-
-__all__ = ["LORA_FILE", "Loaded", "Negative", "as_network", "load_negative", "load_negative_network", "mix"]
+__all__ = ["LORA_FILE", "Loaded", "Negative", "as_network", "load_negative", "mix"]
