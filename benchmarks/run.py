@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Sequence[str]] = {
     "bench_ops": (sys.executable, "-m", "benchmarks.bench_ops"),
     "bench_step": (sys.executable, "-m", "benchmarks.bench_step"),
     "bench_rollout": (sys.executable, "-m", "benchmarks.bench_rollout"),
+    "bench_sampler": (sys.executable, "-m", "benchmarks.bench_sampler"),
 }
 """Commands by name. Each takes --device, --output (a JSON file) and --quick, and exits with 0 if its numbers hold."""
 

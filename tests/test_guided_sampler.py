@@ -205,6 +205,14 @@ def test_an_image_depends_on_its_own_seed_and_prompt_alone(sd, kind):
     assert (whole[0] - whole[2]).abs().max() > 0.01
 
 
+def test_a_pipeline_that_moves_away_is_noticed(tmp_path):
+    pipe = pipeline(tiny.write_sd(tmp_path))
+    sampler = GuidedSampler.from_pipeline(pipe, lora(pipe.unet))
+    pipe.unet.to("meta")
+    with pytest.raises(UserError, match="pipe: its unet has left cpu"):
+        draw(sampler)
+
+
 def test_new_seeds_are_told(sd):
     sampler = GuidedSampler.from_pipeline(sd)
     first, second = sampler(PROMPTS, steps=2), sampler(PROMPTS, steps=2)

@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -181,6 +182,7 @@ class GuidedSampler:
         """
         adapter = adapter_of(pipe)
         denoiser = getattr(pipe, adapter.denoiser_name)
+        denoiser = getattr(denoiser, "_orig_mod", denoiser)  # under torch.compile; we compile a tree of our own
         _check_pipeline(pipe, denoiser, adapter.denoiser_name)
         named = {scheduler: name for name, scheduler in SOLVERS.items()}
         solver = named.get(type(pipe.scheduler).__name__, "dpm++")
@@ -210,7 +212,7 @@ class GuidedSampler:
         seeds: one per picture, or the first of consecutive ones, or None for new random ones; a picture depends on its
         own seed and prompt alone, to float rounding, whatever else is drawn with it. negative_prompt: none for the
         family's own unconditional branch. height and width in pixels. `progress` hears of every step, `cancelled` is
-        asked before each.
+        asked before each; neither may call the sampler.
 
         Raises UserError for bad input, SamplingCancelled where `cancelled` says yes. Nothing of a call that ends early
         stays behind.
@@ -224,6 +226,8 @@ class GuidedSampler:
         seeds = _seeds(seeds, len(prompts))
         size = (height or self.adapter.resolution, width or self.adapter.resolution)
         shape = self.adapter.latent_shape_of(*size)
+        if next(self._branches.positive.parameters()).device != self.device:
+            raise UserError(f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a sampler anew")
         with self._lock, torch.no_grad():
             rows = self.adapter.sized(self.adapter.encode_prompts(prompts, self.device), *size)
             if negative_prompt is None:
@@ -315,6 +319,8 @@ def _check_pipeline(pipe, denoiser: nn.Module, name: str) -> None:
         )
     if denoiser.config.get("time_cond_proj_dim") is not None:
         raise UserError(f"pipe: its {name} takes the guidance scale as an input (LCM): there is no negative branch")
+    if denoiser.config.get("encoder_hid_dim_type") is not None:
+        raise UserError(f"pipe: its {name} wants image prompts (IP-Adapter), which need attach_negative")
     if getattr(pipe, "safety_checker", None) is not None:
         logger.warning("the sampler does not run the pipeline's safety checker")
 
@@ -322,7 +328,7 @@ def _check_pipeline(pipe, denoiser: nn.Module, name: str) -> None:
 def _seeds(seeds: int | Sequence[int] | None, count: int) -> list[int]:
     if seeds is None:
         return [secrets.randbelow(2**63) for _ in range(count)]
-    out = [seeds + i for i in range(count)] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    out = [int(seeds) + i for i in range(count)] if isinstance(seeds, Integral) else [int(seed) for seed in seeds]
     if len(out) != count:
         raise UserError(f"seeds: {len(out)} for {count} prompts; give one each, or the first of consecutive ones")
     for seed in out:
