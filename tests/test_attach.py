@@ -108,6 +108,14 @@ def test_a_second_negative_is_refused(setting):
         assert_same(stock.draw(setting.pipe), setting.guided)
 
 
+def test_a_second_negative_on_the_network_inside_of_a_compiled_one_is_refused(setting):
+    sibling = StableDiffusionPipeline(**setting.pipe.components, requires_safety_checker=False)
+    setting.pipe.unet = torch.compile(setting.pipe.unet, backend="eager")  # never called, so nothing is compiled
+    with setting.attach(), pytest.raises(UserError, match=r"^pipe: its unet has a negative already"):
+        setting.attach(sibling)
+    assert_clean(sibling.unet)
+
+
 def test_the_denoiser_as_its_own_negative_is_refused():
     pipe = stock.build(SD)
     with pytest.raises(UserError, match=r"^negative: it is the pipeline's own denoiser"):

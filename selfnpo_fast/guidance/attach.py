@@ -16,7 +16,7 @@ from selfnpo_fast.errors import UserError
 from selfnpo_fast.guidance.lora_layers import LowRankBackbone, install
 from selfnpo_fast.guidance.negative import Negative, load_negative
 from selfnpo_fast.guidance.pipelines import calling_pipeline, rule_of
-from selfnpo_fast.guidance.two_networks import TwoNetworks, rows_of
+from selfnpo_fast.guidance.two_networks import Follower, TwoNetworks, rows_of
 
 if TYPE_CHECKING:  # diffusers' models import bitsandbytes where it is installed
     from diffusers import DiffusionPipeline
@@ -106,7 +106,7 @@ def attach_negative(
     if called is None:
         raise UserError(f"pipe: it has no {rule.denoiser}; load it with its denoiser")
     denoiser = getattr(called, "_orig_mod", called)  # under torch.compile, which leaves hooks outside of its graph
-    _check_denoiser(denoiser, called, rule.denoiser)
+    _check_denoiser(denoiser, rule.denoiser)
     loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, denoiser_name=rule.denoiser)
     if loaded.deltas is not None:
         branch = install(denoiser, loaded.deltas)
@@ -118,13 +118,12 @@ def attach_negative(
 
 def has_negative(denoiser: nn.Module) -> bool:
     """Whether a negative is attached to it."""
-    hooks = denoiser._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), AttachedNegative) for hook in hooks)
+    return any(isinstance(module, Follower) or hasattr(module, "low_rank_down") for module in denoiser.modules())
 
 
-def _check_denoiser(denoiser: nn.Module, called: nn.Module, name: str) -> None:
+def _check_denoiser(denoiser: nn.Module, name: str) -> None:
     """UserError where the denoiser cannot take a negative, whatever the negative is."""
-    if has_negative(denoiser) or has_negative(called):
+    if has_negative(denoiser):
         raise UserError(
             f"pipe: its {name} has a negative already, perhaps by a pipeline that shares it; detach it first"
         )

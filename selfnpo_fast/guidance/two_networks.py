@@ -41,7 +41,7 @@ def join_rows(first: Any, second: Any) -> Any:
     return type(first)(sample=torch.cat([first.sample, second.sample]))
 
 
-class _Follower(nn.Module):
+class Follower(nn.Module):
     """A child of the denoiser that moves another network wherever the denoiser is moved.
 
     It has no parameters and registers nothing, so state dicts, parameter counts and `save_pretrained` do not see the
@@ -52,7 +52,7 @@ class _Follower(nn.Module):
         super().__init__()
         self._held = (network,)  # in a tuple: nn.Module registers a bare one
 
-    def _apply(self, fn, recurse: bool = True) -> _Follower:
+    def _apply(self, fn, recurse: bool = True) -> Follower:
         self._held[0]._apply(fn, recurse)
         return self
 
@@ -72,7 +72,7 @@ class TwoNetworks:
         self._denoiser, self._network = denoiser, network
         self._own_image_prompt: tuple | None = None
         self._pending = threading.local()
-        denoiser.add_module(_CHILD, _Follower(network))
+        denoiser.add_module(_CHILD, Follower(network))
 
     def __str__(self) -> str:
         size = sum(p.nbytes for p in self._network.parameters()) / 2**20
