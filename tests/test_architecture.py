@@ -212,7 +212,13 @@ def install_stand_in(site: Path, version: str) -> Path:
     return site / "kernels" / "__init__.py"
 
 
-@pytest.mark.parametrize("installed", ["none", "accepted by transformers", "refused by transformers"])
+KERNELS_PACKAGE = [
+    *(pytest.param(state, marks=pytest.mark.slow) for state in ("none", "refused by transformers")),
+    "accepted by transformers",
+]
+
+
+@pytest.mark.parametrize("installed", KERNELS_PACKAGE)
 def test_hugging_face_libraries_import_from_the_repository_root(installed, tmp_path):
     """Our folder `kernels` must be taken for nobody's package: not found without theirs, not in its way with it."""
     present = {dist.metadata["Name"] for dist in importlib.metadata.distributions()}
@@ -256,7 +262,10 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
+SLOW_STARTS = ("deepspeed_module", "module")
+
+
+@pytest.mark.parametrize("start", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_STARTS else n for n in STARTS])
 def test_training_starts_every_way_with_one_config(start, config_by_script, tmp_path):
     cwd = tmp_path if start == "script_from_elsewhere" else ROOT
     assert printed_config(*STARTS[start](), cwd=cwd) == config_by_script

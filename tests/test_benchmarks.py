@@ -318,6 +318,7 @@ def test_runner_goes_on_after_a_failure_and_records_it(tmp_path, monkeypatch):
     assert run.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_registry_names_what_can_be_run():
     for name, command in run.BENCHMARKS.items():
         done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)

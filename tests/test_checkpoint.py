@@ -174,7 +174,7 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints_and_go(copied, model):
 
 @pytest.mark.parametrize(
     ("zero", "ranks"),
-    [(0, (2, 1)), (2, (1, 2)), *(pytest.param(3, ranks, marks=pytest.mark.slow) for ranks in ((2, 1), (1, 2)))],
+    [(2, (1, 2)), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, (2, 1)), (3, (2, 1)), (3, (1, 2))))],
     ids=str,
 )
 def test_another_number_of_ranks_goes_on(zero, ranks, model, tmp_path):

@@ -98,6 +98,7 @@ def test_a_lost_rank_ends_the_other_with_a_line_that_names_it(victim, model, tmp
     assert f"rank {victim} is lost" in (tmp_path / f"rank{1 - victim}.log").read_text()
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_alone_ends_the_other_with_its_message(model, tmp_path):
     """Only rank 1 cannot read its model: rank 0 would wait for it in the first collective."""
     case = CASE | {"ranks": 2}

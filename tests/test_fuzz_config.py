@@ -165,6 +165,7 @@ def run_valid(base: Path, config: dict) -> None:
         assert asked.items() <= stored[name].items()
 
 
+@pytest.mark.slow
 @fuzz(8)
 @given(config=valid_configs())
 def test_valid_configs_train(base, config):

@@ -169,7 +169,7 @@ RECIPES = {
 }
 
 
-SLOW = ("data", "checkpointing", "zero2")
+SLOW = ("data", "accumulation", "checkpointing", "zero2")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES])

@@ -46,7 +46,7 @@ def test_parts_are_counted_without_what_lies_inside_them():
     assert found == pytest.approx({name: value / 2e6 for name, value in expected.items()})
 
 
-@pytest.mark.parametrize("overlap", ["false", "true"])
+@pytest.mark.parametrize("overlap", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_profile_of_the_digits_run(overlap, tmp_path, capsys):
     output = tmp_path / "profile.json"
     words = ["--updates", "3", "--warm_up", "1", "--output", str(output)]

@@ -152,7 +152,11 @@ def assert_knows_its_base(output: Path, base: UNet2DConditionModel, path: Path, 
     assert not matches(record["fingerprint"], module_weights(tiny.unet(), "another"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW_RECIPES = ("warm-up", "every second", "channels last", "accumulation", "lora frozen", "frozen", "weighted")
+SLOW_RECIPES += ("lockstep noise fixed", "naive", "zero 2", "fp32 8 bit", "overlap zero 3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_RECIPES else n for n in RECIPES])
 def test_every_choice_trains(name, sd, prompts, tmp_path):
     """The recommended config with one choice changed: finite losses, a model of the right shapes that moved."""
     output = tmp_path / "run"
@@ -211,7 +215,7 @@ RESUMED = {
 }
 
 
-SLOW = ("bf16, 8 bit, frozen", "bf16, zero 3")
+SLOW = ("bf16", "bf16, 8 bit, frozen", "zero 3", "bf16, zero 3")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RESUMED])
@@ -226,6 +230,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(name, sd, prompts, tmp_pat
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_refused(sd, prompts, tmp_path, capsys):
     output = tmp_path / "run"
     words = [*small(sd), "--prompts.source", str(prompts)]

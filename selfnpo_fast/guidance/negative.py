@@ -77,7 +77,8 @@ def load_negative(
 
     `source`: a training run's output folder or its negative/ part; a pipeline or denoiser folder in diffusers format; a
     Hub id, owner/name, with a folder or a .safetensors file behind it if need be (`revision` and `variant` are of it);
-    a safetensors file with full weights or a LoRA; or a module or a Negative, which is taken over.
+    a safetensors file with full weights or a LoRA; a module, which is taken over; or a Negative, whose network is
+    returned as it is unless alpha, beta or base change it.
     `base` is theta, a folder, Hub id or file; needed for alpha other than 1 and where the positive is a fine-tune of
     what the negative was trained from. alpha = 0 takes a negative of full weights as it is, whatever the positive is.
 
@@ -90,6 +91,8 @@ def load_negative(
     check_strengths(alpha, beta)
     positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
     if isinstance(source, Negative) and source.network is not None:
+        if alpha == beta == 1 and base is None:
+            return source
         source = source.network
     loaded = _load(positive, source, denoiser_name, revision, variant)
     theta = None

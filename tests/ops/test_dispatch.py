@@ -181,7 +181,8 @@ def test_import_order(first):
     assert said(child(first + "\n" + ONE_CALL)) == "12.0 cpp"
 
 
-@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_the_extension_takes_what_the_machine_has(capability):
     """As on a machine without AVX2, and on one without AVX-512: it passes the tests of its values."""
     chosen = "cpp and (3x4x5x7 or 1x2 or 257x4 or test_bits or test_integers or test_whole_runs or test_lists)"

@@ -109,7 +109,8 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 # Draws of each backend; the interpreter walks some 10^5 a second.
 AMOUNTS = [
-    pytest.param("cpp", 10**7),
+    pytest.param("cpp", 10**6),
+    pytest.param("cpp", 10**7, marks=pytest.mark.slow),
     pytest.param("reference", 10**6),
     pytest.param("reference", 10**7, marks=pytest.mark.slow),
     pytest.param("triton", 10**7 if torch.cuda.is_available() else 10**5),
