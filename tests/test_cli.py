@@ -97,6 +97,16 @@ def test_sample_from_a_file_with_a_negative(tmp_path, negative):
         assert abs(ours - pixels(tmp_path / "plain" / name)).max() > 20
 
 
+def test_guidance_outside_of_every_step_is_none(tmp_path, negative):
+    common = ["--prompt", PROMPT, "--negative", negative]
+    empty = ["--guidance_interval", 0.4, 0.6]  # holds neither of the two steps
+    for name, words in {"interval": empty, "scale 1": ["--guidance_scale", 1], "guided": []}.items():
+        assert sample(tmp_path / name, *common, *words) == 0
+    drawn = {name: pixels(tmp_path / name / "0000-seed0.png") for name in ("interval", "scale 1", "guided")}
+    assert abs(drawn["interval"] - drawn["scale 1"]).max() <= 1
+    assert abs(drawn["interval"] - drawn["guided"]).max() > 20
+
+
 def test_no_name_leaves_the_output_folder(tmp_path):
     """What a prompt file, a prompt or a negative is called never becomes a path of ours."""
     prompts = tmp_path / "in" / "..%2f..%2fprompts.txt"
@@ -195,6 +205,12 @@ MISTAKES = {
     "huge seed": ([*DRAW, "--seed", str(2**63)], "seed: "),
     "resolution no multiple": ([*DRAW, "--resolution", "30"], "model.resolution: 30 is no multiple of 4"),
     "resolution 0": ([*DRAW, "--resolution", "0"], "model.resolution: 0 "),
+    "interval the wrong way": ([*DRAW, "--guidance_interval", "0.8", "0.2"], "guidance_interval: "),
+    "half an interval": ([*DRAW, "--guidance_interval", "0.8"], "guidance_interval: "),
+    "rescale above 1": ([*DRAW, "--guidance_rescale", "2"], "guidance_rescale: 2"),
+    "alpha above 1": ([*DRAW, "--negative", "{negative}", "--alpha", "2"], "alpha: 2"),
+    "alpha without a base": ([*DRAW, "--negative", "{negative}", "--alpha", "0.5"], "alpha: 0.5 needs the base"),
+    "the model itself": ([*DRAW, "--negative", str(DIGITS_DIR)], "negative: .* equals the positive model"),
     "unknown solver": ([*DRAW, "--solver", "heun"], ".*solver"),
     "not a number": ([*DRAW, "--steps", "many"], ".*steps"),
     "unknown option": ([*DRAW, "--colour", "red"], ".*--colour"),
