@@ -57,11 +57,11 @@ class Course:
 
 
 COURSES = {
-    "continuous": Course("continuous", (15, 30, 60, 120, 180, 240), {"continuous rollouts (ours)": CONTINUOUS}),
-    "overlap": Course("continuous", (60, 120, 240), {}, {"rollout.overlap": True}),
+    "continuous": Course("continuous", (3, 6, 9, 15, 30, 60, 120, 240), {"continuous rollouts (ours)": CONTINUOUS}),
+    "overlap": Course("continuous", (60, 240), {}, {"rollout.overlap": True}),
     "authors": Course(
         "authors",
-        (15, 30, 60, 120, 180, 240),
+        (5, 10, 15, 30, 60, 120, 240),
         {
             "authors' recipe, their schedule": "released",
             "authors' recipe, no dead branches": "released_live",
@@ -70,7 +70,7 @@ COURSES = {
     ),
     "full": Course(
         "full",
-        (5, 10, 20, 40, 80),
+        (1, 2, 5, 10, 20),
         {"full simulation, calls as released": "full", "full simulation, no dead branches": "full_live"},
     ),
 }
@@ -80,17 +80,23 @@ def train_course(name: str, seed: int, work: Path) -> dict[int, Path]:
     """Folders of the negative models along one run, by update."""
     course, output = COURSES[name], work / slug(name) / f"seed{seed}"
     folders = {update: output / f"negative-{update}" for update in course.updates}
-    if all(folder.is_dir() for folder in folders.values()):
+    missing = [update for update in course.updates if not folders[update].is_dir()]
+    if not missing:
         return folders
-    every = int(np.gcd.reduce(course.updates))
     options = START | dict(RECIPES[course.recipe].changes) | course.changes
     if options["rollout.start"] == "data":
         del options["prompts.source"]
-    options |= {"output": output / "run", "seed": seed, "updates": max(course.updates)}
-    options |= {"log.sample_every": -1, "log.every": 20, "log.checkpoint_every": every, "log.keep": 1000}
+    options |= {"output": output / "run", "seed": seed, "updates": max(missing)}
+    options |= {
+        "log.sample_every": -1,
+        "log.every": 20,
+        "log.checkpoint_every": int(np.gcd.reduce(missing)),
+        "log.keep": 1000,
+    }
     selfnpo_train(output / "run", options)
     network = digits().network()
-    for update, folder in folders.items():
+    for update in missing:
+        folder = folders[update]
         checkpoint = output / "run" / "checkpoints" / f"update-{update:07d}"
         network.load_state_dict(load_file(checkpoint / "student.safetensors"))
         network.save_pretrained(folder.with_suffix(".tmp") / "unet")
