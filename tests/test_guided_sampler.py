@@ -205,11 +205,10 @@ def test_an_image_depends_on_its_own_seed_and_prompt_alone(sd, kind):
     assert (whole[0] - whole[2]).abs().max() > 0.01
 
 
-def test_a_pipeline_that_moves_away_is_noticed(tmp_path):
-    pipe = pipeline(tiny.write_sd(tmp_path))
-    sampler = GuidedSampler.from_pipeline(pipe, lora(pipe.unet))
-    pipe.unet.to("meta")
-    with pytest.raises(UserError, match="pipe: its unet has left cpu"):
+def test_a_pipeline_that_moves_away_is_noticed(sd):
+    sampler = GuidedSampler.from_pipeline(sd)
+    sampler.device = torch.device("cuda")  # as if it had been made there: nothing else than a CPU is here to move to
+    with pytest.raises(UserError, match="pipe: its unet has left cuda; make a sampler anew"):
         draw(sampler)
 
 
