@@ -355,3 +355,17 @@ def test_other_pipelines_are_refused(sd, tmp_path):
     for option, value in (("compile", "fast"), ("branches", "both"), ("max_shapes", 0)):
         with pytest.raises(UserError, match=f"^{option}: "):
             GuidedSampler.from_pipeline(sd, **{option: value})
+
+
+def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
+    """As the stock pipelines do; the autoencoder is given back as it was. (Networks stay in float32 on a CPU.)"""
+    pipe = pipeline(tiny.write_sd(tmp_path))
+    pipe.vae.register_to_config(force_upcast=True)
+    sampler = GuidedSampler.from_pipeline(pipe)
+    whole = draw(sampler, output="pt")
+    pipe.vae.to(torch.float16)
+    seen = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    torch.testing.assert_close(draw(sampler, output="pt"), whole, rtol=0, atol=2e-2)  # weights lost digits
+    assert set(seen) == {torch.float32}
+    assert pipe.vae.dtype == torch.float16

@@ -43,6 +43,7 @@ PICTURES_SEED = 5
 SCALES = (2.0, 3.0)
 BASE_SCALES = (2.0, 2.5, 3.0, 4.0)
 TARGETS = (0.01, 0.02, 0.03)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 BATCH = int(START["engine.batch_size"])
 
 
@@ -139,8 +140,28 @@ def train(names: Sequence[str], work: Path) -> None:
                 update: max(judge.realness(f"{name} {seed} {update}", folder, scale) for scale in SCALES) - base
                 for update, folder in course.items()
             }
-            print(name, seed, {k: round(v, 4) for k, v in gains[str(seed)].items()}, flush=True)
+            print(name, seed, {update: round(gain, 4) for update, gain in gains[str(seed)].items()}, flush=True)
         (work / f"gains-{slug(name)}.json").write_text(json.dumps({"base": base, "gains": gains}, indent=1))
+
+
+def control(work: Path) -> None:
+    """What training's direction is worth: each weight of an early negative moved as far, to a random side."""
+    course, judge = COURSES["continuous"], Judge(work, "control")
+    base, update = max(judge.realness(BASE, None, scale) for scale in BASE_SCALES), min(course.updates)
+    own, gains = digits().network().state_dict(), {}
+    for seed in TRAINING_SEEDS:
+        folder = work / "control" / f"seed{seed}"
+        trained = load_file(train_course("continuous", seed, work)[update] / "unet" / WEIGHTS)
+        generator, network = torch.Generator().manual_seed(seed), digits().network()
+        flipped = {
+            name: own[name] + (value - own[name]) * (torch.randint(2, value.shape, generator=generator) * 2 - 1)
+            for name, value in trained.items()
+        }
+        network.load_state_dict(flipped)
+        network.save_pretrained(folder / "unet")
+        gains[str(seed)] = max(judge.realness(f"control {seed}", folder, scale) for scale in SCALES) - base
+    print("control", gains, flush=True)
+    (work / "control.json").write_text(json.dumps({"update": update, "gains": gains}, indent=1))
 
 
 def time_arms(rounds: int) -> dict[str, object]:
@@ -186,7 +207,7 @@ def seconds_to(target: float, gains: Mapping[int, float], per_update: float, sta
 def summarise(work: Path) -> dict[str, object]:
     """Everything measured, and seconds to each target by schedule and training seed."""
     timing = json.loads((work / "timing.json").read_text())
-    out = {"timing": timing, "courses": {}, "schedules": {}}
+    out = {"timing": timing, "control": json.loads((work / "control.json").read_text()), "courses": {}, "schedules": {}}
     for name, course in COURSES.items():
         record = json.loads((work / f"gains-{slug(name)}.json").read_text())
         out["courses"][name] = {"recipe": course.recipe, "changes": dict(course.changes), **record}
@@ -254,6 +275,8 @@ def main() -> None:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
         train(args.courses or list(COURSES), args.work)
+        if not args.courses:
+            control(args.work)
     elif args.stage == "time":
         (args.work / "timing.json").write_text(json.dumps(time_arms(args.rounds), indent=1))
     else:

@@ -300,12 +300,13 @@ class StableDiffusionAdapter:
         pixels = latents[0, 0].numel() * self.vae_scale**2
         batch_size = max(1, 2**20 // pixels)
         vae = self.vae.to(latents.device)
-        dtype = vae.dtype
-        if dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in float16
+        upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in float16
+        if upcast:
             vae.to(torch.float32)
         scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         pictures = [vae.decode(part.to(vae.dtype)).sample.float().clamp(-1, 1) for part in scaled.split(batch_size)]
-        vae.to(dtype)
+        if upcast:
+            vae.to(torch.float16)
         return torch.cat(pictures)
 
     @torch.no_grad()
