@@ -29,6 +29,8 @@ from selfnpo_fast.world import DTYPES, World
 
 TOLERANCE = 0.10
 _MARK = "selfnpo.verify."
+MOST_HELD = 1.0
+"""Seconds after which a tensor that was sent is no longer waited for (one whose sending goes on in the background)."""
 _SENDING = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 
 
@@ -86,14 +88,22 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
 
 def _held(reduction):
     """gloo's worker may be the last to let go of a tensor that was sent, and of that thread the profiler keeps no
-    records: hold it a little longer, so that it is freed here."""
+    records: hold the tensors until it has, so that they are freed here."""
 
     def call(*args, **kwargs):
+        storages = [value.untyped_storage() for value in args if isinstance(value, torch.Tensor)]
+        before, deadline = [_owners(storage) for storage in storages], time.monotonic() + MOST_HELD
         result = reduction(*args, **kwargs)
-        time.sleep(0.02)
+        while [_owners(storage) for storage in storages] != before and time.monotonic() < deadline:
+            time.sleep(0.001)
         return result
 
     return call
+
+
+def _owners(storage: torch.UntypedStorage) -> int:
+    """How many tensors lie in a storage."""
+    return torch._C._storage_Use_Count(storage._cdata)
 
 
 def _marked(name: str, function):
