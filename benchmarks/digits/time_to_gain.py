@@ -42,6 +42,7 @@ PICTURES_SEED = 5
 """Of the pictures' prompts and noise: neither those of the report's choice nor of its confirmation."""
 SCALES = (2.0, 3.0)
 BASE_SCALES = (2.0, 2.5, 3.0, 4.0)
+CONTROL_UPDATE = 3
 LEAST_ACCURACY = 0.95
 TARGETS = (0.01, 0.02, 0.03)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -152,12 +153,12 @@ def train(names: Sequence[str], work: Path) -> None:
 
 def control(work: Path) -> None:
     """What training's direction is worth: each weight of an early negative moved as far, to a random side."""
-    course, judge = COURSES["continuous"], Judge(work, "control")
-    base, update = judge.best(BASE, None, BASE_SCALES), min(course.updates)
+    judge = Judge(work, "control")
+    base = judge.best(BASE, None, BASE_SCALES)
     own, gains = digits().network().state_dict(), {}
     for seed in TRAINING_SEEDS:
         folder = work / "control" / f"seed{seed}"
-        trained = load_file(train_course("continuous", seed, work)[update] / "unet" / WEIGHTS)
+        trained = load_file(train_course("continuous", seed, work)[CONTROL_UPDATE] / "unet" / WEIGHTS)
         generator, network = torch.Generator().manual_seed(seed), digits().network()
         flipped = {
             name: own[name] + (value - own[name]) * (torch.randint(2, value.shape, generator=generator) * 2 - 1)
@@ -167,7 +168,7 @@ def control(work: Path) -> None:
         network.save_pretrained(folder / "unet")
         gains[str(seed)] = judge.best(f"control {seed}", folder, SCALES) - base
     print("control", gains, flush=True)
-    (work / "control.json").write_text(json.dumps({"update": update, "gains": gains}, indent=1))
+    (work / "control.json").write_text(json.dumps({"update": CONTROL_UPDATE, "gains": gains}, indent=1))
 
 
 def time_arms(rounds: int) -> dict[str, object]:
