@@ -369,3 +369,15 @@ def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
     torch.testing.assert_close(draw(sampler, output="pt"), whole, rtol=0, atol=2e-2)  # weights lost digits
     assert set(seen) == {torch.float32}
     assert pipe.vae.dtype == torch.float16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_cuda_graphs_draw_the_same(tmp_path, kind):
+    """Captured steps, of several lengths and with single branches, against plain ones and the attached pipeline."""
+    pipe = pipeline(tiny.write_sd(tmp_path)).to("cuda")
+    negative = negatives(pipe.unet.to("cpu"))[kind]
+    pipe.to("cuda")
+    plain, captured = (GuidedSampler.from_pipeline(pipe, negative, compile=how) for how in ("off", "max"))
+    for options in ({}, {"steps": 12}, {"guidance_interval": (0.3, 0.8)}, {"batch_size": 1}):
+        assert_same(draw(captured, **options), draw(plain, **options), 1e-3)
