@@ -308,6 +308,13 @@ def test_half_precision_keeps_its_state_in_float32(tmp_path):
     assert draw(sampler, output="pt").isfinite().all()
 
 
+def test_a_second_network_is_brought_to_the_positives_precision(sd, tmp_path):
+    pipe = pipeline(tiny.write_sd(tmp_path)).to(torch.bfloat16)
+    negative = merged(sd.unet, lora(sd.unet))
+    assert draw(GuidedSampler.from_pipeline(pipe, negative)).isfinite().all()
+    assert negative.network.dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_compiled_blocks_draw_the_same(sd, kind):
@@ -375,8 +382,8 @@ def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_cuda_graphs_draw_the_same(tmp_path, kind):
     """Captured steps, of several lengths and with single branches, against plain ones and the attached pipeline."""
-    pipe = pipeline(tiny.write_sd(tmp_path)).to("cuda")
-    negative = negatives(pipe.unet.to("cpu"))[kind]
+    pipe = pipeline(tiny.write_sd(tmp_path))
+    negative = negatives(pipe.unet)[kind]
     pipe.to("cuda")
     plain, captured = (GuidedSampler.from_pipeline(pipe, negative, compile=how) for how in ("off", "max"))
     for options in ({}, {"steps": 12}, {"guidance_interval": (0.3, 0.8)}, {"batch_size": 1}):

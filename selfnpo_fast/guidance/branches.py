@@ -40,6 +40,9 @@ class Branches:
         self.backbone: LowRankBackbone | None = None
         against = negative.network if negative is not None else None
         deltas = negative.deltas if negative is not None else None
+        if isinstance(against, nn.Module):
+            like = next(positive.parameters())
+            nn.Module.to(against, like.device, like.dtype)  # without ModelMixin's warning
         if deltas is not None or compile != "off":
             # A module tree of our own over the caller's tensors: his network keeps its layers and compiles nothing.
             self.positive = share(positive)
