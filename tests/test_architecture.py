@@ -212,13 +212,8 @@ def install_stand_in(site: Path, version: str) -> Path:
     return site / "kernels" / "__init__.py"
 
 
-KERNELS_PACKAGE = [
-    *(pytest.param(state, marks=pytest.mark.slow) for state in ("none", "refused by transformers")),
-    "accepted by transformers",
-]
-
-
-@pytest.mark.parametrize("installed", KERNELS_PACKAGE)
+@pytest.mark.slow
+@pytest.mark.parametrize("installed", ["none", "accepted by transformers", "refused by transformers"])
 def test_hugging_face_libraries_import_from_the_repository_root(installed, tmp_path):
     """Our folder `kernels` must be taken for nobody's package: not found without theirs, not in its way with it."""
     present = {dist.metadata["Name"] for dist in importlib.metadata.distributions()}

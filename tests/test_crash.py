@@ -20,7 +20,7 @@ def model(tmp_path_factory):
     return tiny.write_sd(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [FEW[0], pytest.param(FEW[1], marks=pytest.mark.slow)], ids=str)
 def test_a_killed_run_ends_in_the_same_bits(case, model, tmp_path):
     crash.crash(case, 3, tmp_path, model, random.Random(3))
 

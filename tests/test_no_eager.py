@@ -95,6 +95,7 @@ def test_an_update_of_other_recipes(name, monkeypatch, tmp_path):
     assert not {"aten._to_copy", "aten.copy_"} & update.seen.keys(), "float32 latents are not copied either"
 
 
+@pytest.mark.slow
 def test_an_update_in_bf16(monkeypatch, tmp_path):
     """The shadow of the moving average is written by the op that moves it."""
     update = run(monkeypatch, tmp_path / "run", "--engine.precision", "bf16")

@@ -153,7 +153,8 @@ def assert_knows_its_base(output: Path, base: UNet2DConditionModel, path: Path, 
 
 
 SLOW_RECIPES = ("warm-up", "every second", "channels last", "accumulation", "lora frozen", "frozen", "weighted")
-SLOW_RECIPES += ("lockstep noise fixed", "naive", "zero 2", "fp32 8 bit", "overlap zero 3")
+SLOW_RECIPES += ("lockstep noise", "lockstep noise fixed", "naive", "fp32 adamw", "fp32 8 bit", "zero 2", "zero 3")
+SLOW_RECIPES += ("overlap zero 3", "channels last fp32")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_RECIPES else n for n in RECIPES])
@@ -382,7 +383,8 @@ def launch(module: list[str], output: Path, *words: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
-@pytest.mark.parametrize(("stage", "overlap"), [("0", "false"), pytest.param("2", "true", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "overlap"), [("0", "false"), ("2", "true")])
 def test_two_ranks_train_like_one(stage, overlap, tmp_path):
     """`deepspeed --num_gpus 2` on CPU: the same pairs, losses to rounding, weights to Adam's sign noise."""
     words = ["--updates", "4", "--engine.batch_size", "8", "--log.every", "1", "--log.sample_every", "-1"]
