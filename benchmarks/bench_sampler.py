@@ -15,7 +15,6 @@ Cold start: a new process that imports, loads the embedded digits pipeline and d
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ if not __package__:  # run as a script: Python put this folder on the path, not 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread  # noqa: E402
+from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
 from benchmarks.nets import NETS, BenchNet  # noqa: E402
 from benchmarks.sampler_arms import ARMS, STOCK, TWO, Arm, Bench, peak_bytes, synchronize  # noqa: E402
 from selfnpo_fast.console import quiet_libraries  # noqa: E402
@@ -237,16 +236,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: the correctness gate failed and nothing was timed:\n  {reasons}", file=sys.stderr)
             return 1
         print(table(name, nets[name], environment), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     rounds = args.cold if args.cold is not None else (0 if args.quick else 7)
     with tempfile.TemporaryDirectory() as work:
         cold = cold_starts(rounds, Path(work)) if rounds else {}
     for name, record in cold.items():
         print(f"cold start, {name}: {record['seconds']['median']:.2f} s, {record['ratio']['median']:.3f} x stock")
     result = {"benchmark": "bench_sampler", "environment": environment, "nets": nets, "cold_start": cold}
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    chart(result).savefig(args.output.with_suffix(".png"))
-    print(f"{args.output}\n{args.output.with_suffix('.png')}")
+    write_result(args.output, result, chart(result))
     return 0
 
 

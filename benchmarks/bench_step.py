@@ -18,7 +18,6 @@ the start-up that fills their slots once per run. They have one group of slots; 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ if not __package__:  # run as a script: Python put this folder on the path, not 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread  # noqa: E402
+from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
 from benchmarks.nets import NETS, BenchNet  # noqa: E402
 from benchmarks.step_arms import (  # noqa: E402
     ARMS,
@@ -327,10 +326,7 @@ def main(argv: Sequence[str] | None = None, arms: Sequence[Arm] = ARMS) -> int:
         print(table(name, nets[name], environment), flush=True)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     result = {"benchmark": "bench_step", "environment": environment, "arguments": arguments, "nets": nets}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    chart(result).savefig(args.output.with_suffix(".png"))
-    print(f"{args.output}\n{args.output.with_suffix('.png')}")
+    write_result(args.output, result, chart(result))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import re
@@ -95,6 +96,14 @@ def bar_chart(panels: Mapping[str, Mapping[str, Mapping[str, float]]], xlabel: s
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def write_result(output: Path, result: Mapping[str, object], figure: Figure) -> None:
+    """A benchmark's JSON, its chart beside it, and where they are."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    figure.savefig(output.with_suffix(".png"))
+    print(f"{output}\n{output.with_suffix('.png')}")
 
 
 def _cpu_model() -> str:

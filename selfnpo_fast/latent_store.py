@@ -156,6 +156,7 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
         return places, [pictures[i].read_square(adapter.resolution) for i in places]
 
     def encode(reading: Future) -> torch.Tensor:
+        """Latents of the pictures that have been read, on the CPU."""
         places, images = reading.result()
         if not places:
             return torch.empty(0, *adapter.latent_shape)

@@ -91,6 +91,7 @@ def _held(reduction):
     records: hold the tensors until it has, so that they are freed here."""
 
     def call(*args, **kwargs):
+        """The reduction; returns when nobody else holds what was sent."""
         storages = [value.untyped_storage() for value in args if isinstance(value, torch.Tensor)]
         before, deadline = [_owners(storage) for storage in storages], time.monotonic() + MOST_HELD
         result = reduction(*args, **kwargs)

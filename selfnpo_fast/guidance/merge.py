@@ -129,6 +129,7 @@ def _checked(result: Weights, positive: Weights, dtype: str) -> Weights:
     target, seen, differs = DTYPES[dtype][0], set(), False
 
     def read(name: str) -> torch.Tensor:
+        """One tensor, checked."""
         nonlocal differs
         value = result.read(name).to(target).contiguous()
         if not value.isfinite().all():

@@ -51,6 +51,7 @@ def mixture(
     """
 
     def read(name: str) -> torch.Tensor:
+        """One tensor of the mixture, computed now."""
         tuned = positive.read(name).float()
         base = tuned if theta is positive else theta.read(name).to(tuned.device).float()
         if isinstance(negative, Weights):
@@ -94,6 +95,7 @@ def file_weights(source: Source, config: dict, field: str) -> Weights:
         keys = _from_original(list(place), config, source.name, field)
 
     def read(name: str) -> torch.Tensor:
+        """One tensor from its file, which is mapped for as long as this takes."""
         path = place[keys[name]]
         try:
             with safe_open(path, "pt") as file:
