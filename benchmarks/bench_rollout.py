@@ -48,6 +48,7 @@ def one_rank(words: Sequence[str], updates: int) -> dict[str, object]:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         trainer, recorder, world = make_trainer(words, Path(folder) / "run")
+        trainer.producer.rollout.fill()
         seconds = []
         for _ in range(WARM_UP + updates):
             world.barrier()

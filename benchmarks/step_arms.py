@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -11,7 +12,6 @@ from benchmarks.nets import BenchNet
 from selfnpo_fast.compiling import compile_blocks
 from selfnpo_fast.config import LossConfig, OptimizerConfig, RolloutConfig
 from selfnpo_fast.engine import make_optimizer
-from selfnpo_fast.lora import share_frozen
 from selfnpo_fast.moving_reference import MovingReference
 from selfnpo_fast.objective import Objective
 from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
@@ -98,7 +98,7 @@ class Workbench:
     ) -> None:
         self.net, self.batch, self.device = net, batch, device
         self.student = net.network(dtype).to(device).train().requires_grad_(True)
-        self.reference = share_frozen(self.student)
+        self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
         for network in (self.student, self.reference):  # for all arms alike
             compile_blocks(network, compile)
         self.cond = net.table(ITEMS, dtype, device)

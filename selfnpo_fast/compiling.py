@@ -23,11 +23,12 @@ def compiled(function: Callable, choice: str, *, dynamic: bool = False) -> Calla
     return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=MODES[choice])
 
 
-def compile_blocks(module: nn.Module, choice: str) -> int:
+def compile_blocks(module: nn.Module, choice: str, *, training: bool = False) -> int:
     """Compile the blocks of which a diffusers denoiser has many alike; how many there are.
 
     Blocks of one kind and shape share their code, so this takes a fraction of the time that the whole network does. The
-    module keeps its parameters, names and hooks.
+    module keeps its parameters, names and hooks. With `training`, calls without gradients run as they are: those of
+    sample grids, and of a reference that is the same network, come in too many shapes to compile each.
     """
     if choice == "off":
         return 0
@@ -35,5 +36,14 @@ def compile_blocks(module: nn.Module, choice: str) -> int:
     blocks = [block for block in module.modules() if type(block).__name__ in kinds]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False, mode=MODES[choice], recompile_limit=RECOMPILES)
+        if training:
+            block._compiled_call_impl = _with_gradients(block._compiled_call_impl, block._call_impl)
     logger.info("engine.compile: %d blocks of the student; the first updates take longer", len(blocks))
     return len(blocks)
+
+
+def _with_gradients(compiled: Callable, plain: Callable) -> Callable:
+    def call(*args, **kwargs):
+        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return call

@@ -337,7 +337,7 @@ class LogConfig:
     """What is written while training."""
 
     every: int = 10
-    """Updates between two lines of metrics."""
+    """Updates between two lines of metrics, and between two looks for skipped updates."""
     sample_every: int = 0
     """Updates between two sample grids, base beside Self-NPO; 0 for one grid at the end, -1 for none."""
     sample_prompts: int = 8

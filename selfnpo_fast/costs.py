@@ -165,13 +165,14 @@ def memory(run: Run) -> Memory:
     """Peak memory of one rank in a steady update, without the allocator's fragmentation or libraries' workspaces."""
     config, network = run.config, run.network
     ema = config.reference.kind == "ema"
-    # A copy of what is trained; the rest is shared. Where it is float32 it is its own master.
+    # A copy of what is trained, but none where it is the base under low-rank weights; float32 is its own master.
+    copied = network.trained_bytes if ema or not config.lora.rank else 0
     apart = ema and config.engine.precision != "fp32"
     masters = 4 * math.ceil(network.trained / run.world_size) if apart else 0  # each on one rank
     rest, phases = _engine(run)
     if config.rollout.overlap:  # the reference runs beside all the rest
         phases = {name: size + run.reference_peak for name, size in phases.items() if name != REFERENCE}
-    rest |= {"reference": network.trained_bytes, "EMA masters": masters, **_buffers(run)}
+    rest |= {"reference": copied, "EMA masters": masters, **_buffers(run)}
     return Memory({name: size for name, size in rest.items() if size}, phases)
 
 

@@ -37,7 +37,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict
         "train_batch_size": engine.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": engine.accumulation,
-        "gradient_clipping": config.optimizer.clip,
+        "gradient_clipping": config.optimizer.clip if zero_stage(config) else 0,  # without ZeRO we clip ourselves
         "zero_optimization": {
             "stage": zero_stage(config),
             "overlap_comm": torch.cuda.is_available(),
@@ -56,22 +56,6 @@ def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict
     return out
 
 
-def _skipping(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The optimiser `base` with an `overflow` flag that turns its next step into nothing.
-
-    Without ZeRO, DeepSpeed takes any gradient but reads such a flag; its own optimisers have one.
-    """
-
-    class Skipping(base):
-        overflow = False
-
-        def step(self, closure=None):
-            """The step of `base`, unless the gradients are known to be useless."""
-            return None if self.overflow else super().step(closure)
-
-    return Skipping
-
-
 def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
     """A factory that DeepSpeed calls with the parameters it manages."""
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
@@ -80,12 +64,39 @@ def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], to
         """The optimiser over `params`."""
         params = list(params)
         if config.name == "adamw8bit":
-            import bitsandbytes
-
-            return _skipping(bitsandbytes.optim.AdamW8bit)(params, **arguments)
-        return _skipping(torch.optim.AdamW)(params, fused=True, **arguments)
+            return _eight_bit()(params, **arguments)
+        return torch.optim.AdamW(params, fused=True, **arguments)
 
     return build
+
+
+def _eight_bit() -> type[torch.optim.Optimizer]:
+    import bitsandbytes
+
+    class AdamW8bit(bitsandbytes.optim.AdamW8bit):
+        """With `found_inf`, as torch's fused AdamW reads it, but on the host: its kernels know of none."""
+
+        found_inf: torch.Tensor | None = None
+
+        def step(self, closure=None):
+            """Nothing, where the gradients are known to be useless."""
+            return None if self.found_inf is not None and self.found_inf.item() else super().step(closure)
+
+    return AdamW8bit
+
+
+def clip(optimizer: torch.optim.Optimizer, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale the gradients to a norm of at most `most` (0: leave them); one that is not finite voids the next step.
+
+    Returns scalar tensors, on which the host need not wait: the norm as it was, and whether it is finite.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    if most:
+        nn.utils.clip_grads_with_norm_(params, most, norm)
+    finite = norm.isfinite()
+    optimizer.found_inf = finite.logical_not().float()
+    return norm, finite
 
 
 def warmup_schedule(optimizer: torch.optim.Optimizer, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -93,39 +104,56 @@ def warmup_schedule(optimizer: torch.optim.Optimizer, warmup: int) -> torch.opti
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
 
 
-def _import_deepspeed():
+def start_deepspeed(world: World):
+    """The library, its communication set up; a second call does nothing more."""
     import deepspeed
 
     quiet_libraries()  # DeepSpeed sets its logger's level while it is imported
     # The shared-memory op takes a minute to compile and serves tensor-parallel inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
     return deepspeed
+
+
+class _Held(nn.Module):
+    """The network as DeepSpeed sees it: hooks and timers of its engine go here.
+
+    With LoRA the reference calls the network itself, perhaps in another thread, and must not meet them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def forward(self, *args, **kwargs):
+        """The network's."""
+        return self.network(*args, **kwargs)
 
 
 class StudentEngine:
     """The trained network: a thin face over a DeepSpeed engine."""
 
     def __init__(self, config: TrainConfig, student: nn.Module, world: World) -> None:
-        deepspeed = self._deepspeed = _import_deepspeed()
         if config.engine.precision == "fp16" and world.device.type == "cpu":
             raise UserError("engine.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
-        self.stage = zero_stage(config)
+        self.stage, self.clip = zero_stage(config), config.optimizer.clip
         if self.stage != config.engine.zero_stage:
             logger.info("ZeRO: stage 1 instead of 0, since %s keeps fp32 masters", config.engine.precision)
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
+        deepspeed = self._deepspeed = start_deepspeed(world)
         self.trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         # Its bf16 optimiser prints memory figures to standard output, whatever its log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
-                model=student,
+                model=_Held(student),
                 model_parameters=[p for _, p in self.trainable],
                 optimizer=make_optimizer(config.optimizer),
                 lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
                 config=deepspeed_config(config, world.size, sum(p.numel() for _, p in self.trainable)),
                 dist_init_required=False,
             )
-        self.module = self.engine.module
+        self.module = student
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
@@ -144,20 +172,20 @@ class StudentEngine:
         """Gradients of one micro-batch, reduced over ranks at the update's end."""
         self.engine.backward(loss)
 
-    def step(self) -> tuple[torch.Tensor, bool]:
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Close a micro-batch; at the update's end clip and update.
 
-        Returns the gradient norm (scalar tensor) and whether weights moved: a norm that is not finite skips the update.
+        Returns scalar tensors: the gradient norm, and whether weights moved: a norm that is not finite skips the
+        update. Without ZeRO, and with AdamW in float32, neither has to reach the host for that.
         """
-        norm = None
-        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            # Without ZeRO, DeepSpeed clips but keeps no norm.
-            norm = nn.utils.get_total_norm([p.grad for _, p in self.trainable if p.grad is not None])
-            self.engine.basic_optimizer.overflow = not norm.isfinite().item()
-        self.engine.step()
-        if norm is None:
+        if self.stage or not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
             norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm), self.engine.was_step_applied()
+            return torch.as_tensor(float("nan") if norm is None else norm), torch.tensor(self.engine.was_step_applied())
+        # DeepSpeed's own clipping reads the norm, and it would take any gradient.
+        norm, finite = clip(self.engine.basic_optimizer, self.clip)
+        self.engine.step()
+        return norm, finite
 
     @property
     def lr(self) -> float:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from selfnpo_fast.lora import Variant
 from selfnpo_fast.world import World
 from selfnpo_kernels import ema_update
 
@@ -19,11 +20,10 @@ ALIGN = 8
 
 
 class Reference:
-    """A network without gradients. `version` counts how often it has moved."""
+    """What runs the rollouts: a network, or one choice of its low-rank weights; `version` counts its moves."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module.requires_grad_(False).eval()
-        self.version = 0
+    def __init__(self, module: nn.Module | Variant) -> None:
+        self.module, self.version = module, 0
 
     def update(self) -> None:
         """Called once per optimiser update; a frozen reference stays."""
@@ -85,19 +85,21 @@ class MovingReference(Reference):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Variant,
         live: Iterable[tuple[str, nn.Parameter]],
         decay: float,
         gather: Gather | None = None,
         *,
+        average: dict[str, nn.Parameter] | None = None,
         every: int = 1,
         world: World | None = None,
     ) -> None:
+        """`average` holds the parameter that follows each live one; by default the module's own of the same name."""
         super().__init__(module)
         self.decay, self.gather, self.every, self.updates = decay, gather, every, 0
         self.world = world or World(0, 1, next(module.parameters()).device)
-        self._live, params = dict(live), dict(module.named_parameters())
-        self._shadow = {name: params[name] for name in self._live}
+        self._live, params = dict(live), dict(module.named_parameters()) if average is None else average
+        self._shadow = {name: params[name].requires_grad_(False) for name in self._live}
         low = {name: p for name, p in self._shadow.items() if p.dtype != torch.float32}
         self._shards = Shards(low, self.world)
         self._master = {name: p for name, p in self._shadow.items() if name not in low}

@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,6 +35,15 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
+@dataclass(frozen=True)
+class Skip:
+    """An update that left the weights as they were, and how many there have been with it."""
+
+    update: int
+    in_a_row: int
+    in_all: int
+
+
 class Recorder:
     """Sums on the device between two flushes; host reads happen in `flush` alone, which all ranks call together.
 
@@ -52,7 +62,9 @@ class Recorder:
         # The same on all ranks.
         self.norm = torch.zeros((), device=device)
         self.finite = torch.zeros((), device=device)
+        self.applied = torch.ones(every, dtype=torch.bool, device=device)  # by update, as losses are
         self.pending, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.skips: list[Skip] = []
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.clock = time.perf_counter()
         self.bar = self.writer = self.output = None
@@ -85,20 +97,20 @@ class Recorder:
         top = ranked.topk(WORST)
         self.worst[self.pending], self.worst_facts[self.pending] = top.values, facts[top.indices]
 
-    def close_update(self, norm: torch.Tensor, applied: bool, forwards: int) -> None:
-        """Note the end of an update: its gradient norm, whether weights moved, and this rank's reference forwards."""
+    def close_update(self, norm: torch.Tensor, applied: torch.Tensor, forwards: int) -> None:
+        """Note the end of an update: its gradient norm and whether weights moved (scalar tensors), and this rank's
+        reference forwards."""
         norm = norm.to(self.norm.device)
         self.norm += torch.where(norm.isfinite(), norm, 0)
         self.finite += norm.isfinite()
+        self.applied[self.pending].copy_(applied)
         self.forwards += forwards
         self.pending += 1
-        self.skipped += not applied
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if self.bar is not None:
             self.bar.update(1)
 
     def flush(self, update: int, lr: float) -> dict[str, float]:
-        """Write one line of metrics up to `update`, and a word about every spike of the loss."""
+        """Write one line of metrics up to `update`, and a word about every spike of the loss; note the `skips`."""
         sums = [self.loss, self.count, self.forwards.to(self.loss), self.update_loss, self.update_count]
         totals = torch.cat(sums)
         if self.world.size > 1:
@@ -108,6 +120,7 @@ class Recorder:
         loss, count, used, update_loss, update_count = totals.cpu().split([NOISE_BINS, NOISE_BINS, 1, every, every])
         pairs = count.sum().item()
         made = self.pending * self.config.engine.batch_size
+        self._count_skips(update)
         row = {
             "update": update,
             "loss": (loss.sum() / count.sum()).item(),
@@ -131,6 +144,14 @@ class Recorder:
         if self.world.is_main:
             self._try(lambda: self._write(update, row))
         return row
+
+    def _count_skips(self, update: int) -> None:
+        self.skips = []
+        for place, applied in enumerate(self.applied[: self.pending].tolist()):
+            self.skipped += not applied
+            self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+            if not applied:
+                self.skips.append(Skip(update - self.pending + place + 1, self.skipped_in_a_row, self.skipped))
 
     def _look_for_spikes(self, update: int, losses: torch.Tensor) -> None:
         """`losses` (log.every,): the mean loss of each update since the last flush."""
@@ -213,6 +234,7 @@ class Recorder:
             "norm": self.norm.item(),
             "finite": self.finite.item(),
             "pending": self.pending,
+            "applied": self.applied.tolist(),
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "recent": list(self.recent),
@@ -223,6 +245,7 @@ class Recorder:
         if saved["every"] == self.config.log.every:
             self.norm.fill_(saved["norm"])
             self.finite.fill_(saved["finite"])
+            self.applied.copy_(torch.tensor(saved["applied"]))
             self.pending = saved["pending"]
         self.skipped, self.skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
         self.recent.extend(saved["recent"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from selfnpo_fast.guidance.weights import module_weights
 from selfnpo_fast.images import image_grid
 from selfnpo_fast.latents import load_real_data
 from selfnpo_fast.lifecycle import StopRequest
-from selfnpo_fast.lora import add_lora, share_frozen
+from selfnpo_fast.lora import Variant, Weights, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.models import StableDiffusionAdapter, load_adapter
 from selfnpo_fast.moving_reference import MovingReference, Reference
 from selfnpo_fast.objective import Objective
@@ -85,6 +87,31 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     return Inputs(adapter, table, prompts, latents, student, base)
 
 
+def _split(
+    student: nn.Module, config: TrainConfig
+) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
+    """Make `student` trainable; the reference beside it, and its parameters by the names of those they follow (None:
+    the same names).
+
+    With full weights the reference is a copy. With LoRA it is the same network, called with other low-rank weights or
+    none; dropout would meet it as well, and stays off.
+    """
+    if not config.lora.rank:
+        reference = copy.deepcopy(student).requires_grad_(False).eval()
+        student.requires_grad_(True).train()
+        return reference, None
+    add_lora(student.eval(), config.lora, config.seed)
+    if config.reference.kind == "frozen":
+        return Variant(student, Weights.OFF), {}
+    return Variant(student, Weights.AVERAGE), add_average(student)
+
+
+def _to_channels_last(parameters: Iterable[nn.Parameter]) -> None:
+    for p in parameters:
+        if p.ndim == 4:
+            p.data = p.data.to(memory_format=torch.channels_last)
+
+
 class Trainer:
     """Holds the parts of a run; `run` is the loop."""
 
@@ -93,28 +120,22 @@ class Trainer:
         self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
         self.base = inputs.base
         student = inputs.student
-        lora = config.lora.rank > 0
-        if lora:
-            add_lora(student, config.lora, config.seed)
-        else:
-            student.requires_grad_(True)
-        # Copied before DeepSpeed touches the student. With LoRA the copy shares the backbone and starts equal (B = 0).
-        reference = share_frozen(student)
+        reference, average = _split(student, config)  # before DeepSpeed touches the student
         if config.engine.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        student.train()
-        compile_blocks(student, config.engine.compile)
+            checkpoint_gradients(student)
+        compile_blocks(student, config.engine.compile, training=True)
         self.engine = StudentEngine(config, student, world)
         if config.engine.channels_last:  # not before: DeepSpeed broadcasts row-major parameters alone
-            reference.to(memory_format=torch.channels_last)
-            if self.engine.stage == 0:
-                student.to(memory_format=torch.channels_last)
+            trained = {id(p) for p in student.parameters() if p.requires_grad}
+            flat = trained if self.engine.stage else set()
+            _to_channels_last(p for p in (*student.parameters(), *reference.parameters()) if id(p) not in flat)
         if config.reference.kind == "ema":
             self.reference: Reference = MovingReference(
                 reference,
                 self.engine.trainable,
                 config.reference.decay,
                 self.engine.gather if self.engine.stage == 3 else None,
+                average=average,
                 every=config.reference.every,
                 world=world,
             )
@@ -183,9 +204,8 @@ class Trainer:
             recorder.add(pairs, per_pair)
         with region("waiting"):
             self.producer.settle()
-        if applied:
-            with region("EMA"):
-                self.reference.update()
+        with region("EMA"):  # also after a skipped update: whether it was one need not be known here
+            self.reference.update()
         self.update += 1
         recorder.close_update(norm, applied, made.forwards)
 
@@ -202,7 +222,7 @@ class Trainer:
             last = self.update == self.config.updates
             if self.update % log.every == 0 or last:
                 recorder.flush(self.update, self.engine.lr)
-            self._count_skips(recorder)
+                self._report_skips(recorder)
             if last or (log.checkpoint_every and self.update % log.checkpoint_every == 0):
                 self._try_to_save(recorder)
             if not last and log.sample_every > 0 and self.update % log.sample_every == 0:
@@ -223,22 +243,20 @@ class Trainer:
             saved = f"checkpoint {self.save_checkpoint(recorder)}"
         logger.warning("%s: stopped after update %d; %s; go on with --resume", stop.signal, self.update, saved)
 
-    def _count_skips(self, recorder: Recorder) -> None:
-        row = recorder.skipped_in_a_row
-        if not row:
-            return
-        scale = f"; the loss scale is {self.engine.loss_scale:g} now" if self.engine.loss_scale else ""
-        logger.warning(
-            "update %d skipped: its loss or gradient is not finite (%d in a row, %d in all)%s",
-            self.update, row, recorder.skipped, scale,
-        )  # fmt: skip
-        if row == self.config.optimizer.max_skipped:
-            last = newest_whole(self.output / "checkpoints")
-            raise RunError(
-                f"{row} updates in a row had a loss or gradient that is not finite (optimizer.max_skipped); the last "
-                f"good checkpoint is {last or 'none: none was written'}; lower optimizer.lr, or look at the pairs with "
-                f"--replay-step {self.update}"
-            )
+    def _report_skips(self, recorder: Recorder) -> None:
+        for skip in recorder.skips:
+            scale = f"; the loss scale is {self.engine.loss_scale:g} now" if self.engine.loss_scale else ""
+            logger.warning(
+                "update %d skipped: its loss or gradient is not finite (%d in a row, %d in all)%s",
+                skip.update, skip.in_a_row, skip.in_all, scale,
+            )  # fmt: skip
+            if skip.in_a_row == self.config.optimizer.max_skipped:
+                last = newest_whole(self.output / "checkpoints")
+                raise RunError(
+                    f"{skip.in_a_row} updates in a row had a loss or gradient that is not finite "
+                    f"(optimizer.max_skipped); the last good checkpoint is {last or 'none: none was written'}; lower "
+                    f"optimizer.lr, or look at the pairs with --replay-step {skip.update}"
+                )
 
     def _try_to_save(self, recorder: Recorder) -> None:
         try:
@@ -253,21 +271,29 @@ class Trainer:
         log = self.config.log
         index = torch.arange(min(log.sample_prompts, self.table.prompts), device=self.world.device)
         index = index * (self.table.prompts // len(index)) + 1
-        # Whichever model moves, a fresh copy of the base is the honest comparison; it is dropped again right here.
-        base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
+        base = self._base()
         settings = SamplerConfig(
             steps=log.sample_steps, guidance_scale=log.sample_guidance_scale, negative_prompt=log.negative_prompt
         )
         prompts, empty = self.table.gather(index), self.table.empty(1)
         texts = [self.prompts[i - 1] for i in index.tolist()]
         student = Negative("the student", network=self.engine)
-        self.engine.module.eval()
+        network = self.engine.module
+        training = network.training
+        network.eval()
         samplers = [GuidedSampler(self.adapter, base, negative) for negative in (None, student)]
         arms = [sampler.images(prompts, empty, range(len(index)), settings) for sampler in samplers]
-        self.engine.module.train()
+        network.train(training)
         captions = [f"{name}: {text}" for name in ("base", "base + negative") for text in texts]
         recorder.picture(self.update, "samples", image_grid(torch.cat(arms), len(index), captions))
         recorder.restart_clock()
+
+    def _base(self) -> nn.Module | Variant:
+        """What was to be made worse: the network without its low-rank weights, or one that is loaded anew, since
+        whatever is here has moved."""
+        if self.config.lora.rank:
+            return Variant(self.engine.module, Weights.OFF)
+        return self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
 
     def save_checkpoint(self, recorder: Recorder) -> Path:
         """Write a checkpoint of the present state; all ranks take part. Raises RunError on all of them."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from bisect import bisect_right
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from selfnpo_fast.conditioning import ConditioningTable
 from selfnpo_fast.config import LogConfig, TrainConfig
 from selfnpo_fast.costs import Memory
+from selfnpo_fast.engine import start_deepspeed
 from selfnpo_fast.models import StableDiffusionAdapter
 from selfnpo_fast.recorder import Recorder
 from selfnpo_fast.trainer import Inputs, Trainer
@@ -29,9 +30,6 @@ from selfnpo_fast.world import DTYPES, World
 
 TOLERANCE = 0.10
 _MARK = "selfnpo.verify."
-MOST_HELD = 1.0
-"""Seconds after which a tensor that was sent is no longer waited for (one whose sending goes on in the background)."""
-_SENDING = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,11 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])
     gc.collect()  # what an earlier profile saw made, and this one saw freed, would count against it
     # From the very start: a block's size is known to the profiler only if it saw the block made.
-    longer = {name: _held(getattr(torch.distributed, name)) for name in _SENDING}
-    held = mock.patch.multiple(torch.distributed, **longer)
-    with profile(activities=activities, profile_memory=True) as records, held, tempfile.TemporaryDirectory() as output:
+    records, alone = profile(activities=activities, profile_memory=True), _nothing_sent(world)
+    with records, alone, tempfile.TemporaryDirectory() as output:
         trainer = Trainer(config, _random_inputs(config, adapter, prompts, world), world, Path(output))
         recorder = Recorder(config, world, adapter.schedule.num_train_timesteps)
+        trainer.producer.rollout.fill()  # a steady update is what the model describes
         trainer.train_update(recorder)
         trainer.producer.take = _marked("reference forward", trainer.producer.take)
         trainer.pair_loss = _marked("student forward and backward", trainer.pair_loss)
@@ -86,25 +84,34 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
     return _peaks(records, world.device.type)
 
 
-def _held(reduction):
-    """gloo's worker may be the last to let go of a tensor that was sent, and of that thread the profiler keeps no
-    records: hold the tensors until it has, so that they are freed here."""
+def _nothing_sent(world: World) -> AbstractContextManager:
+    """With one rank, what DeepSpeed sends around does at once what it comes to.
 
-    def call(*args, **kwargs):
-        """The reduction; returns when nobody else holds what was sent."""
-        storages = [value.untyped_storage() for value in args if isinstance(value, torch.Tensor)]
-        before, deadline = [_owners(storage) for storage in storages], time.monotonic() + MOST_HELD
-        result = reduction(*args, **kwargs)
-        while [_owners(storage) for storage in storages] != before and time.monotonic() < deadline:
-            time.sleep(0.001)
-        return result
+    gloo has them done by a thread of its own, which may be the last to let go of a tensor, or copies one; and of what
+    that thread frees the profiler keeps no records.
+    """
+    start_deepspeed(world)
+    from deepspeed.comm import comm
 
-    return call
+    def unchanged(*args, **kwargs):
+        """Of an all-reduce, or a broadcast."""
+        return _Done()
+
+    def copied(output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args, **kwargs):
+        """Of an all-gather, or a reduce-scatter."""
+        output_tensor.copy_(input_tensor)
+        return _Done()
+
+    replaced = dict.fromkeys(("all_reduce", "broadcast"), unchanged)
+    replaced |= dict.fromkeys(("all_gather_into_tensor", "reduce_scatter_tensor"), copied)
+    return mock.patch.multiple(comm.cdb, **replaced)
 
 
-def _owners(storage: torch.UntypedStorage) -> int:
-    """How many tensors lie in a storage."""
-    return torch._C._storage_Use_Count(storage._cdata)
+class _Done:
+    """The handle of a reduction that is over."""
+
+    def wait(self) -> None:
+        """Returns at once."""
 
 
 def _marked(name: str, function):

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfnpo_fast.compiling import compiled
 from selfnpo_fast.conditioning import ConditioningTable
-from selfnpo_fast.config import LossConfig
+from selfnpo_fast.config import LossConfig, OptimizerConfig
+from selfnpo_fast.engine import clip, make_optimizer
 from selfnpo_fast.models import StableDiffusionAdapter
 from selfnpo_fast.moving_reference import MovingReference
 from selfnpo_fast.objective import Objective
@@ -112,7 +113,7 @@ def fake_network(mode: FakeTensorMode, dtype: torch.dtype) -> torch.nn.Module:
 
 
 class NoDevice(TorchFunctionMode):
-    """x[...], contiguous and copy_ by other ops: their own entries in C++ ask for a device that may not be there."""
+    """x[...], contiguous, float and copy_ by other ops: their entries in C++ ask for a device that may not be there."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__:
@@ -121,6 +122,8 @@ class NoDevice(TorchFunctionMode):
             return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if func is torch.Tensor.copy_:
             return torch.ops.aten.copy_(*args)
+        if func is torch.Tensor.float:
+            return torch.ops.aten._to_copy(args[0], dtype=torch.float32)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -184,12 +187,17 @@ def test_a_whole_update_on_fake_cuda_asks_nothing_of_the_host(dtype, w):
         return fake_cuda(mode, tensor)
 
     pair_loss, move, _ = whole_update(w, place, student, reference, TEXT.to(dtype))
+    optimizer = make_optimizer(OptimizerConfig(name="adamw"))(student.parameters())
     with mode, NoDevice(), torch.no_grad():
         with pytest.raises(DataDependentOutputException):
             place(TEXT).sum().item()
         loss, per_pair = pair_loss()
+        for parameter in student.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        norm, finite = clip(optimizer, 1.0)
+        optimizer.step()
         move()
-    assert loss.device.type == per_pair.device.type == "cuda"
+    assert {tensor.device.type for tensor in (loss, per_pair, norm, finite)} == {"cuda"}
 
 
 @pytest.mark.slow

@@ -1,16 +1,23 @@
-"""Low-rank layers and networks that share a backbone."""
+"""Low-rank layers whose weights are an argument of the call."""
 
 from __future__ import annotations
+
+import functools
+import itertools
+import threading
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig as PeftConfig
 from torch import nn
 
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.lora import add_lora, share_frozen
+from selfnpo_fast.lora import LowRankLinear, Variant, Weights, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.moving_reference import MovingReference
+
+DEVICE = "cpu"
 
 
 def unet(seed: int = 0) -> nn.Module:
@@ -24,11 +31,15 @@ def student(**changes) -> nn.Module:
     return network
 
 
-def output(network: nn.Module) -> torch.Tensor:
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, 8, 8, generator=generator).to(network.dtype)
-    rows = torch.randn(2, 12, tiny.WIDTH, generator=generator).to(network.dtype)
-    return network(x, torch.tensor([100, 700]), rows).sample
+    x, rows = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 12, tiny.WIDTH, generator=generator)
+    return x.to(DEVICE), torch.tensor([100, 700], device=DEVICE), rows.to(DEVICE)
+
+
+def output(network: nn.Module, weights: Weights | None = None) -> torch.Tensor:
+    chosen, (x, t, rows) = {} if weights is None else {"low_rank": weights}, inputs()
+    return network(x.to(network.dtype), t, rows.to(network.dtype), **chosen).sample
 
 
 def randomise(network: nn.Module) -> None:
@@ -93,75 +104,189 @@ def test_targets_that_match_nothing_are_named():
     assert "\n" not in str(caught.value)
 
 
-def addresses(network: nn.Module, trainable: bool) -> dict[str, int]:
-    return {
-        name: parameter.data_ptr()
-        for name, parameter in network.named_parameters()
-        if parameter.requires_grad == trainable
-    }
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_share_frozen_shares_the_frozen_and_clones_the_trained(lora):
-    network = student() if lora else unet().requires_grad_(True)
-    if lora:
-        randomise(network)
-    frozen, trained = addresses(network, False), addresses(network, True)
-    reference = share_frozen(network)
-    copied = {name: parameter.data_ptr() for name, parameter in reference.named_parameters()}
-    assert bool(frozen) == lora
-    assert trained
-    assert {name: copied[name] for name in frozen} == frozen
-    assert not {copied[name] for name in trained} & {*frozen.values(), *trained.values()}
-    assert copied.keys() == frozen.keys() | trained.keys()
-    assert torch.equal(output(reference), output(network))
-    assert not reference.training
-    assert not any(parameter.requires_grad for parameter in reference.parameters())
-    # The original keeps what it trains.
-    assert addresses(network, True) == trained
-
-
-def test_share_frozen_shares_buffers_and_keeps_ties():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
-            self.second.weight = self.first.weight
-            self.register_buffer("table", torch.arange(3.0))
-
-    network = Tied()
-    copied = share_frozen(network)
-    assert copied.table.data_ptr() == network.table.data_ptr()
-    assert copied.first.weight is copied.second.weight
-    assert copied.first.weight.data_ptr() != network.first.weight.data_ptr()
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_a_step_of_the_student_does_not_move_the_reference(lora):
-    network = student() if lora else unet().requires_grad_(True)
-    if lora:
-        randomise(network)
-    reference = share_frozen(network)
+def outputs(network: nn.Module) -> dict[Weights, torch.Tensor]:
     with torch.no_grad():
-        before = output(reference)
+        return {weights: output(network, weights) for weights in Weights}
+
+
+def apart(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Live and average weights that differ from each other and from nothing."""
+    average = add_average(network)
+    randomise(network)
+    with torch.no_grad():
+        for parameter in average.values():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    return average
+
+
+def test_targets_that_can_have_no_update_are_named():
+    with pytest.raises(UserError, match=r"^lora\.targets: .*conv is a Conv2d; expected Linear layers and ungrouped"):
+        network = unet()
+        network.mid_block.conv = nn.Conv2d(4, 4, 3, groups=2)
+        add_lora(network, LoraConfig(rank=2, targets=["conv"]), 0)
+
+
+TARGETS = {"linear": ["to_q", "to_v", "ff.net.2"], "conv": ["conv1", "conv_shortcut", "downsamplers.0.conv"]}
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_live_weights_and_their_gradients_are_those_of_peft(targets):
+    ours, theirs = student(targets=targets, alpha=3.0).double(), unet()
+    theirs.requires_grad_(False)
+    theirs.add_adapter(PeftConfig(r=2, lora_alpha=3.0, target_modules=targets), adapter_name="default")
+    theirs.double()
+    randomise(ours)
+    assert theirs.load_state_dict(ours.state_dict()).missing_keys == []
+    assert any("conv" in name for name, p in ours.named_parameters() if p.requires_grad) == ("conv1" in targets)
+    torch.testing.assert_close(output(ours), output(theirs), rtol=0, atol=1e-9)
+    for network in (ours, theirs):
+        output(network).square().mean().backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    assert len(expected) > 5
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == (name not in expected), name
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_a_call_chooses_its_weights(targets):
+    network = student(targets=targets, alpha=1.0).double()
+    average = apart(network)
+    out, live = outputs(network), {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert torch.equal(out[Weights.OFF], output(unet().double()))
+    assert torch.equal(out[Weights.LIVE], output(network))
+    with torch.no_grad():
+        for name, parameter in live.items():
+            parameter.copy_(average[name])
+    assert torch.equal(out[Weights.AVERAGE], output(network)), "the average as live weights"
+    assert min((out[a] - out[b]).abs().max() for a, b in itertools.combinations(Weights, 2)) > 1e-2
+
+
+def test_a_call_that_fails_leaves_no_choice_behind():
+    network = student()
+    apart(network)
+    expected = output(network)
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 12, 1), low_rank=Weights.OFF)
+    assert torch.equal(output(network), expected)
+
+
+def test_threads_choose_each_for_itself():
+    network = student()
+    apart(network)
+    expected, wrong = outputs(network), []
+
+    def work(weights: Weights) -> None:
+        for _ in range(20):
+            with torch.no_grad():  # a thread has a grad mode of its own
+                if not torch.equal(output(network, weights), expected[weights]):
+                    wrong.append(weights)
+
+    threads = [threading.Thread(target=work, args=(weights,)) for weights in Weights]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_call_compiles_as_one_graph_with_its_choice():
+    network = student(targets=["to_q", "conv1"])
+    apart(network)
+    expected, given = outputs(network), inputs()
+
+    @functools.partial(torch.compile, fullgraph=True, backend="eager")
+    def call(chosen: Weights) -> torch.Tensor:
+        return network(*given, low_rank=chosen).sample
+
+    with torch.no_grad():
+        for chosen in (*Weights, *Weights):
+            torch.testing.assert_close(call(chosen), expected[chosen], rtol=0, atol=1e-5)
+            assert torch.equal(output(network), expected[Weights.LIVE])
+
+
+def gradients(network: nn.Module, between) -> dict[str, torch.Tensor]:
+    """Of the live weights; `between` runs after the forward and before the backward pass."""
+    loss = output(network).square().mean()
+    between()
+    loss.backward()
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("backward_in", ["this thread", "another", pytest.param("a GPU's", marks=pytest.mark.gpu)])
+def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
+    """Whatever thread autograd recomputes in (on a GPU, one of its own), and whatever was called in between."""
+    network = student(targets=["to_q", "to_v", "conv1"])
+    apart(network)
+    if backward_in == "a GPU's":
+        monkeypatch.setitem(globals(), "DEVICE", "cuda")
+        network.cuda()
+    expected = gradients(network, lambda: None)
+    checkpoint_gradients(network)
+    counted, forward = [], LowRankLinear.forward
+    seen = lambda layer, x: (counted.append(layer.call.weights), forward(layer, x))[1]  # noqa: E731
+    monkeypatch.setattr(LowRankLinear, "forward", seen)
+    if backward_in == "another":
+        monkeypatch.setattr(torch.Tensor, "backward", in_another_thread(torch.Tensor.backward))
+    call = next(part.call for part in network.modules() if isinstance(part, LowRankLinear))
+
+    def meanwhile() -> None:
+        with torch.no_grad():
+            output(network, Weights.AVERAGE)
+        call.weights = Weights.OFF  # the recomputation has to set and restore it, in whichever thread
+
+    found = gradients(network, meanwhile)
+    assert call.weights is Weights.OFF
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    layers = len(counted) // 3
+    assert counted == [*[Weights.LIVE] * layers, *[Weights.AVERAGE] * layers, *[Weights.LIVE] * layers], (
+        "the forward, the call in between, and the recomputation"
+    )
+
+
+def in_another_thread(function):
+    def run(*arguments) -> None:
+        thread = threading.Thread(target=function, args=arguments)
+        thread.start()
+        thread.join()
+
+    return run
+
+
+def test_the_average_is_a_second_set_of_weights_that_nobody_trains():
+    network = student()
+    randomise(network)
+    live = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    average = add_average(network)
+    assert average.keys() == live.keys()
+    for name, parameter in average.items():
+        assert torch.equal(parameter, live[name])
+        assert parameter.data_ptr() != live[name].data_ptr()
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == live.keys()
+    with torch.no_grad():
+        before = output(network, Weights.AVERAGE)
     step(network)
     with torch.no_grad():
-        assert torch.equal(output(reference), before)
+        assert torch.equal(output(network, Weights.AVERAGE), before)
         assert (output(network) - before).abs().max() > 1e-3
 
 
-def test_an_average_over_a_shared_backbone_follows_the_student():
+def test_an_average_beside_the_live_weights_follows_them():
     network = student()
     randomise(network)
-    reference = share_frozen(network)
-    backbone = {name: p.clone() for name, p in network.named_parameters() if not p.requires_grad}
+    average = add_average(network)
+    others = {name: p.clone() for name, p in network.named_parameters() if "lora" not in name}
     live = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     start = {name: parameter.detach().clone() for name, parameter in live}
-    moving = MovingReference(reference, live, 0.5)
+    moving = MovingReference(Variant(network, Weights.AVERAGE), live, 0.5, average=average)
     step(network)
     moving.update()
-    parameters = dict(reference.named_parameters())
     for name, parameter in live:
-        torch.testing.assert_close(parameters[name], (start[name] + parameter.detach()) / 2, rtol=1e-5, atol=1e-6)
-    assert any(not torch.equal(parameters[name], start[name]) for name, _ in live)
-    assert all(torch.equal(parameters[name], value) for name, value in backbone.items())
+        torch.testing.assert_close(average[name], (start[name] + parameter.detach()) / 2, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(average[name], start[name]) for name, _ in live)
+    parameters = dict(network.named_parameters())
+    assert all(torch.equal(parameters[name], value) for name, value in others.items())

@@ -31,11 +31,13 @@ class WholeUpdate:
         monkeypatch.setattr(Trainer, "train_update", watched)
 
     def _watched(self, original, trainer: Trainer, recorder) -> None:
+        trainer.producer.rollout.fill()
         if trainer.update + 1 < trainer.config.updates:
             original(trainer, recorder)
             return
         sizes = {n * BATCH * LATENT for n in (1, 2, 4)}  # a batch, both branches of it, the whole pool of slots
-        networks = trainer.engine.engine, trainer.reference.module
+        reference = trainer.reference.module
+        networks = trainer.engine.engine, getattr(reference, "network", reference)
         engine, predict, move = trainer.engine, trainer.adapter.predict, trainer.reference.update
         with Dispatched(sizes, *networks) as mode:
 

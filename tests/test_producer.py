@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import threading
 import traceback
 from pathlib import Path
@@ -9,9 +11,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file
 
-from selfnpo_fast import train
+from selfnpo_fast import train, trainer
 from selfnpo_fast.rollout import OverlappedProducer, Pairs, Producer
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
@@ -190,3 +193,30 @@ def test_with_a_frozen_reference_overlap_changes_nothing(name, tmp_path):
     assert all(torch.equal(plain[key], ahead[key]) for key in plain)
     assert plain_rows == ahead_rows
 
+
+
+@pytest.mark.parametrize("reference", ["ema", "frozen"])
+def test_lora_learns_as_two_networks_with_peft_layers_do(reference, tmp_path, monkeypatch):
+    """Student and reference as two module trees with PEFT's own forward, instead of one network with ours."""
+
+    def two_networks(student, config):
+        student.requires_grad_(False)
+        peft = PeftConfig(r=2, lora_alpha=2, target_modules=config.lora.targets, init_lora_weights="gaussian")
+        torch.manual_seed(config.seed)
+        student.add_adapter(peft, adapter_name="default")
+        return copy.deepcopy(student).requires_grad_(False), None
+
+    rows = []
+    for name in ("ours", "two"):
+        words = ["--updates", "6", "--engine.batch_size", "8", "--prompts.limit", "20", "--lora.rank", "2"]
+        words += ["--reference.kind", reference, "--reference.decay", "0.5", "--optimizer.lr", "1e-2"]
+        words += ["--log.every", "1", "--log.sample_every", "-1", "--output", str(tmp_path / name)]
+        if name == "two":
+            monkeypatch.setattr(trainer, "_split", two_networks)
+        assert train.main(["--config", str(CONFIG), *words]) == 0
+        rows.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
+    assert len(rows[0]) == 6
+    assert abs(rows[0][-1]["loss"] - rows[0][0]["loss"]) > 1e-3, "it learns"
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)

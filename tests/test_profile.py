@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,22 +63,39 @@ def test_a_profile_of_the_digits_run(overlap, tmp_path, capsys):
     assert "student forward" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_hundred_steps_of_the_rollout_read_nothing_back(tmp_path):
-    """The reference's forward, the fused step, the student's loss and the moving average: no value goes to the host."""
-    trainer, recorder, _ = profile_step.make_trainer([*SHORT, "--rollout.overlap", "true"], tmp_path / "run")
-    trainer.train_update(recorder)
-    with torch.profiler.profile(experimental_config=profile_step.EVERY_THREAD) as result:
-        for _ in range(100):
-            for pairs in trainer.producer.take().micro_batches:
-                loss, per_pair = trainer.pair_loss(pairs)
-                trainer.engine.backward(loss)
-                trainer.producer.settle()
-                trainer.reference.update()
+def profiled(words: list[str], path: Path, updates: int) -> torch.profiler.profile:
+    """Whole updates: the reference's forward, the fused step, loss, backward, clipping, optimiser, average, record."""
+    trainer, recorder, world = profile_step.make_trainer([*SHORT, *words], path)
+    result = profile_step.profiled(trainer, recorder, world, updates, warm_up=1)
     trainer.producer.close()
-    counts = Counter(event.name for event in result.events())
-    assert {counts[f"selfnpo::{op}"] for op in ("tdft_step", "x0_loss", "ema_update")} <= {100, 101}
-    assert not any(counts[name] for name in profile_step.READ_BACKS)
-    with torch.profiler.profile() as result:
-        per_pair.sum().item()
-    assert profile_step.read_backs(result), "it would be seen"
+    counts = Counter(event.name() for event in result.profiler.kineto_results.events())
+    assert {counts[f"selfnpo::{op}"] for op in ("tdft_step", "x0_loss", "ema_update")} <= {updates, updates + 1}
+    return result
+
+
+RECIPES = {
+    "full weights": ["--rollout.overlap", "true"],
+    "lora": ["--rollout.overlap", "true", "--lora.rank", "2"],
+    "guided": ["--rollout.w", "-5"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_hundred_updates_read_nothing_back(recipe, tmp_path):
+    assert profile_step.read_backs(profiled(recipe, tmp_path / "run", 100)) == {}
+
+
+OTHERS = {"zero": ["--engine.zero_stage", "1"], "8 bit": ["--optimizer.name", "adamw8bit"]}
+
+
+@pytest.mark.parametrize("words", OTHERS.values(), ids=OTHERS)
+def test_others_read_back_in_the_optimiser_alone(words, tmp_path):
+    """DeepSpeed's looks whether gradients are finite, and so do we for bitsandbytes', whose kernels cannot."""
+    result = profiled([*words, "--rollout.overlap", "true"], tmp_path / "run", 3)
+    assert sum(profile_step.read_backs(result).values()) > 0
+    spans = [event.time_range for event in result.events() if event.name == f"{profile_step.PREFIX}optimiser"]
+    assert len(spans) == 3
+    for event in result.events():
+        if event.name in profile_step.READ_BACKS:
+            assert any(span.start <= event.time_range.start <= span.end for span in spans), event

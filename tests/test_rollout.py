@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import tiny
@@ -169,11 +169,40 @@ def test_data_started_pairs_lie_on_diffusers_trajectories(mode):
 
 def test_one_forward_gives_one_pair():
     rollout = Run(config()).make()
-    rollout.next_pairs()  # fills the slots first
+    rollout.fill()
     before = rollout.maker.predictor.forwards
     for _ in range(10):
         rollout.next_pairs()
     assert rollout.maker.predictor.forwards - before == 10 * 6
+
+
+def test_a_group_is_filled_on_its_first_turn():
+    """With states at the same places of the trajectories as if all had been filled at once, and in the same order."""
+    lazy, eager = (Run(config(), pool=3).make() for _ in range(2))
+    eager.fill()
+    eager.fill()  # a second time changes nothing
+    forwards = []
+    for turn in range(7):
+        before = lazy.maker.predictor.forwards
+        one, other = lazy.next_pairs(), eager.next_pairs()
+        for field in fields(one):
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+        forwards.append(lazy.maker.predictor.forwards - before)
+        assert lazy.filled == min(turn + 1, 3)
+    assert min(forwards[:3]) > 6 == max(forwards[3:])
+    assert lazy.maker.predictor.forwards == eager.maker.predictor.forwards
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5])
+def test_a_rollout_that_was_saved_while_it_filled_goes_on(turns):
+    first, second = (Run(config(), pool=3).make() for _ in range(2))
+    for _ in range(turns):
+        first.next_pairs()
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    for _ in range(7):
+        one, other = first.next_pairs(), second.next_pairs()
+        for field in fields(one):
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
 
 
 def test_pool_advances_one_group_per_call():

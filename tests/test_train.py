@@ -122,6 +122,11 @@ RECIPES = {
     "accumulation": ["--engine.accumulation", "2"],
     "lora": ["--lora.rank", "2"],
     "lora frozen": ["--lora.rank", "2", "--reference.kind", "frozen", "--engine.gradient_checkpointing", "true"],
+    "lora, every option": [
+        *["--lora.rank", "2", "--lora.targets", "[to_q, conv1]", "--engine.channels_last", "true"],
+        *["--engine.gradient_checkpointing", "true", "--rollout.overlap", "true"],
+    ],
+    "lora fp32": ["--lora.rank", "2", "--engine.precision", "fp32", "--engine.zero_stage", "0"],
     "fp32 adamw": ["--engine.precision", "fp32", "--engine.zero_stage", "0", "--optimizer.name", "adamw"],
     "fp32 8 bit": ["--engine.precision", "fp32", "--engine.zero_stage", "0"],
     "zero 2": ["--engine.zero_stage", "2", "--optimizer.name", "adamw"],
@@ -154,7 +159,7 @@ def assert_knows_its_base(output: Path, base: UNet2DConditionModel, path: Path, 
 
 SLOW_RECIPES = ("warm-up", "every second", "channels last", "accumulation", "lora frozen", "frozen", "weighted")
 SLOW_RECIPES += ("lockstep noise", "lockstep noise fixed", "naive", "fp32 adamw", "fp32 8 bit", "zero 2", "zero 3")
-SLOW_RECIPES += ("overlap zero 3", "channels last fp32")
+SLOW_RECIPES += ("overlap zero 3", "channels last fp32", "lora fp32")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_RECIPES else n for n in RECIPES])

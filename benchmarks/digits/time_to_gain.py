@@ -6,16 +6,17 @@
 
 A recipe is trained with three seeds; its checkpoints draw 560 pictures at two guidance scales, and the best mean
 realness at an accuracy of 95%, less plain guidance's best on the same prompts and noise, is the gain. Seconds are
-updates times the seconds of one update (every schedule of `bench_step`, one run, taking turns), plus the pass that
-fills a continuous rollout's slots. So a schedule that makes the same pairs with more forwards shares the gains of the
-cheaper one, and noise of the machine during training counts for nobody. All stages go on where they were; two `train`
-processes can take half the recipes each.
+updates times the seconds of one update (every schedule of `bench_step`, one run, taking turns), plus what fills a
+continuous rollout's slots, a quarter in each of the first four updates. So a schedule that makes the same pairs with
+more forwards shares the gains of the cheaper one, and noise of the machine during training counts for nobody. All
+stages go on where they were; two `train` processes can take half the recipes each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -33,6 +34,7 @@ from benchmarks.digits.recipes import RECIPES, START, TRAINING_SEEDS, selfnpo_tr
 from benchmarks.environment import RESULTS, describe, spread
 from benchmarks.nets import digits
 from benchmarks.step_arms import ARMS, CONTINUOUS, Workbench
+from selfnpo_fast.config import RolloutConfig
 from selfnpo_fast.console import quiet_libraries
 from selfnpo_fast.rollout import ContinuousRollout
 from selfnpo_fast.scoring.scorers import DigitsScorers
@@ -47,6 +49,7 @@ LEAST_ACCURACY = 0.95
 TARGETS = (0.01, 0.02, 0.03)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BATCH = int(START["engine.batch_size"])
+POOL = RolloutConfig().pool
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,9 @@ def time_arms(rounds: int) -> dict[str, object]:
     arms = {arm.name: arm for arm in ARMS if arm.config is not None}
     used = [arms[name] for course in COURSES.values() for name in course.schedules.values()]
     start = time.perf_counter()
-    filling = ContinuousRollout(bench.rollout(arms[CONTINUOUS]).maker, batch=BATCH, groups=4, rank=0, world_size=1)
-    filling.next_pairs()
-    start_up = time.perf_counter() - start
+    filling = ContinuousRollout(bench.rollout(arms[CONTINUOUS]).maker, batch=BATCH, groups=POOL, rank=0, world_size=1)
+    filling.fill()
+    start_up = (time.perf_counter() - start) / POOL
     rollouts = [bench.rollout(arm) for arm in used]
     seconds: dict[str, list[float]] = {arm.name: [] for arm in used}
     for number in range(rounds + 1):  # the first fills slots and is dropped
@@ -200,13 +203,17 @@ def time_arms(rounds: int) -> dict[str, object]:
     }
 
 
+def elapsed(updates: float, per_update: float, start_up: float) -> float:
+    """Seconds of that many updates, each of the first POOL of which fills slots for `start_up` besides."""
+    return min(math.ceil(updates), POOL) * start_up + updates * per_update
+
+
 def seconds_to(target: float, gains: Mapping[int, float], per_update: float, start_up: float) -> float | None:
     """When the gain, linear between judged updates and 0 at the start, first reaches the target, or None."""
     before, least = 0, 0.0
     for update, gain in sorted((int(update), gain) for update, gain in gains.items()):
         if gain >= target:
-            crossing = before + (update - before) * (target - least) / (gain - least)
-            return start_up + crossing * per_update
+            return elapsed(before + (update - before) * (target - least) / (gain - least), per_update, start_up)
         before, least = update, gain
     return None
 
@@ -240,7 +247,7 @@ def plot(result: Mapping, file: Path) -> None:
     for label, schedule in result["schedules"].items():
         gains = result["courses"][schedule["course"]]["gains"]
         updates = sorted(int(update) for update in next(iter(gains.values())))
-        seconds = [schedule["start_up"] + update * schedule["seconds_per_update"] for update in updates]
+        seconds = [elapsed(update, schedule["seconds_per_update"], schedule["start_up"]) for update in updates]
         values = np.array([[seed[str(update)] for update in updates] for seed in gains.values()])
         (line,) = axes.plot(seconds, np.median(values, axis=0), label=label)
         for row in values:

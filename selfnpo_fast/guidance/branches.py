@@ -5,6 +5,7 @@ Shape letters: B pictures of a batch.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from selfnpo_fast.compiling import compile_blocks
 from selfnpo_fast.console import logger
 from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
 from selfnpo_fast.guidance.negative import Negative
-from selfnpo_fast.lora import share
 from selfnpo_fast.models.sd import Conditioning
 
 Predict = Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
@@ -45,13 +45,13 @@ class Branches:
             nn.Module.to(against, like.device, like.dtype)  # without ModelMixin's warning
         if deltas is not None or compile != "off":
             # A module tree of our own over the caller's tensors: his network keeps its layers and compiles nothing.
-            self.positive = share(positive)
+            self.positive = _share(positive)
         if deltas is not None:
             self.backbone = install(self.positive, deltas)
         if compile != "off":
             compile_blocks(self.positive, compile)
             if against is not None:
-                against = share(against)
+                against = _share(against)
                 compile_blocks(against, compile)
         self.against = against
 
@@ -81,6 +81,11 @@ class Branches:
             return pos, self.predict(self.against, x, t, against)
         with self._rows(Rows.ALL):
             return pos, self.predict(self.positive, x, t, against)
+
+
+def _share(network: nn.Module) -> nn.Module:
+    """A copy of the module tree over the very same tensors, in evaluation mode: layers can be changed in it alone."""
+    return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())}).eval()
 
 
 def halves(rows: Conditioning) -> tuple[Conditioning, Conditioning]:

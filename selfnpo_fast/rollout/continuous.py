@@ -35,7 +35,7 @@ class ContinuousRollout:
         capture: Capture = no_capture,
     ) -> None:
         self._capture, self._compiled = capture, compiled(self._advance, compile)
-        self._steps: list[Step] = []  # one a group, made when the slots are filled
+        self._steps: list[Step | None] = [None] * groups  # made when each is first needed
         self.maker, self.batch, self.groups, self.cursor = maker, batch, groups, 0
         self.total_slots = batch * groups * world_size
         group = torch.arange(groups, device=maker.device)[:, None]
@@ -62,7 +62,7 @@ class ContinuousRollout:
             weight=weight.float().to(maker.device),
         )
         self.rules = maker.rules(self.total_slots)
-        self.filled = False
+        self.filled = 0  # groups whose slots hold samples: the first ones
 
     @property
     def index(self) -> torch.Tensor:
@@ -83,37 +83,44 @@ class ContinuousRollout:
         return affine_noise(maker.start_latents(ids), maker.grid.start, key, index=start + 1)
 
     @torch.no_grad()
-    def _stagger(self) -> None:
-        """Fill the slots and walk each to a state drawn from the long-run distribution of states."""
-        maker = self.maker
+    def _stagger(self, group: int) -> None:
+        """Fill the slots of a group and walk each to a state drawn from the long-run distribution of states."""
+        maker, slots = self.maker, self.slots[group]
         states = torch.tensor(life_states(maker.config), device=maker.device)
-        for group, slots in enumerate(self.slots):
-            ids = slots[1]
-            start, index, left = states[randint(maker.key(Draw.STAGGER, ids), len(states))].unbind(1)
-            slots[0], slots[2], slots[3] = index, left, maker.rows(ids)
-            # A slot at the very start of a sample needs the end of the one before it, for the pair at t = 0.
-            fresh = (index == start) & (self.final is not None)
-            walkers = torch.where(fresh, ids - self.total_slots, ids)
-            first = self._begin(walkers, start)
-            stop = torch.where(fresh, -1, index)
-            x = walk(maker.predictor, maker.grid, first, start.cpu(), stop.cpu(), maker.rows(walkers))
-            self.x[group] = x
-            if self.final is not None:
-                self.final[group] = x
-                self.x[group][fresh] = self._begin(ids, start)[fresh]
+        ids = slots[1]
+        start, index, left = states[randint(maker.key(Draw.STAGGER, ids), len(states))].unbind(1)
+        slots[0], slots[2], slots[3] = index, left, maker.rows(ids)
+        # A slot at the very start of a sample needs the end of the one before it, for the pair at t = 0.
+        fresh = (index == start) & (self.final is not None)
+        walkers = torch.where(fresh, ids - self.total_slots, ids)
+        first = self._begin(walkers, start)
+        stop = torch.where(fresh, -1, index)
+        x = walk(maker.predictor, maker.grid, first, start.cpu(), stop.cpu(), maker.rows(walkers))
+        self.x[group] = x
+        if self.final is not None:
+            self.final[group] = x
+            self.x[group][fresh] = self._begin(ids, start)[fresh]
+
+    def fill(self) -> None:
+        """Fill the groups that are still empty now, and not each when it is first needed."""
+        for group in range(self.filled, self.groups):
+            self._stagger(group)
+        self.filled = self.groups
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
-        """Advance one group of slots by one grid step and return the pairs of the states they were in."""
-        if not self.filled:
-            self._stagger()
-            self.filled = True
-        if not self._steps:
-            self._steps = [self._step_of(group) for group in range(self.groups)]
+        """Advance one group of slots by one grid step and return the pairs of the states they were in.
+
+        A group is filled on its first turn: the first update need not wait for the slots of the others.
+        """
         group = self.cursor
+        if group == self.filled:
+            self._stagger(group)
+            self.filled += 1
+        step = self._steps[group] = self._steps[group] or self._step_of(group)
         self.cursor = (group + 1) % self.groups
         self.maker.predictor.forwards += self.maker.predictor.calls * self.batch
-        target, x_s, pairs, weight = self._steps[group]()
+        target, x_s, pairs, weight = step()
         t, s, sample_ids, rows = pairs
         return Pairs(x_s=x_s, s=s, target=target, t=t, rows=rows, weight=weight, sample_ids=sample_ids)
 
@@ -136,7 +143,8 @@ class ContinuousRollout:
         """All slots of this rank as (groups, lanes, ...); the lanes of all ranks side by side are those of one."""
         names = ("index", "ids", "left", "rows")
         state = {name: column.contiguous() for name, column in zip(names, self.slots.unbind(1), strict=True)}
-        state |= {"x": self.x, "cursor": torch.tensor(self.cursor), "branches": self.maker.predictor.state()}
+        state |= {"cursor": torch.tensor(self.cursor), "filled": torch.tensor(self.filled)}
+        state |= {"x": self.x, "branches": self.maker.predictor.state()}
         return state if self.final is None else state | {"final": self.final}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -145,5 +153,5 @@ class ContinuousRollout:
         self.x.copy_(state["x"])
         if self.final is not None:
             self.final.copy_(state["final"])
-        self.cursor, self.filled = int(state["cursor"]), True
+        self.cursor, self.filled = int(state["cursor"]), int(state["filled"])
         self.maker.predictor.load_state(state["branches"])

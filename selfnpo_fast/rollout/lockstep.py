@@ -121,6 +121,9 @@ class LockstepRollout:
             renoise=maker.key(Draw.RENOISE, ids, stop),
         )
 
+    def fill(self) -> None:
+        """Nothing: no sample outlives its micro-batch."""
+
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
         """The next micro-batch."""
