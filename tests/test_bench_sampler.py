@@ -84,9 +84,11 @@ def test_a_prepared_arm_is_undone(bench):
     assert not bench.network._forward_pre_hooks
 
 
-def test_seconds_to_a_gain_are_interpolated():
+def test_seconds_to_a_gain_are_those_of_whole_updates():
+    """With a start-up of a second in each of the first four."""
     gains = {"10": 0.01, "20": 0.03, "40": 0.02}
-    assert seconds_to(0.005, gains, 2.0, 1.0) == pytest.approx(1 + 2 * 5)
+    assert seconds_to(0.005, gains, 2.0, 1.0) == pytest.approx(4 + 2 * 5)
+    assert seconds_to(0.0025, gains, 2.0, 1.0) == pytest.approx(3 + 2 * 3), "within the third update"
     assert seconds_to(0.02, gains, 2.0, 0.0) == pytest.approx(2 * 15)
     assert seconds_to(0.03, gains, 2.0, 0.0) == pytest.approx(2 * 20)
     assert seconds_to(0.031, gains, 2.0, 0.0) is None

@@ -46,7 +46,7 @@ SCALES = (2.0, 3.0)
 BASE_SCALES = (2.0, 2.5, 3.0, 4.0)
 CONTROL_UPDATE = 3
 LEAST_ACCURACY = 0.95
-TARGETS = (0.01, 0.02, 0.03)
+TARGETS = (0.01, 0.02, 0.03, 0.04)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BATCH = int(START["engine.batch_size"])
 POOL = RolloutConfig().pool
@@ -203,17 +203,19 @@ def time_arms(rounds: int) -> dict[str, object]:
     }
 
 
-def elapsed(updates: float, per_update: float, start_up: float) -> float:
+def elapsed(updates: int, per_update: float, start_up: float) -> float:
     """Seconds of that many updates, each of the first POOL of which fills slots for `start_up` besides."""
-    return min(math.ceil(updates), POOL) * start_up + updates * per_update
+    return min(updates, POOL) * start_up + updates * per_update
 
 
 def seconds_to(target: float, gains: Mapping[int, float], per_update: float, start_up: float) -> float | None:
-    """When the gain, linear between judged updates and 0 at the start, first reaches the target, or None."""
+    """The end of the first update whose gain, linear between judged ones and 0 at the start, reaches the target, or
+    None."""
     before, least = 0, 0.0
     for update, gain in sorted((int(update), gain) for update, gain in gains.items()):
         if gain >= target:
-            return elapsed(before + (update - before) * (target - least) / (gain - least), per_update, start_up)
+            crossing = before + (update - before) * (target - least) / (gain - least)
+            return elapsed(math.ceil(round(crossing, 9)), per_update, start_up)
         before, least = update, gain
     return None
 
@@ -268,9 +270,10 @@ def table(result: Mapping) -> str:
     for label, schedule in result["schedules"].items():
         cells = []
         for target, values in schedule["seconds_to"].items():
-            shown = ", ".join("never" if value is None else f"{value:.1f}" for value in values)
-            known = sorted(float("inf") if value is None else value for value in values)
-            cells.append(f"+{target}: {known[len(known) // 2]:.1f} s ({shown})")
+            known = sorted(math.inf if value is None else value for value in values)
+            shown = (known[len(known) // 2], *values)
+            middle, *each = ("never" if seconds in (None, math.inf) else f"{seconds:.1f}" for seconds in shown)
+            cells.append(f"+{target}: {middle} s ({', '.join(each)})")
         lines.append(f"{label:<40} {schedule['seconds_per_update']:.3f} s/update  " + "  ".join(cells))
     return "\n".join(lines)
 
