@@ -257,7 +257,7 @@ STARTS = {
 }
 
 
-SLOW_STARTS = ("deepspeed_module", "module")
+SLOW_STARTS = ("deepspeed_script", "module", "script_from_elsewhere")
 
 
 @pytest.mark.parametrize("start", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_STARTS else n for n in STARTS])

@@ -56,6 +56,7 @@ def test_peaks_count_what_lives_at_once():
     assert peak_bytes(draw, [network], 7, CPU) == pytest.approx(3 * 2**20 + 7, abs=4096)
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_printed(tmp_path, capsys):
     output = tmp_path / "sampler.json"
     assert bench_sampler.main(["--quick", "--device", "cpu", "--output", str(output)]) == 0

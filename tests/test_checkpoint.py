@@ -172,11 +172,8 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints_and_go(copied, model):
     assert all(path.name.startswith("update-") for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("zero", "ranks"),
-    [(2, (1, 2)), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, (2, 1)), (3, (2, 1)), (3, (1, 2))))],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "ranks"), [(2, (1, 2)), (0, (2, 1)), (3, (2, 1)), (3, (1, 2))], ids=str)
 def test_another_number_of_ranks_goes_on(zero, ranks, model, tmp_path):
     """The same pairs, and losses and moments to rounding; the metrics' sums go on in the middle of an interval."""
     case = CASE | {"zero": zero}

@@ -429,6 +429,7 @@ def test_report_says_what_fits_and_what_would(sd, capsys):
         assert expected in out, out
 
 
+@pytest.mark.slow
 def test_levers_lead_to_a_config_that_fits(sd):
     config = tiny_config(sd)
     tracer = make_tracer(config)

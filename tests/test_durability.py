@@ -124,7 +124,7 @@ def limited(argv, env, log):
     crash.run_child(argv, env, log)
 
 
-@pytest.mark.parametrize("policy", ["continue", "stop"])
+@pytest.mark.parametrize("policy", [pytest.param("continue", marks=pytest.mark.slow), "stop"])
 def test_a_full_disk_leaves_the_checkpoint_before_intact(policy, model, tmp_path):
     output = tmp_path / "run"
     argv = [*crash.words(CASE, model, output), "--log.on_save_error", policy]
@@ -205,7 +205,10 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+SLOW = ("zero 1", "zero 2", "bf16, zero 2", "8 bit")
+
+
+@pytest.mark.parametrize("engine", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ENGINES])
 def test_a_useless_update_is_skipped_and_counted(engine, model, tmp_path, monkeypatch, capfd):
     """Weights and moments after updates 1, 2, (3 skipped) are those after update 2; the average follows them on."""
     words = [*ENGINES[engine], "--log.checkpoint_every", "1", "--log.keep", "9", "--log.every", "1"]

@@ -219,6 +219,7 @@ def rank_of_two(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_masters_are_shared_out_among_ranks(tmp_path: Path):
     """Two ranks hold every master once between them, and masters and shadows are bit for bit those of one rank."""
     context = multiprocessing.get_context("spawn")

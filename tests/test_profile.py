@@ -47,7 +47,8 @@ def test_parts_are_counted_without_what_lies_inside_them():
     assert found == pytest.approx({name: value / 2e6 for name, value in expected.items()})
 
 
-@pytest.mark.parametrize("overlap", [pytest.param("false", marks=pytest.mark.slow), "true"])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", ["false", "true"])
 def test_a_profile_of_the_digits_run(overlap, tmp_path, capsys):
     output = tmp_path / "profile.json"
     words = ["--updates", "3", "--warm_up", "1", "--output", str(output)]
@@ -89,6 +90,7 @@ def test_a_hundred_updates_read_nothing_back(recipe, tmp_path):
 OTHERS = {"zero": ["--engine.zero_stage", "1"], "8 bit": ["--optimizer.name", "adamw8bit"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", OTHERS.values(), ids=OTHERS)
 def test_others_read_back_in_the_optimiser_alone(words, tmp_path):
     """DeepSpeed's looks whether gradients are finite, and so do we for bitsandbytes', whose kernels cannot."""

@@ -162,6 +162,20 @@ SLOW_RECIPES += ("lockstep noise", "lockstep noise fixed", "naive", "fp32 adamw"
 SLOW_RECIPES += ("overlap zero 3", "channels last fp32", "lora fp32")
 
 
+def test_the_base_of_a_lora_runs_samples_is_the_base(sd, prompts, tmp_path, monkeypatch):
+    """There it is the trained network without its low-rank weights, otherwise one that is loaded anew."""
+    shown = []
+    grid = lambda images, *_: shown.append(images) or Image.new("RGB", (1, 1))  # noqa: E731
+    monkeypatch.setattr("selfnpo_fast.trainer.image_grid", grid)
+    for name in ("lora", "fp32 adamw"):
+        words = [*small(sd, 4), "--prompts.source", str(prompts), "--optimizer.lr", "1e-2", *RECIPES["fp32 adamw"]]
+        words += ["--log.sample_every", "0", "--log.sample_steps", "2", "--log.sample_prompts", "2", *RECIPES[name]]
+        assert run("sd15_fast.yaml", tmp_path / name, *words) == 0
+    (base, worse), (expected, _) = (images.chunk(2) for images in shown)
+    torch.testing.assert_close(base, expected, rtol=0, atol=1e-5)
+    assert (worse - base).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_RECIPES else n for n in RECIPES])
 def test_every_choice_trains(name, sd, prompts, tmp_path):
     """The recommended config with one choice changed: finite losses, a model of the right shapes that moved."""
