@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import fields, replace
 
 import gaussian_mixture as gm
@@ -11,6 +12,7 @@ import tiny
 import torch
 from recording import ALLOCATES, ASKS, Recording
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -173,12 +175,16 @@ def whole_update(w: float, place, student, reference, table: torch.Tensor):
 TEXT = torch.zeros(5, 7, tiny.WIDTH)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("w", [-1.0, 0.0, -3.0])
-def test_a_whole_update_on_fake_cuda_asks_nothing_of_the_host(dtype, w):
-    """Tiny networks of the real class on a device that is not there; any `.item()`, any branch on a value, raises.
+@pytest.mark.parametrize(
+    ("w", "dtype"),
+    [(-1.0, torch.bfloat16), (-3.0, torch.float32), pytest.param(0.0, torch.float32, marks=pytest.mark.slow)],
+)
+def test_a_whole_update_on_fake_cuda_is_one_graph_and_asks_nothing_of_the_host(w, dtype):
+    """Tiny networks of the real class on a device that is not there, traced into a single graph; any `.item()`, any
+    branch on a value, raises.
 
-    Without gradients, for which autograd would ask for the device; the next test has them.
+    Rollout, loss, clipping, optimiser and average; without autograd, which would ask for the device: the next test has
+    it. (So would dynamo, whose fullgraph=True make_fx stands in for.)
     """
     mode = FakeTensorMode()
     student, reference = fake_network(mode, dtype), fake_network(mode, dtype)
@@ -188,16 +194,29 @@ def test_a_whole_update_on_fake_cuda_asks_nothing_of_the_host(dtype, w):
 
     pair_loss, move, _ = whole_update(w, place, student, reference, TEXT.to(dtype))
     optimizer = make_optimizer(OptimizerConfig(name="adamw"))(student.parameters())
-    with mode, NoDevice(), torch.no_grad():
-        with pytest.raises(DataDependentOutputException):
-            place(TEXT).sum().item()
+
+    def update() -> tuple[torch.Tensor, ...]:
         loss, per_pair = pair_loss()
         for parameter in student.parameters():
             parameter.grad = torch.empty_like(parameter)
         norm, finite = clip(optimizer, 1.0)
         optimizer.step()
         move()
-    assert {tensor.device.type for tensor in (loss, per_pair, norm, finite)} == {"cuda"}
+        return loss, per_pair, norm, finite
+
+    with mode, NoDevice(), torch.no_grad():
+        with pytest.raises(DataDependentOutputException):
+            place(TEXT).sum().item()
+        graph = make_fx(update)().graph
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    counts = Counter(str(node.target) for node in nodes)
+    ours = {name: n for name, n in counts.items() if name.startswith("selfnpo.")}
+    once = ("tdft_step", "x0_loss", "ema_update")
+    assert ours == {f"selfnpo.{name}.default": 1 for name in once}
+    assert counts["aten._fused_adamw_.default"] == 1
+    assert not ASKS & {name.split(".")[1] for name in counts if "." in name}
+    made = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert sum(value.device.type == "cuda" for value in made) > 500
 
 
 @pytest.mark.slow
