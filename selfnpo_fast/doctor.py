@@ -279,6 +279,8 @@ def hold_against_update(config: TrainConfig) -> Comparison:
     rollout, engine = replace(config.rollout, overlap=False), replace(config.engine, compile="off")
     config = replace(config, rollout=rollout, engine=engine)
     world, tracer = init_world(), make_tracer(config)
+    if world.size > 1:
+        raise UserError(f"--verify: it holds one rank against the model, not {world.size}; start it without a launcher")
     predicted = costs.memory(tracer.run(config, 1, world.device.type))
     return compare(predicted, measure(config, tracer.adapter, tracer.prompts, world))
 

@@ -508,6 +508,12 @@ def test_verify_leaves_with_one_beyond_a_tenth(sd, monkeypatch, capsys, factor, 
     assert ("NOT within 10%" in capsys.readouterr().out) == bool(status)
 
 
+def test_verify_is_for_one_rank(monkeypatch, capsys):
+    monkeypatch.setattr("selfnpo_fast.doctor.init_world", lambda: World(0, 2, torch.device("cpu")))
+    assert main(["doctor", "--verify", "--config", str(ROOT / "configs" / "digits.yaml")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: --verify: it holds one rank")
+
+
 ENGINES = {
     "ZeRO 1": {"zero_stage": 1},
     "ZeRO 2": {"zero_stage": 2},
