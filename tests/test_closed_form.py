@@ -311,7 +311,7 @@ def test_lockstep_states_are_the_baselines(k):
 def test_continuous_visits_every_grid_index_equally_often():
     """Exactly so over N calls of every group: of reference forwards 999 ... 99, of pairs 899 ... 99 and 0."""
     rollout = make_rollout(make_maker(config()), batch=8, groups=3)
-    rollout.next_pairs()
+    rollout.fill()
     predict, forwards, pairs = rollout.maker.predictor.predict, [], []
 
     def recorded(x, t, cond):
@@ -341,10 +341,10 @@ def test_continuous_trajectories_are_the_lockstep_ones():
     maker = make_maker(config())
     rollout = make_rollout(maker, batch=8, groups=3)
     lockstep = LockstepRollout(maker, batch=8, rank=0, world_size=1)
+    rollout.fill()
     seen = set()
     for call in range(3 * STEPS * 3):
-        group = call % 3
-        here, index = (rollout.x[group].clone(), rollout.index[group].clone()) if call else (None, None)
+        here, index = rollout.x[call % 3].clone(), rollout.index[call % 3].clone()
         pairs = rollout.next_pairs()
         ids, stop = pairs.sample_ids, torch.where(pairs.t == 0, -1, pairs.t // 100)
         steps = STEPS - 1 - stop
@@ -354,9 +354,8 @@ def test_continuous_trajectories_are_the_lockstep_ones():
         assert torch.equal(out.t, pairs.t)
         # A slot at the last index holds the start of the next sample; its pair is the end of the one before.
         inside = pairs.t > 0
-        if call:
-            assert torch.equal(index[inside], stop[inside])
-            torch.testing.assert_close(here[inside], out.x_t[inside], rtol=0, atol=1e-6)
+        assert torch.equal(index[inside], stop[inside])
+        torch.testing.assert_close(here[inside], out.x_t[inside], rtol=0, atol=1e-6)
         torch.testing.assert_close(pairs.x_s, out.x_s, rtol=0, atol=1e-6)
         # At t = 0 the continuous target is the finished x itself, which one more estimate would move by sigma_0.
         torch.testing.assert_close(pairs.target[inside], out.target[inside], rtol=0, atol=1e-6)

@@ -87,7 +87,8 @@ def test_digits_run_leaves_all_it_should(tmp_path):
     rows = metrics(output)
     assert [row["update"] for row in rows] == [2, 4, 6]
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 and row["pairs_per_second"] > 0 for row in rows)
-    assert all(row["reference_forwards_per_pair"] == 1 for row in rows[1:])
+    forwards = [row["reference_forwards_per_pair"] for row in rows]
+    assert min(forwards[:2]) > forwards[2] == 1, "a quarter of the slots is filled in each of the first four updates"
     stored = yaml.safe_load((output / "config.yaml").read_text())
     assert stored["updates"] == 6
     assert stored["engine"]["batch_size"] == 8
