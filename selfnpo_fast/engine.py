@@ -138,7 +138,7 @@ class StudentEngine:
     def __init__(self, config: TrainConfig, student: nn.Module, world: World) -> None:
         if config.engine.precision == "fp16" and world.device.type == "cpu":
             raise UserError("engine.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
-        self.stage, self.clip = zero_stage(config), config.optimizer.clip
+        self.stage, self.clip, self.device = zero_stage(config), config.optimizer.clip, world.device
         if self.stage != config.engine.zero_stage:
             logger.info("ZeRO: stage 1 instead of 0, since %s keeps fp32 masters", config.engine.precision)
         deepspeed = self._deepspeed = start_deepspeed(world)
@@ -181,11 +181,15 @@ class StudentEngine:
         if self.stage or not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
-            return torch.as_tensor(float("nan") if norm is None else norm), torch.tensor(self.engine.was_step_applied())
+            return self._scalar(float("nan") if norm is None else norm), self._scalar(self.engine.was_step_applied())
         # DeepSpeed's own clipping reads the norm, and it would take any gradient.
         norm, finite = clip(self.engine.basic_optimizer, self.clip)
         self.engine.step()
         return norm, finite
+
+    def _scalar(self, value: torch.Tensor | float | bool) -> torch.Tensor:
+        """On the device by a kernel: a copy from the host would wait for all that the device has to do."""
+        return value if isinstance(value, torch.Tensor) else torch.full((), value, device=self.device)
 
     @property
     def lr(self) -> float:

@@ -6,6 +6,7 @@
 
 No adapter is ever switched, which would be module state: a rollout in one thread and a backward pass in another may run
 through the same layers at once. PEFT makes the layers and knows their names and files; their forward is ours.
+(Inference has layers of its own, `guidance/lora_layers.py`: nothing is trained there, and rows of a batch choose.)
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class _LowRank:
         return self._plus(out, down(x.to(down.weight.dtype)), up, self.scaling[LIVE])
 
 
-class LowRankLinear(_LowRank, peft_layers.Linear):
+class LoraLinear(_LowRank, peft_layers.Linear):
     """A Linear with low-rank weights; rows (B, ..., in)."""
 
     @staticmethod
@@ -90,7 +91,7 @@ class LowRankLinear(_LowRank, peft_layers.Linear):
         return torch.addmm(rows, low.reshape(-1, low.shape[-1]).to(out.dtype), up.weight.t(), alpha=scale).view_as(out)
 
 
-class LowRankConv2d(_LowRank, peft_layers.Conv2d):
+class LoraConv2d(_LowRank, peft_layers.Conv2d):
     """A Conv2d with low-rank weights; A has the layer's kernel and stride, B is 1x1."""
 
     @staticmethod
@@ -98,7 +99,7 @@ class LowRankConv2d(_LowRank, peft_layers.Conv2d):
         return torch.add(out, up(low).to(out.dtype), alpha=scale)
 
 
-_OURS = {peft_layers.Linear: LowRankLinear, peft_layers.Conv2d: LowRankConv2d}
+_OURS = {peft_layers.Linear: LoraLinear, peft_layers.Conv2d: LoraConv2d}
 
 
 def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:

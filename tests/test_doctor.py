@@ -390,15 +390,17 @@ def storages(tensors) -> int:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("lora", [0, 4])
-def test_bytes_are_those_of_a_real_trainer(world, tmp_path, sd, optimizer, lora):
-    config = tiny_config(sd, optimizer=OptimizerConfig(name=optimizer), lora=LoraConfig(rank=lora))
+@pytest.mark.parametrize(("lora", "reference"), [(0, "ema"), (4, "ema"), (4, "frozen")])
+def test_bytes_are_those_of_a_real_trainer(world, tmp_path, sd, optimizer, lora, reference):
+    sections = {"lora": LoraConfig(rank=lora), "reference": ReferenceConfig(kind=reference)}
+    config = tiny_config(sd, optimizer=OptimizerConfig(name=optimizer), **sections)
     trainer, rest = real(world, tmp_path, config), costs.memory(traced(config)).rest
-    student, reference = storages(trainer.engine.parameters()), storages(trainer.reference.module.parameters())
+    ours, theirs = storages(trainer.engine.parameters()), storages(trainer.reference.module.parameters())
+    assert ("reference" in rest) == (reference == "ema"), "the base under low-rank weights is no copy"
     both = storages([*trainer.engine.parameters(), *trainer.reference.module.parameters()])
     # With LoRA they are one network, which holds the average as well.
-    assert (student, reference) == ((both, both) if lora else (rest["weights"], rest["reference"]))
-    assert both == rest["weights"] + rest["reference"]
+    assert (ours, theirs) == ((both, both) if lora else (rest["weights"], rest["reference"]))
+    assert both == rest["weights"] + rest.get("reference", 0)
     state = trainer.engine.engine.basic_optimizer.state.values()
     held = [v for s in state for name, v in s.items() if isinstance(v, torch.Tensor) and "qmap" not in name]
     assert rest["moments"] == pytest.approx(storages(v for v in held if v.ndim), abs=8)

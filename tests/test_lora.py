@@ -12,10 +12,11 @@ import torch
 from peft import LoraConfig as PeftConfig
 from torch import nn
 
-from selfnpo_fast.config import LoraConfig
+from selfnpo_fast.config import LoraConfig, ReferenceConfig, TrainConfig
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.lora import LowRankLinear, Variant, Weights, add_average, add_lora, checkpoint_gradients
+from selfnpo_fast.lora import LoraLinear, Variant, Weights, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.moving_reference import MovingReference
+from selfnpo_fast.trainer import _split
 
 DEVICE = "cpu"
 
@@ -226,12 +227,12 @@ def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
         network.cuda()
     expected = gradients(network, lambda: None)
     checkpoint_gradients(network)
-    counted, forward = [], LowRankLinear.forward
+    counted, forward = [], LoraLinear.forward
     seen = lambda layer, x: (counted.append(layer.call.weights), forward(layer, x))[1]  # noqa: E731
-    monkeypatch.setattr(LowRankLinear, "forward", seen)
+    monkeypatch.setattr(LoraLinear, "forward", seen)
     if backward_in == "another":
         monkeypatch.setattr(torch.Tensor, "backward", in_another_thread(torch.Tensor.backward))
-    call = next(part.call for part in network.modules() if isinstance(part, LowRankLinear))
+    call = next(part.call for part in network.modules() if isinstance(part, LoraLinear))
 
     def meanwhile() -> None:
         with torch.no_grad():
@@ -290,3 +291,41 @@ def test_an_average_beside_the_live_weights_follows_them():
     assert any(not torch.equal(average[name], start[name]) for name, _ in live)
     parameters = dict(network.named_parameters())
     assert all(torch.equal(parameters[name], value) for name, value in others.items())
+
+
+def split(**sections) -> tuple[nn.Module, nn.Module | Variant, dict | None]:
+    network = unet()
+    return network, *_split(network, TrainConfig(**sections))
+
+
+def test_full_weights_have_a_reference_of_their_own_that_is_frozen():
+    network, reference, average = split()
+    assert average is None
+    assert network.training
+    assert not reference.training
+    assert all(p.requires_grad for p in network.parameters())
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert not {p.data_ptr() for p in network.parameters()} & {p.data_ptr() for p in reference.parameters()}
+    before = output(reference)
+    assert not before.requires_grad
+    assert torch.equal(before, output(unet()))
+    step(network)
+    assert torch.equal(output(reference), before)
+    assert (output(network) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("ema", Weights.AVERAGE), ("frozen", Weights.OFF)])
+def test_lora_has_its_reference_in_the_same_network(kind, weights):
+    network, reference, average = split(lora=LoraConfig(rank=2), reference=ReferenceConfig(kind=kind))
+    assert reference.network is network
+    assert reference.weights is weights
+    assert not network.training, "dropout would meet the reference"
+    live = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert live
+    assert average.keys() == (live if kind == "ema" else set())
+    x, t, rows = inputs()
+    with torch.no_grad():
+        before = reference(x, t, rows).sample
+        randomise(network)
+        assert torch.equal(reference(x, t, rows).sample, before)
+        assert (output(network) - before).abs().max() > 1e-3
