@@ -14,7 +14,7 @@ from torch import nn
 
 from selfnpo_fast.config import LoraConfig, ReferenceConfig, TrainConfig
 from selfnpo_fast.errors import UserError
-from selfnpo_fast.lora import LoraLinear, Variant, Weights, add_average, add_lora, checkpoint_gradients
+from selfnpo_fast.lora import Call, LoraLinear, Variant, Weights, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.moving_reference import MovingReference
 from selfnpo_fast.trainer import _split
 
@@ -230,9 +230,10 @@ def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
     counted, forward = [], LoraLinear.forward
     seen = lambda layer, x: (counted.append(layer.call.weights), forward(layer, x))[1]  # noqa: E731
     monkeypatch.setattr(LoraLinear, "forward", seen)
-    if backward_in == "another":
-        monkeypatch.setattr(torch.Tensor, "backward", in_another_thread(torch.Tensor.backward))
     call = next(part.call for part in network.modules() if isinstance(part, LoraLinear))
+    left: list[Weights] = []
+    if backward_in == "another":
+        monkeypatch.setattr(torch.Tensor, "backward", in_another_thread(torch.Tensor.backward, call, left))
 
     def meanwhile() -> None:
         with torch.no_grad():
@@ -241,6 +242,7 @@ def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
 
     found = gradients(network, meanwhile)
     assert call.weights is Weights.OFF
+    assert left == [Weights.OFF] * (backward_in == "another")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     layers = len(counted) // 3
@@ -249,9 +251,16 @@ def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
     )
 
 
-def in_another_thread(function):
+def in_another_thread(function, call: Call, left: list[Weights]):
+    """`function` in a thread that other weights were left in; what it leaves there goes into `left`."""
+
+    def work(*arguments) -> None:
+        call.weights = Weights.OFF
+        function(*arguments)
+        left.append(call.weights)
+
     def run(*arguments) -> None:
-        thread = threading.Thread(target=function, args=arguments)
+        thread = threading.Thread(target=work, args=arguments)
         thread.start()
         thread.join()
 
