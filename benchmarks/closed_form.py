@@ -247,9 +247,7 @@ def measure(quick: bool) -> dict:
         train |= {"updates": 448, "every": 112, "batch": 32}
     fine = 100 if quick else 1000
     parts = {
-        "solver_bias": lambda: {
-            str(n): trajectory_errors(n, "p_T", count, replicates) for n in (10, 25, 50, 100)
-        },
+        "solver_bias": lambda: {str(n): trajectory_errors(n, "p_T", count, replicates) for n in (10, 25, 50, 100)},
         "start_bias": lambda: {
             "p_T": trajectory_errors(fine, "p_T", count, replicates),
             "noise": trajectory_errors(fine, "noise", count, replicates),

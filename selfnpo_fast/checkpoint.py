@@ -321,9 +321,7 @@ def save_negative(
     """
     writer = Writer(folder, world)
     if lora:
-        weights = {
-            name: value.to("cpu", dtype, copy=True) for name, value in engine.full_weights() if world.is_main
-        }
+        weights = {name: value.to("cpu", dtype, copy=True) for name, value in engine.full_weights() if world.is_main}
         writer.run("LoRA", lambda: _write_lora(writer.folder, engine.module, weights, adapter, base))
     else:
         weights = (pair for part in (engine.full_weights(), engine.frozen_weights()) for pair in part)

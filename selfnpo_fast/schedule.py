@@ -87,9 +87,7 @@ def x0_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
     return _output_as_x0_eps(schedule, t)[:, :2]
 
 
-def ddim_coefficients(
-    schedule: NoiseSchedule, t: torch.Tensor, t_prev: torch.Tensor, w: float = 0.0
-) -> torch.Tensor:
+def ddim_coefficients(schedule: NoiseSchedule, t: torch.Tensor, t_prev: torch.Tensor, w: float = 0.0) -> torch.Tensor:
     """(n, 7) float64, the rows of `guided_step`: x0 as above, the deterministic DDIM step (eta = 0)
     x_{t_prev} = k2 x_t + k3 p, nothing of x0_prev and noise, and guidance w.
     """

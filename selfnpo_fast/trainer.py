@@ -62,9 +62,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     """Read model, prompts and data. Raises UserError for every mistake a user can make in them."""
     model = config.model
     config.engine.micro_batch(world.size)
-    adapter = load_adapter(
-        model.path, revision=model.revision, variant=model.variant, resolution=model.resolution
-    )
+    adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
     Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"), w=config.rollout.w)
     if config.log.sample_every >= 0:
         check_steps(adapter, config.log.sample_steps, "log.sample_steps")
@@ -87,9 +85,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     return Inputs(adapter, table, prompts, latents, student, base)
 
 
-def _split(
-    student: nn.Module, config: TrainConfig
-) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
+def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
     """Make `student` trainable; the reference beside it, and its parameters by the names of those they follow (None:
     the same names).
 

@@ -26,6 +26,8 @@ from selfnpo_fast.objective import Objective
 from selfnpo_fast.rollout import ContinuousRollout, CudaGraphs, GuidedPredictor, OverlappedProducer, Pairs, Producer
 
 BATCH, GROUPS = 6, 2
+
+
 def rollout(start: str = "noise", w: float = -1.0, **options) -> ContinuousRollout:
     maker = gm.make_maker(gm.config(start=start, w=w))
     maker.predictor.batched = True

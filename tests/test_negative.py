@@ -279,9 +279,9 @@ def test_a_lora_takes_the_positives_dtype_and_beta(adapter, base, tmp_path):
         assert delta.scale == 0.5 * whole[path].scale
     with pytest.raises(UserError, match=r"^beta: 0 leaves nothing"):
         load_negative(base, tmp_path, beta=0)
-    assert {
-        value.dtype for value in load_network(adapter, tmp_path, torch.bfloat16).state_dict().values()
-    } == {torch.bfloat16}
+    assert {value.dtype for value in load_network(adapter, tmp_path, torch.bfloat16).state_dict().values()} == {
+        torch.bfloat16
+    }
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (0.6, 0.5)])

@@ -194,7 +194,6 @@ def test_with_a_frozen_reference_overlap_changes_nothing(name, tmp_path):
     assert plain_rows == ahead_rows
 
 
-
 @pytest.mark.parametrize("reference", ["ema", "frozen"])
 def test_lora_learns_as_two_networks_with_peft_layers_do(reference, tmp_path, monkeypatch):
     """Student and reference as two module trees with PEFT's own forward, instead of one network with ours."""

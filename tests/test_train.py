@@ -385,9 +385,7 @@ def test_the_authors_config_without_images_names_the_other_one(tmp_path, capsys)
     assert "\n" not in error
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"", "prompt"), (b"\n  \n", "prompt"), (b"good\nb\xffd\n", "UTF-8")]
-)
+@pytest.mark.parametrize(("content", "message"), [(b"", "prompt"), (b"\n  \n", "prompt"), (b"good\nb\xffd\n", "UTF-8")])
 def test_bad_prompt_files_get_one_line(content, message, tmp_path, capsys):
     path, output = tmp_path / "prompts.txt", tmp_path / "run"
     path.write_bytes(content)

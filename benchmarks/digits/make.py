@@ -1,7 +1,7 @@
 """Trains and draws recipes of the digits report without scoring them, so that several processes can share the work.
 
-    python -m benchmarks.digits.make                      # all that is missing
-    python -m benchmarks.digits.make "w = -5" frozen      # these recipes
+python -m benchmarks.digits.make                      # all that is missing
+python -m benchmarks.digits.make "w = -5" frozen      # these recipes
 """
 
 from __future__ import annotations

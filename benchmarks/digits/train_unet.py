@@ -33,9 +33,7 @@ def new_tokenizer() -> CLIPTokenizer:
     tokens = sorted({*learned["vocab"], *letters, *(letter + "</w>" for letter in letters)})
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     merges = [tuple(merge) for merge in learned["merges"]]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS
-    )
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -90,9 +90,7 @@ class StableDiffusionAdapter:
         from diffusers import UNet2DConditionModel
 
         with _loading(self.path, f"{self.denoiser_name}/config.json"):
-            config = UNet2DConditionModel.load_config(
-                self.path, subfolder=self.denoiser_name, revision=self._revision
-            )
+            config = UNet2DConditionModel.load_config(self.path, subfolder=self.denoiser_name, revision=self._revision)
             return config | {"sample_size": int(config["sample_size"]), "in_channels": int(config["in_channels"])}
 
     @property

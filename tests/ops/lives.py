@@ -81,9 +81,7 @@ def pair_of(world: World, slot: Slot, x0: tuple[np.ndarray, np.ndarray]) -> Pair
     s = t + 1 + exact.randint(rules.seed, sample, exact.draw_id(Draw.RENOISE_TIME, index), end - 1 - t)
     noise = exact.sized_normals(rules.seed, [sample], exact.draw_id(Draw.RENOISE, index), state[0].shape)
     signal, disturbance = world.row("renoise", index + 1, s)
-    x_s = exact.linear(
-        (signal, *(target if rules.naive else state)), (disturbance, noise[0][0], noise[1][0])
-    )
+    x_s = exact.linear((signal, *(target if rules.naive else state)), (disturbance, noise[0][0], noise[1][0]))
     dropped = exact.uniform(rules.seed, sample, exact.draw_id(Draw.PROMPT_DROPOUT, index)) < np.float32(rules.dropout)
     row = 0 if dropped else world.item(sample, order=int(rules.shuffled)) + 1
     return Pair(target, x_s, [t, s, sample, row], float(world.row("weight", index + 1)))
