@@ -25,7 +25,7 @@ demo: setup
 
 # Trains and draws what benchmarks/results/digits.json lacks; hours from nothing (FRESH=1), and it can be interrupted.
 report: setup
-	@$(BIN)/python -m benchmarks.digits.report $(if $(FRESH),--fresh)
+	@$(BIN)/python -m benchmarks.digits_report.report $(if $(FRESH),--fresh)
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"

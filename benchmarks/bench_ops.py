@@ -4,9 +4,9 @@
     python -m benchmarks.bench_ops --op tdft_step --shape sd15 --dtype fp32
     python -m benchmarks.bench_ops --quick                          # tiny latents
 
-Arms (`op_arms.py`, `tdft_arms.py`): ours; eager, PyTorch as diffusers and the authors write it; compiled, the same
+Arms (`arms/ops.py`, `arms/tdft.py`): ours; eager, PyTorch as diffusers and the authors write it; compiled, the same
 arithmetic under torch.compile, warmed up beforehand; floor, plain copies of as many bytes as the op must move
-(`op_floor.py`). Every round times each arm once, looped past `SAMPLE_SECONDS`; a ratio is taken within its round.
+(`arms/floor.py`). Every round times each arm once, looped past `SAMPLE_SECONDS`; a ratio is taken within its round.
 `tdft_step` has a further arm, `eager_by_rows`, and its bar is judged against both.
 
 Before any timing every op has to agree with eager PyTorch and with the reference backend, on small batches of every
@@ -38,12 +38,12 @@ if not __package__:  # run as a script: Python put this folder on the path, not 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks import op_arms  # noqa: E402
+from benchmarks.arms import ops as op_arms  # noqa: E402
+from benchmarks.arms.floor import TRAFFIC, Traffic, floor_arm  # noqa: E402
+from benchmarks.arms.ops import DTYPES, Comparison, Op  # noqa: E402
+from benchmarks.arms.tdft import TdftStep  # noqa: E402
 from benchmarks.environment import RESULTS, describe, pick_device, spread  # noqa: E402
-from benchmarks.op_arms import DTYPES, Comparison, Op  # noqa: E402
-from benchmarks.op_floor import TRAFFIC, Traffic, floor_arm  # noqa: E402
-from benchmarks.tdft_arms import TdftStep  # noqa: E402
-from selfnpo_fast.console import quiet_libraries  # noqa: E402
+from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_kernels import backends  # noqa: E402
 
 if TYPE_CHECKING:

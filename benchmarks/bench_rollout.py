@@ -42,8 +42,8 @@ WARM_UP, UPDATES, QUICK_UPDATES = 3, 8, 1
 def one_rank(words: Sequence[str], updates: int) -> dict[str, object]:
     """What a child does: seconds of every update, and the most memory."""
     from benchmarks.profile_step import make_trainer
-    from selfnpo_fast.console import quiet_libraries
-    from selfnpo_fast.recorder import peak_memory_gib
+    from selfnpo_fast.runtime.console import quiet_libraries
+    from selfnpo_fast.training.recorder import peak_memory_gib
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

@@ -31,11 +31,11 @@ if not __package__:  # run as a script: Python put this folder on the path, not 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.arms.sampler import ARMS, STOCK, TWO, Arm, Bench, peak_bytes, synchronize  # noqa: E402
 from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
 from benchmarks.nets import NETS, BenchNet  # noqa: E402
-from benchmarks.sampler_arms import ARMS, STOCK, TWO, Arm, Bench, peak_bytes, synchronize  # noqa: E402
-from selfnpo_fast.console import quiet_libraries  # noqa: E402
-from selfnpo_fast.world import DTYPES  # noqa: E402
+from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
+from selfnpo_fast.runtime.world import DTYPES  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

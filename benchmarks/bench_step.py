@@ -32,9 +32,7 @@ if not __package__:  # run as a script: Python put this folder on the path, not 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
-from benchmarks.nets import NETS, BenchNet  # noqa: E402
-from benchmarks.step_arms import (  # noqa: E402
+from benchmarks.arms.step import (  # noqa: E402
     ARMS,
     CONTINUOUS,
     FLOOR,
@@ -44,8 +42,9 @@ from benchmarks.step_arms import (  # noqa: E402
     expected_forwards,
     synchronize,
 )
+from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
+from benchmarks.nets import NETS, BenchNet  # noqa: E402
 from selfnpo_fast.config import RolloutConfig  # noqa: E402
-from selfnpo_fast.console import quiet_libraries  # noqa: E402
 from selfnpo_fast.rollout import (  # noqa: E402
     ContinuousRollout,
     LockstepDraws,
@@ -54,7 +53,8 @@ from selfnpo_fast.rollout import (  # noqa: E402
     Pairs,
     lockstep_rollout,
 )
-from selfnpo_fast.world import DTYPES  # noqa: E402
+from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
+from selfnpo_fast.runtime.world import DTYPES  # noqa: E402
 from selfnpo_kernels import Draw, normal  # noqa: E402
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from selfnpo_fast.conditioning import ConditioningTable
+from selfnpo_fast.diffusion.schedule import NoiseSchedule
 from selfnpo_fast.models import SD15_SMALL, StableDiffusionAdapter, load_adapter
-from selfnpo_fast.schedule import NoiseSchedule
+from selfnpo_fast.models.conditioning import ConditioningTable
 
 SEED = 0
 

@@ -27,11 +27,11 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks.environment import describe  # noqa: E402
-from selfnpo_fast.console import quiet_libraries  # noqa: E402
-from selfnpo_fast.recorder import Recorder  # noqa: E402
+from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
+from selfnpo_fast.runtime.world import World, init_world  # noqa: E402
 from selfnpo_fast.train import parse  # noqa: E402
-from selfnpo_fast.trainer import Trainer, load_inputs  # noqa: E402
-from selfnpo_fast.world import World, init_world  # noqa: E402
+from selfnpo_fast.training.recorder import Recorder  # noqa: E402
+from selfnpo_fast.training.trainer import Trainer, load_inputs  # noqa: E402
 
 PREFIX, WHOLE = "selfnpo_fast: ", "update"
 PARTS = ("reference", "kernels", "student forward", "backward", "optimiser", "EMA", "waiting")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from selfnpo_fast.console import quiet_libraries, setup_logging
-from selfnpo_fast.errors import RunError, UserError, one_line
-from selfnpo_fast.folders import check_writable
+from selfnpo_fast.runtime.console import quiet_libraries, setup_logging
+from selfnpo_fast.runtime.errors import RunError, UserError, one_line
+from selfnpo_fast.runtime.folders import check_writable
 
 USAGE = """usage: selfnpo COMMAND [options]
 
@@ -148,12 +148,12 @@ def sample(options: SampleOptions) -> None:
     """Write one PNG per picture and grid.png; everything is checked before the folder is made."""
     import torch
 
-    from selfnpo_fast.guidance.negative import load_negative
+    from selfnpo_fast.data.prompts import read_prompts
     from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
-    from selfnpo_fast.images import image_grid, to_pil
     from selfnpo_fast.models import load_adapter
-    from selfnpo_fast.prompts import read_prompts
-    from selfnpo_fast.world import DTYPES
+    from selfnpo_fast.negatives.load import load_negative
+    from selfnpo_fast.runtime.images import image_grid, to_pil
+    from selfnpo_fast.runtime.world import DTYPES
 
     folder = check_writable(options.output)
     if (options.prompt is None) == (options.prompts is None):
@@ -213,12 +213,11 @@ def evaluate(options: EvaluateOptions) -> None:
     """Sweep, score, write the report and print it in brief."""
     import torch
 
-    from selfnpo_fast.guidance.negative import load_negative
     from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
     from selfnpo_fast.models import load_adapter
-    from selfnpo_fast.scoring import evaluate as sweep
-    from selfnpo_fast.scoring import report
-    from selfnpo_fast.scoring.scorers import DigitsScorers
+    from selfnpo_fast.negatives.load import load_negative
+    from selfnpo_fast.scoring import report, sweep
+    from selfnpo_fast.scoring.digits.scorers import DigitsScorers
 
     folder = check_writable(options.output)
     if options.full:
@@ -299,7 +298,7 @@ Prints memory per rank, FLOPs, time and file sizes of a config, computed from th
 
 def doctor(argv: list[str]) -> None:
     """Print what a config will cost; with --verify, RunError where the memory model is off."""
-    from selfnpo_fast.doctor import VERIFIED, check, examine, split_options
+    from selfnpo_fast.doctor.report import VERIFIED, check, examine, split_options
     from selfnpo_fast.train import parse
 
     if "-h" in argv or "--help" in argv:
@@ -315,7 +314,7 @@ def doctor(argv: list[str]) -> None:
 
 
 def _merge(argv: list[str]) -> None:
-    from selfnpo_fast.guidance.merge import MergeOptions, merge_command
+    from selfnpo_fast.negatives.merge import MergeOptions, merge_command
 
     merge_command(parse_options(MergeOptions, argv, "selfnpo merge"))
 

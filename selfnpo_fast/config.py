@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, is_dataclass
 from types import NoneType
 from typing import Literal, get_args, get_type_hints
 
-from selfnpo_fast.errors import UserError
+from selfnpo_fast.runtime.errors import UserError
 
 MAX_YAML_CHARACTERS, MAX_YAML_DEPTH = 1 << 20, 20  # this config needs 3 levels; libyaml's recursion overflows the stack
 _CODE_KEYS = ("class_path", "init_args")  # with which jsonargparse names a class to import

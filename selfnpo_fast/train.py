@@ -13,9 +13,9 @@ import os  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from selfnpo_fast.config import TrainConfig, load_yaml, section_names  # noqa: E402
-from selfnpo_fast.console import logger, quiet_libraries, setup_logging  # noqa: E402
-from selfnpo_fast.errors import RunError, UserError, one_line  # noqa: E402
-from selfnpo_fast.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
+from selfnpo_fast.runtime.console import logger, quiet_libraries, setup_logging  # noqa: E402
+from selfnpo_fast.runtime.errors import RunError, UserError, one_line  # noqa: E402
+from selfnpo_fast.runtime.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
 
 # A checkout has them beside the package, an installed package inside it.
 CONFIGS = _HERE.parent / "configs" if (_HERE.parent / "configs").is_dir() else _HERE / "configs"
@@ -99,8 +99,8 @@ def train(argv: list[str]) -> None:
     goes_on = request.resume or request.replay_step is not None
     output = check_run_folder(request.config.output, resume=goes_on, overwrite=request.overwrite)
 
-    from selfnpo_fast.lifecycle import PeerWatch, StopRequest, leave_at_once
-    from selfnpo_fast.world import init_world
+    from selfnpo_fast.runtime.world import init_world
+    from selfnpo_fast.training.lifecycle import PeerWatch, StopRequest, leave_at_once
 
     with StopRequest() as stop:
         world = init_world()
@@ -111,10 +111,10 @@ def train(argv: list[str]) -> None:
 
 def _run(request: Request, output: Path, world, stop) -> None:
     """All that follows once the ranks have met."""
-    from selfnpo_fast.checkpoint import newest_checkpoint
-    from selfnpo_fast.recorder import Recorder
-    from selfnpo_fast.replay import replay
-    from selfnpo_fast.trainer import Trainer, load_inputs
+    from selfnpo_fast.training.checkpoint import newest_checkpoint
+    from selfnpo_fast.training.recorder import Recorder
+    from selfnpo_fast.training.replay import replay
+    from selfnpo_fast.training.trainer import Trainer, load_inputs
 
     config, replaying, newest = request.config, request.replay_step is not None, None
     kernels = _kernels(world.device.type)

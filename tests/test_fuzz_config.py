@@ -18,13 +18,13 @@ import yaml
 from fuzzing import assert_one_line, assert_refused, call, fuzz, hostile_pickle
 from hypothesis import example, given
 from hypothesis import strategies as st
-from negatives import load_network
 from PIL import Image
+from tiny_negatives import load_network
 
 from selfnpo_fast import train
 from selfnpo_fast.config import TrainConfig, load_yaml
-from selfnpo_fast.errors import UserError
 from selfnpo_fast.models import load_adapter
+from selfnpo_fast.runtime.errors import UserError
 
 SECTIONS = {name: kind for name, kind in get_type_hints(TrainConfig).items() if hasattr(kind, "__dataclass_fields__")}
 FIELDS: dict[tuple[str, ...], Any] = {

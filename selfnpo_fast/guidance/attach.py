@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from selfnpo_fast.console import logger
-from selfnpo_fast.errors import UserError
 from selfnpo_fast.guidance.lora_layers import LowRankBackbone, install
-from selfnpo_fast.guidance.negative import Negative, load_negative
 from selfnpo_fast.guidance.pipelines import calling_pipeline, rule_of
 from selfnpo_fast.guidance.two_networks import Follower, TwoNetworks, rows_of
+from selfnpo_fast.negatives.load import Negative, load_negative
+from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:  # diffusers' models import bitsandbytes where it is installed
     from diffusers import DiffusionPipeline

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from selfnpo_fast.compiling import compile_blocks
-from selfnpo_fast.console import logger
 from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
-from selfnpo_fast.guidance.negative import Negative
 from selfnpo_fast.models.sd import Conditioning
+from selfnpo_fast.negatives.load import Negative
+from selfnpo_fast.runtime.compiling import compile_blocks
+from selfnpo_fast.runtime.console import logger
 
 Predict = Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 """(network, x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""

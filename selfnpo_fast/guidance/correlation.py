@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from selfnpo_fast.errors import UserError
-from selfnpo_fast.guidance.fingerprint import fingerprint, matches
-from selfnpo_fast.guidance.negative import Negative, as_network, load_base, load_negative
-from selfnpo_fast.guidance.weights import module_weights
+from selfnpo_fast.diffusion.solvers import solver_steps
 from selfnpo_fast.models import StableDiffusionAdapter
-from selfnpo_fast.solvers import solver_steps
+from selfnpo_fast.negatives.fingerprint import fingerprint, matches
+from selfnpo_fast.negatives.load import Negative, as_network, load_base, load_negative
+from selfnpo_fast.negatives.weights import module_weights
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_kernels import Draw, NoiseKey, draw_id, guided_step, normal
 
 BOUND = 1.5
@@ -229,8 +229,8 @@ class CorrelateOptions:
 
 def correlate_command(options: CorrelateOptions) -> None:
     """`selfnpo correlate`."""
+    from selfnpo_fast.data.prompts import read_prompts
     from selfnpo_fast.models import load_adapter
-    from selfnpo_fast.prompts import read_prompts
 
     if options.negative is None:
         raise UserError("negative: none given; expected --negative")

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfnpo_fast.errors import UserError
-from selfnpo_fast.guidance.low_rank import Deltas, LowRank
+from selfnpo_fast.negatives.low_rank import Deltas, LowRank
+from selfnpo_fast.runtime.errors import UserError
 
 
 class Rows(enum.Enum):

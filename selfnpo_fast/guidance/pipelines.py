@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from selfnpo_fast.errors import UserError
+from selfnpo_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -20,17 +20,17 @@ from typing import Literal
 import torch
 from torch import nn
 
-from selfnpo_fast.capture import CudaGraphs, no_capture
-from selfnpo_fast.console import logger
-from selfnpo_fast.errors import RunError, UserError
+from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
 from selfnpo_fast.guidance.attach import has_negative
 from selfnpo_fast.guidance.branches import BRANCHES, Branches
-from selfnpo_fast.guidance.negative import Negative, load_negative
 from selfnpo_fast.guidance.trajectory import Trajectories
-from selfnpo_fast.images import to_pil
 from selfnpo_fast.models import StableDiffusionAdapter, adapter_of
 from selfnpo_fast.models.sd import Conditioning
-from selfnpo_fast.solvers import SolverSteps, solver_steps
+from selfnpo_fast.negatives.load import Negative, load_negative
+from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
+from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.errors import RunError, UserError
+from selfnpo_fast.runtime.images import to_pil
 from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, normal
 
 SOLVERS = {

@@ -9,10 +9,10 @@ from collections import OrderedDict
 
 import torch
 
-from selfnpo_fast.capture import Capture, Step
+from selfnpo_fast.diffusion.solvers import SolverSteps
 from selfnpo_fast.guidance.branches import BatchOrSplit, Branches, halves
 from selfnpo_fast.models.sd import Conditioning
-from selfnpo_fast.solvers import SolverSteps
+from selfnpo_fast.runtime.capture import Capture, Step
 from selfnpo_kernels import guidance_rescale, guided_step
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfnpo_fast.errors import UserError
+from selfnpo_fast.runtime.errors import UserError
 
 # Its leading dimension counts image prompts, and may happen to equal the number of rows.
 _NOT_ROWS = frozenset({"ip_adapter_masks"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from selfnpo_fast.errors import UserError, one_line
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
+from selfnpo_fast.runtime.errors import UserError, one_line
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DIGITS = ASSETS / "digits"

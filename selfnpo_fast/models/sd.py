@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from selfnpo_fast.console import logger
-from selfnpo_fast.errors import UserError, one_line
-from selfnpo_fast.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
 MAX_RESOLUTION = 2**14  # pixels

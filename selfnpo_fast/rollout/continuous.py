@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from selfnpo_fast.capture import Capture, Step, no_capture
-from selfnpo_fast.compiling import compiled
 from selfnpo_fast.rollout.grid import continuous_frequencies, life_states, lockstep_frequencies
 from selfnpo_fast.rollout.lockstep import walk
 from selfnpo_fast.rollout.pairs import PairMaker, Pairs
+from selfnpo_fast.runtime.capture import Capture, Step, no_capture
+from selfnpo_fast.runtime.compiling import compiled
 from selfnpo_kernels import Draw, TdftTables, affine_noise, normal, randint, tdft_step
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from selfnpo_fast.config import RolloutConfig
-from selfnpo_fast.schedule import (
+from selfnpo_fast.diffusion.schedule import (
     NoiseSchedule,
     ddim_coefficients,
     ddim_grid,

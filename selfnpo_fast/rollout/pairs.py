@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from selfnpo_fast.conditioning import EMPTY_ROW, ConditioningTable
 from selfnpo_fast.config import RolloutConfig
-from selfnpo_fast.console import logger
+from selfnpo_fast.models.conditioning import EMPTY_ROW, ConditioningTable
 from selfnpo_fast.rollout.grid import Grid
+from selfnpo_fast.runtime.console import logger
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, draw_id, permute, randint, uniform
 
 Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from selfnpo_fast.images import MARGIN, image_grid, to_pil
-from selfnpo_fast.scoring.evaluate import ACCURATE, Comparison, Results, Row
+from selfnpo_fast.runtime.images import MARGIN, image_grid, to_pil
 from selfnpo_fast.scoring.intervals import Interval
+from selfnpo_fast.scoring.sweep import ACCURATE, Comparison, Results, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ import test_solvers as solvers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from selfnpo_fast.solvers import solver_steps
+from selfnpo_fast.diffusion.solvers import solver_steps
 
 V = {"prediction_type": "v_prediction"}
 SCHEDULERS = {

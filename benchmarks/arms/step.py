@@ -1,0 +1,173 @@
+"""The arms of `bench_step.py`: the authors' schedule and ours, on one network as student and reference."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.nets import BenchNet
+from selfnpo_fast.config import LossConfig, OptimizerConfig, RolloutConfig
+from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
+from selfnpo_fast.runtime.compiling import compile_blocks
+from selfnpo_fast.training.engine import make_optimizer
+from selfnpo_fast.training.moving_reference import MovingReference
+from selfnpo_fast.training.objective import Objective
+from selfnpo_kernels import affine_noise, guided_step
+
+SEED = 0
+ITEMS = 64
+"""Prompts, and images for rollouts from data."""
+
+
+class UnbatchedPredictor(GuidedPredictor):
+    """As the authors call it: conditional and unconditional output in two calls, both of them whatever w is."""
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
+        """`(pos, neg)`; at w = -1 pos is dead."""
+        self.forwards += 2 * len(x)
+        pos = self.predict(x, t, self.table.gather(rows))
+        return pos, self.predict(x, t, self.table.empty(len(x)))
+
+
+class ReleasedRollout(LockstepRollout):
+    """The authors' loop: K steps and one evaluation for every batch, even where all samples have passed index 0."""
+
+    @torch.no_grad()
+    def next_pairs(self) -> Pairs:
+        """The next micro-batch."""
+        maker, grid, predictor = self.maker, self.maker.grid, self.maker.predictor
+        ids = torch.arange(self.next_id, self.next_id + self.batch)
+        self.next_id += self.stride
+        draws, ids = self.draws(ids), ids.to(maker.device)
+        latents, rows, index = maker.start_latents(ids), maker.rows(ids), draws.start_index.to(maker.device)
+        x = draws.noise if latents is None else affine_noise(latents, grid.start, draws.noise, index=index + 1)
+        for _ in range(maker.config.max_steps):
+            pos, neg = predictor(x, grid.timestep(index), rows)
+            moved, _ = guided_step(pos, neg, x, grid.step, index=index + 1)
+            x = torch.where((index >= 0).view(-1, *[1] * (x.ndim - 1)), moved, x)
+            index = (index - 1).clamp(min=-1)
+        pos, neg = predictor(x, grid.timestep(index), rows)
+        _, target = guided_step(pos, neg, x, grid.step, index=index + 1)
+        return maker.finish(x, index, target, ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to make pairs; without a config it makes none (the floors), but runs the reference `forwards` times."""
+
+    name: str
+    label: str
+    config: RolloutConfig | None = None
+    rollout: type[LockstepRollout] | type[ContinuousRollout] | None = None
+    predictor: type[GuidedPredictor] = GuidedPredictor
+    forwards: int = 0
+
+    @property
+    def calls(self) -> int:
+        """Samples that the reference forwards per evaluation of one sample."""
+        both = issubclass(self.predictor, UnbatchedPredictor) or self.config.w not in (-1, 0)
+        return 2 if both else 1
+
+
+K5 = RolloutConfig(mode="lockstep", start="data", k=5, w=-1.0)
+FULL = RolloutConfig(mode="lockstep", start="noise", stop="fixed", k=25, w=-1.0)
+CONTINUOUS, FORWARD, FLOOR = "continuous", "floor_forward", "floor"
+NOISE = {"mode": "continuous", "start": "noise"}
+RELEASED = {"rollout": ReleasedRollout, "predictor": UnbatchedPredictor}
+ARMS = (
+    Arm(name="released", label="authors' schedule as released", config=K5, **RELEASED),
+    Arm(name="released_live", label="the same, no dead branches", config=K5, rollout=ReleasedRollout),
+    Arm(name="full", label="full simulation, calls as released", config=FULL, **RELEASED),
+    Arm(name="full_live", label="the same, no dead branches", config=FULL, rollout=ReleasedRollout),
+    Arm(name="lockstep", label="our lockstep mode", config=K5, rollout=LockstepRollout),
+    Arm(name=CONTINUOUS, label="continuous", config=RolloutConfig(w=-1.0, **NOISE), rollout=ContinuousRollout),
+    Arm(name="continuous_w5", label="continuous", config=RolloutConfig(w=-5.0, **NOISE), rollout=ContinuousRollout),
+    Arm(name=FORWARD, label="floor: one reference forward and the student", forwards=1),
+    Arm(name=FLOOR, label="floor: the student alone"),
+)
+
+
+class Workbench:
+    """One network as student and reference, with all that an arm needs; counts the samples the reference forwards."""
+
+    def __init__(
+        self, net: BenchNet, *, batch: int, device: torch.device, dtype: torch.dtype, compile: str = "off"
+    ) -> None:
+        self.net, self.batch, self.device = net, batch, device
+        self.student = net.network(dtype).to(device).train().requires_grad_(True)
+        self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
+        for network in (self.student, self.reference):  # for all arms alike
+            compile_blocks(network, compile)
+        self.cond = net.table(ITEMS, dtype, device)
+        self.latents = net.latents(ITEMS, device)
+        self.objective = Objective.build(LossConfig(), net.schedule, device)
+        self.forwards = 0
+
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.forwards += len(x)
+        return self.net.predict(self.reference, x, t, cond)
+
+    def rollout(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
+        """A new rollout of the arm from sample id 0."""
+        maker = PairMaker(
+            arm.predictor(self._predict, self.cond, arm.config.w, "batched"),
+            Grid.build(self.net.schedule, arm.config.grid_steps, self.device, w=arm.config.w),
+            arm.config,
+            latent_shape=self.net.latent_shape,
+            items=ITEMS,
+            latents=self.latents if arm.config.start == "data" else None,
+            seed=SEED,
+            dropout=0.0,
+            device=self.device,
+        )
+        place = {"batch": self.batch, "rank": 0, "world_size": 1}
+        return arm.rollout(maker, groups=1, **place) if arm.config.mode == "continuous" else arm.rollout(maker, **place)
+
+    @torch.no_grad()
+    def forward(self, pairs: Pairs) -> None:
+        """One unconditional forward of the reference."""
+        self._predict(pairs.x_s, pairs.s, self.cond.empty(len(pairs.s)))
+
+    def update_seconds(self, rounds: int) -> dict[str, list[float]]:
+        """Seconds of one AdamW step and of one move of the average, whatever the batch: what no arm changes."""
+        trained = list(self.student.named_parameters())
+        optimizer = make_optimizer(OptimizerConfig())([p for _, p in trained])
+        moving, seconds = MovingReference(self.reference, trained, 0.999), {"optimiser": [], "ema": []}
+        for _ in range(rounds + 1):
+            for name, move in (("optimiser", optimizer.step), ("ema", moving.update)):
+                synchronize(self.device)
+                start = time.perf_counter()
+                move()
+                synchronize(self.device)
+                seconds[name].append(time.perf_counter() - start)
+        return {name: values[1:] for name, values in seconds.items()}
+
+    def step(self, pairs: Pairs) -> None:
+        """The student's gradients from one minibatch of pairs."""
+        pred = self.net.predict(self.student, pairs.x_s, pairs.s, self.cond.gather(pairs.rows))
+        loss, _ = self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
+        loss.backward()
+
+
+def expected_forwards(arm: Arm, rollout: LockstepRollout | ContinuousRollout) -> int:
+    """Samples that the reference has to forward for the rollout's next minibatch, in closed form.
+
+    Our lockstep mode leaves out samples that have arrived: each costs its own steps, at most K, and one evaluation.
+    """
+    batch, k = rollout.batch, arm.config.max_steps
+    if arm.config.mode == "continuous":
+        return batch * arm.calls
+    steps = batch * k
+    if not isinstance(rollout, ReleasedRollout):
+        start = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + batch)).start_index
+        steps = int((start + 1).clamp(max=k).sum())
+    return (steps + batch) * arm.calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

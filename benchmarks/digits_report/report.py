@@ -1,0 +1,145 @@
+"""The digits report: benchmarks/results/digits.md, its numbers (digits.json) and its pictures (digits/).
+
+    make report                             # or: python -m benchmarks.digits_report.report
+    python -m benchmarks.digits_report.make ...   # before it: several processes can share the training and drawing
+
+Every arm of `recipes.py` is trained with three seeds, drawn at all scales and held against plain guidance. An arm that
+digits.json has already is left alone: an interrupted report goes on, also on another machine. `--fresh` starts anew.
+From nothing it takes about three hours on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.digits_report.make import BASE_SCALES, SCALES, WORK, add_recipe, load_calibration, new_painter
+from benchmarks.digits_report.pages import write_pages
+from benchmarks.digits_report.painter import BASE, PROMPTS, Painter
+from benchmarks.digits_report.recipes import RECIPES, ROOT, SHIPPED, START, options_of
+from selfnpo_fast.runtime.console import quiet_libraries
+from selfnpo_fast.scoring.digits.scorers import DigitsScorers
+from selfnpo_fast.scoring.intervals import paired_difference
+from selfnpo_fast.scoring.report import statements
+from selfnpo_fast.scoring.sweep import Results, evaluate
+
+RESULTS = ROOT / "benchmarks" / "results"
+CONTINUOUS = "continuous"
+
+
+class Report:
+    """Everything measured so far, kept in digits.json."""
+
+    def __init__(self, work: Path, results: Path, fresh: bool) -> None:
+        self.work, self.store = work, results / "digits.json"
+        old = {} if fresh or not self.store.exists() else json.loads(self.store.read_text())
+        self.arms: dict[str, dict] = old.get("arms", {})
+        self.calibration = old.get("calibration") or load_calibration(work)
+        self.scorers = DigitsScorers.load()
+
+    def save(self) -> None:
+        """Write digits.json as a whole."""
+        everything = {"start": START, "calibration": self.calibration, "arms": self.arms}
+        aside = self.store.with_suffix(".tmp")
+        aside.write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n")
+        aside.replace(self.store)
+
+    def measure(self, name: str, painter: Painter) -> None:
+        """Score one recipe's arms and keep their records."""
+        arms = add_recipe(painter, name, self.work, self.calibration)
+        results = evaluate(painter, painter.cases, [BASE, *arms], SCALES, self.scorers)
+        for arm in arms:
+            self.arms[arm] = self._record(results, arm, painter, name)
+        base = f"{BASE}, {SHIPPED}" if name == SHIPPED else BASE
+        if base not in self.arms:
+            plain = evaluate(painter, painter.cases, [BASE], BASE_SCALES, self.scorers)
+            self.arms[base] = {"rows": [dataclasses.asdict(row) for row in plain.rows]}
+        self.save()
+
+    def _record(self, results: Results, arm: str, painter: Painter, name: str) -> dict:
+        options = options_of(name, self.calibration)
+        verdict = results.verdict(arm)
+        reach = {}
+        for measure in results.compared:
+            ours, theirs = results.highest(arm, measure), results.highest(BASE, measure)
+            if ours is None:  # nowhere accurate enough to be compared
+                continue
+            reach[measure] = {
+                "guidance_scale": ours.guidance_scale,
+                "base_guidance_scale": theirs.guidance_scale,
+                "difference": dataclasses.asdict(results.reach(arm, measure).differences[measure]),
+                "by_seed": self._by_seed(painter, arm, ours.guidance_scale, theirs.guidance_scale, measure),
+            }
+        most = max(results.recall_gains_of(arm), key=lambda gain: gain.recall.value)
+        return {
+            "recipe": name,
+            "changes": dict(RECIPES[name].changes) if name in RECIPES else {},
+            "updates": options.get("updates"),
+            "gain": verdict.gain,
+            "statements": statements(results, arm),
+            "reach": reach,
+            "recall_gain": {"guidance_scale": most.guidance_scale, **dataclasses.asdict(most.recall)},
+            "against": self._against(painter, arm),
+            "rows": [dataclasses.asdict(row) for row in results.of(arm)],
+        }
+
+    def _scores(self, painter: Painter, arm: str, scale: float) -> Mapping[str, np.ndarray]:
+        """Per picture: the measures by which arms are compared."""
+        scores = self.scorers.score(painter.all_of(arm, scale), [case.label for case in painter.cases])
+        return {name: getattr(scores, name).numpy() for name in self.scorers.compared}
+
+    def _by_seed(self, painter: Painter, arm: str, scale: float, base_scale: float, measure: str) -> list[float]:
+        """The mean difference to plain guidance for each training seed's own pictures."""
+        ours, theirs = self._scores(painter, arm, scale)[measure], self._scores(painter, BASE, base_scale)[measure]
+        return [float(part.mean()) for part in np.split(ours - theirs, len(ours) // PROMPTS)]
+
+    def _against(self, painter: Painter, arm: str) -> dict[str, dict]:
+        """Paired differences to the `continuous` arm at the same scale, with intervals over prompts."""
+        if CONTINUOUS not in painter.arms or arm == CONTINUOUS:
+            return {}
+        prompts = np.array([case.prompt for case in painter.cases])
+        out = {}
+        for scale in SCALES[1:]:
+            ours, theirs = self._scores(painter, arm, scale), self._scores(painter, CONTINUOUS, scale)
+            out[f"{scale:g}"] = {
+                measure: dataclasses.asdict(paired_difference(ours[measure], theirs[measure], prompts))
+                for measure in self.scorers.compared
+            }
+        return out
+
+
+def main() -> None:
+    """Measure what is missing, then write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", metavar="recipe", help=f"only these, of {', '.join([*RECIPES, SHIPPED])}")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    report = Report(args.work, args.results, args.fresh)
+    painters: dict[bool, Painter] = {}
+    for name in args.recipes or [*RECIPES, SHIPPED]:
+        if name in report.arms:
+            continue
+        print(f"measuring {name}", flush=True)
+        shipped = name == SHIPPED
+        if shipped not in painters:
+            painters[shipped] = new_painter(args.work, name)
+            if not shipped and name != CONTINUOUS:
+                add_recipe(painters[shipped], CONTINUOUS, args.work, report.calibration)
+        report.measure(name, painters[shipped])
+    write_pages(report.arms, report.calibration, args.results, painters.get(True))
+    print(f"report: {args.results / 'digits.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Writing a negative model that is mixed once and for all (Eq. 7): from files to files, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from selfnpo_fast.negatives.fingerprint import base_record
+from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files
+from selfnpo_fast.negatives.sources import RECORD, WEIGHTS, locate
+from selfnpo_fast.negatives.weights import Weights, mixture
+from selfnpo_fast.runtime.errors import RunError, UserError, one_line
+from selfnpo_fast.runtime.folders import ASIDE, check_writable, finish_aside, remove
+
+SHARD_BYTES = 5 * 10**9
+MODELS = ("UNet2DConditionModel",)
+DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
+"""torch's dtype and safetensors' name of it."""
+
+
+@dataclass(kw_only=True)
+class MergeOptions:
+    """Write the negative model theta + alpha eta + beta delta (Eq. 7) as a network of its own."""
+
+    base: str | None = None
+    """theta: a diffusers folder or a Hub id."""
+    positive: str | None = None
+    """theta + eta: a fine-tune of the base as full weights or a LoRA; none for the base itself."""
+    negative: str | None = None
+    """The negative model that was trained from the base: a run's output folder, full weights or a LoRA."""
+    alpha: float = 1.0
+    """Share of the positive's change, 0 to 1."""
+    beta: float = 1.0
+    """Share of the negative's change, 0 to 1."""
+    output: str | None = None
+    """A new or empty folder; the network is written to unet/ in it."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the result."""
+
+
+def merge_command(options: MergeOptions) -> None:
+    """`selfnpo merge`."""
+    for name in ("base", "negative", "output"):
+        if getattr(options, name) is None:
+            raise UserError(f"{name}: none given; expected --{name}")
+    folder = merge(**vars(options))
+    print(f"negative model: {folder}")
+
+
+def merge(
+    base: str | Path,
+    negative: str | Path,
+    output: str | Path,
+    *,
+    positive: str | Path | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    dtype: str = "fp32",
+    denoiser_name: str = "unet",
+) -> Path:
+    """Write theta + alpha eta + beta delta to `output`/unet in diffusers' format, and return the folder `output`.
+
+    Sources are as for `load_negative`; base and fine-tune come as files, never as modules. Computed in float32 and
+    rounded once. In memory is one tensor of each source at a time, and the folder appears when all of it is written.
+
+    Raises UserError for what cannot be read or does not fit, for a folder that is not empty and for a result that is
+    not finite or equal to the positive; RunError where it cannot be written.
+    """
+    check_strengths(alpha, beta)
+    if positive is None and alpha != 1:
+        raise UserError(f"alpha: {alpha} has no effect without a positive model; give --positive, or leave alpha at 1")
+    folder = check_writable(str(output))
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"output: {folder} is not empty; name a new folder")
+    found = locate(base, denoiser_name, "base")
+    if found.is_lora or found.config is None:
+        raise UserError(f"base: {base} is no diffusers folder with a config.json; give one, or a Hub id")
+    model = empty_model(found.config, str(base))
+    theta = read_files(found, model, denoiser_name, "base").part
+    tuned, tuned_name = theta, str(base)
+    if positive is not None:
+        part = read_files(locate(positive, denoiser_name, "positive"), model, denoiser_name, "positive").part
+        tuned = part if isinstance(part, Weights) else mixture(theta, theta, part, 0.0, 1.0, str(positive))
+        tuned_name = str(positive)
+    loaded = read_files(locate(negative, denoiser_name, "negative"), model, denoiser_name, "negative")
+    check_base(loaded, theta, alpha, beta, str(base))
+    result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
+
+    aside = folder.with_name(ASIDE + folder.name)
+    try:
+        if aside.exists():
+            remove(aside)  # of a merge that was killed
+        (aside / denoiser_name).mkdir(parents=True)
+        model.save_config(aside / denoiser_name)
+        write_weights(aside / denoiser_name, _checked(result, tuned, dtype), dtype)
+        record = json.dumps(base_record(tuned_name, None, tuned), indent=1)
+        (aside / RECORD).write_text(record, encoding="utf-8")
+        finish_aside(aside, folder)
+    except OSError as error:
+        raise RunError(f"{folder} could not be written: {one_line(error)}") from error
+    finally:
+        if aside.exists():
+            remove(aside)
+    return folder
+
+
+def empty_model(config: dict, source: str) -> nn.Module:
+    """The network of a denoiser's config.json without memory behind its weights. Raises UserError."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    name = config.get("_class_name")
+    if name not in MODELS:
+        raise UserError(f"base: {source} is a {one_line(ValueError(name), 60)}; supported are {', '.join(MODELS)}")
+    try:
+        with init_empty_weights():
+            return getattr(diffusers, name).from_config(config)
+    except Exception as error:  # a config that is wrong fails wherever the constructor trips over it
+        raise UserError(f"base: cannot load {source}: {one_line(error)}") from error
+
+
+def _checked(result: Weights, positive: Weights, dtype: str) -> Weights:
+    """`result` in its final dtype; the read of the last tensor raises UserError if all were equal to the positive's."""
+    target, seen, differs = DTYPES[dtype][0], set(), False
+
+    def read(name: str) -> torch.Tensor:
+        """One tensor, checked."""
+        nonlocal differs
+        value = result.read(name).to(target).contiguous()
+        if not value.isfinite().all():
+            raise UserError(f"negative: {result.source} is damaged, or does not fit into {dtype}: {name} is not finite")
+        differs = differs or not torch.equal(value, positive.read(name).to(target))
+        seen.add(name)
+        if not differs and len(seen) == len(result.shapes):
+            raise UserError(f"negative: {result.source} equals the positive model: guidance would have no effect")
+        return value
+
+    return Weights(result.source, result.shapes, read)
+
+
+def write_weights(folder: Path, weights: Weights, dtype: str) -> None:
+    """safetensors files under diffusers' names: one, or shards of at most 5 GB and their index.
+
+    Holds one tensor at a time, which safetensors' own function does not. Raises OSError.
+    """
+    size = torch.finfo(DTYPES[dtype][0]).bits // 8
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(weights.shapes):
+        count = size * torch.Size(weights.shapes[name]).numel()
+        if shards[-1] and filled + count > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += count
+    if len(shards) == 1:
+        _write_file(folder / f"{WEIGHTS}.safetensors", shards[0], weights, dtype)
+        return
+    files = [f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        _write_file(folder / file, names, weights, dtype)
+    total = sum(size * torch.Size(shape).numel() for shape in weights.shapes.values())
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+    }
+    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, names: list[str], weights: Weights, dtype: str) -> None:
+    """The format: length of the header as 8 bytes, the header (JSON, where each tensor lies), the tensors."""
+    size = torch.finfo(DTYPES[dtype][0]).bits // 8
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        start, end = end, end + size * torch.Size(weights.shapes[name]).numel()
+        shape = list(weights.shapes[name])
+        header[name] = {"dtype": DTYPES[dtype][1], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(weights.read(name).flatten().view(torch.uint8).numpy())

@@ -1,0 +1,49 @@
+"""torch.compile, for what is worth it: whole steps of the reference, repeated blocks of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from selfnpo_fast.runtime.console import logger
+
+MODES = {"default": None, "max": "max-autotune-no-cudagraphs"}
+"""torch.compile's mode for each choice of `engine.compile`; CUDA graphs are ours (capture.py)."""
+RECOMPILES = 64
+"""Shapes that blocks of one kind may have; torch stops at 8."""
+_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+
+
+def compiled(function: Callable, choice: str, *, dynamic: bool = False) -> Callable:
+    """`function` under torch.compile as one graph, or itself where `choice` is off."""
+    if choice == "off":
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=MODES[choice])
+
+
+def compile_blocks(module: nn.Module, choice: str, *, training: bool = False) -> int:
+    """Compile the blocks of which a diffusers denoiser has many alike; how many there are.
+
+    Blocks of one kind and shape share their code, so this takes a fraction of the time that the whole network does. The
+    module keeps its parameters, names and hooks. With `training`, calls without gradients run as they are: those of
+    sample grids, and of a reference that is the same network, come in too many shapes to compile each.
+    """
+    if choice == "off":
+        return 0
+    kinds = {*_BLOCKS, *(getattr(module, "_repeated_blocks", None) or ())}
+    blocks = [block for block in module.modules() if type(block).__name__ in kinds]
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, mode=MODES[choice], recompile_limit=RECOMPILES)
+        if training:
+            block._compiled_call_impl = _with_gradients(block._compiled_call_impl, block._call_impl)
+    logger.info("engine.compile: %d blocks of the student; the first updates take longer", len(blocks))
+    return len(blocks)
+
+
+def _with_gradients(compiled: Callable, plain: Callable) -> Callable:
+    def call(*args, **kwargs):
+        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return call

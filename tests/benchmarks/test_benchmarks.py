@@ -1,0 +1,356 @@
+"""The benchmarks: their networks, the gate that goes before every timing, what they write, and the runner."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import bench_rollout, bench_step, run
+from benchmarks.arms.step import ARMS, FULL, K5, ReleasedRollout, UnbatchedPredictor, Workbench, expected_forwards
+from benchmarks.bench_step import check_arms
+from benchmarks.environment import slug
+from benchmarks.nets import NETS, digits, sd15_small
+from selfnpo_fast.rollout import ContinuousRollout, GuidedPredictor, LockstepRollout
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+ARM = {arm.name: arm for arm in ARMS}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench(digits(), batch=bench_step.GATE_BATCH, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "latent", "text"),
+    [("digits", 1_077_572, (4, 8, 8), (16, 64)), ("sd15_small", 79_865_604, (4, 32, 32), (77, 768))],
+)
+def test_networks_have_the_stated_size_and_can_be_called(name, parameters, latent, text):
+    net = NETS[name]()
+    table = net.table(5, torch.bfloat16, CPU)
+    assert table.rows["encoder_hidden_states"].shape == (6, *text)
+    assert table.rows["encoder_hidden_states"].dtype == torch.bfloat16
+    if name == "digits":
+        device, network = CPU, net.network(torch.bfloat16)
+    else:
+        device = torch.device("meta")
+        with device:
+            network = net.network(torch.bfloat16)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    cond = {key: rows.to(device) for key, rows in table.gather(torch.tensor([1, 0, 3])).items()}
+    x = net.latents(3, CPU).to(device)
+    out = net.predict(network, x, torch.tensor([0, 5, 999], device=device), cond)
+    assert out.shape == x.shape == (3, *latent)
+    assert (x.dtype, out.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_sd15_small_has_the_widths_and_the_noise_levels_of_sd15():
+    """Layer shapes as in SD1.5's own state dict; alphas from the scaled-linear formula in float64."""
+    net = sd15_small()
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in net.network().named_parameters()}
+    assert shapes["conv_in.weight"] == (320, 4, 3, 3)
+    assert shapes["time_embedding.linear_1.weight"] == (1280, 320)
+    assert shapes["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"] == (320, 768)
+    assert shapes["down_blocks.1.resnets.0.conv1.weight"] == (640, 320, 3, 3)
+    assert "down_blocks.0.attentions.1.proj_in.weight" not in shapes
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    observed = net.schedule.alphas_cumprod.numpy()
+    np.testing.assert_allclose(observed, np.cumprod(1 - betas), rtol=5e-6)  # 9e-7 seen: diffusers multiplies in float32
+    assert net.schedule.prediction_type == "epsilon"
+
+
+def test_sd15_small_is_the_same_network_each_time():
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    one = sd15_small().network().conv_out.weight
+    assert torch.equal(torch.rand(3), drawn), "the caller's random numbers go on undisturbed"
+    assert torch.equal(sd15_small().network().conv_out.weight, one)
+
+
+def test_gate_passes_and_counts_the_forwards(bench):
+    gate = check_arms(bench)
+    assert gate.failures == []
+    assert gate.largest_error < bench_step.TOLERANCE  # 0 seen
+    assert gate.forwards == {
+        "released": 12,
+        "released_live": 6,
+        "full": 52,
+        "full_live": 26,
+        "lockstep": 4.5,  # two samples, one of which passes index 0 before 5 steps and is left out from there on
+        "continuous": 1,
+        "continuous_w5": 2,
+        "floor_forward": 1,
+        "floor": 0,
+    }
+
+
+class Conditional(GuidedPredictor):
+    """Keeps the wrong branch."""
+
+    def __call__(self, x, t, rows):
+        self.forwards += len(x)
+        return None, self.predict(x, t, self.table.gather(rows))
+
+
+class Miscounting(UnbatchedPredictor):
+    def __call__(self, x, t, rows):
+        out = super().__call__(x, t, rows)
+        self.forwards -= 1
+        return out
+
+
+class Skipping(UnbatchedPredictor):
+    """Claims the dead branch's forward without making it."""
+
+    def __call__(self, x, t, rows):
+        self.forwards += 2 * len(x)
+        neg = self.predict(x, t, self.table.empty(len(x)))
+        return neg, neg
+
+
+class Disturbing(LockstepRollout):
+    """Samples that have arrived at t = 0 are not left alone."""
+
+    def next_pairs(self):
+        pairs = super().next_pairs()
+        ended = (pairs.t == 0).view(-1, 1, 1, 1)
+        return replace(pairs, target=torch.where(ended, 1.01 * pairs.target, pairs.target))
+
+
+class OtherSamples(ReleasedRollout):
+    def next_pairs(self):
+        self.next_id += 1
+        return super().next_pairs()
+
+
+class OffTrajectory(ContinuousRollout):
+    """Its states drift a little with every step."""
+
+    def next_pairs(self):
+        pairs = super().next_pairs()
+        self.x *= 1.001
+        return pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("released_live", {"predictor": Conditional}, "target differs"),
+        ("released", {"predictor": Miscounting}, "24 forwards, 18 counted, 24 expected"),
+        ("released", {"predictor": Skipping}, "12 forwards, 24 counted, 24 expected"),
+        ("lockstep", {"rollout": Disturbing}, "target differs"),
+        ("released", {"rollout": OtherSamples}, "other sample_ids"),
+        ("continuous", {"rollout": OffTrajectory}, "x_s differs"),
+        ("full_live", {"rollout": LockstepRollout, "predictor": Conditional}, "x_s differs"),
+    ],
+    ids=str,
+)
+def test_gate_stops_a_wrong_arm(bench, name, changes, said):
+    gate = check_arms(bench, [replace(ARM[name], **changes)])
+    assert any(failure.startswith(f"{name}: ") and said in failure for failure in gate.failures), gate.failures
+
+
+def test_gate_takes_nan_for_a_failure():
+    gate = bench_step.Gate()
+    gate.compare("arm", "target", torch.tensor([float("nan")]), torch.ones(1))
+    assert gate.failures
+
+
+def test_gate_sees_samples_that_arrive_early_and_some_that_do_not(bench):
+    """Whether the wait at t = 0 is right shows in such a batch alone."""
+    rollout = bench.rollout(ARM["released"])
+    rollout.next_id = bench_step.mixed_batch(rollout, 5)
+    draws = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + 2))
+    assert draws.start_index.min() + 1 < 5 <= draws.start_index.max() + 1
+
+
+def test_pairs_at_the_end_of_a_trajectory_have_its_last_state_for_a_target(bench):
+    """The gate's own pairs may have none at t = 0; here every call is held against lockstep rollouts until one has."""
+    rollout = bench.rollout(ARM["continuous"])
+    ended = False
+    while not ended:
+        pairs = rollout.next_pairs()
+        x_s, target = bench_step.on_trajectory(rollout.maker, pairs)
+        torch.testing.assert_close(pairs.x_s, x_s, rtol=1e-5, atol=1e-5)  # 0 seen
+        torch.testing.assert_close(pairs.target, target, rtol=1e-5, atol=1e-5)  # 0 seen
+        ended = bool((pairs.t == 0).any())
+
+
+def test_as_released_pays_all_steps_where_ours_stops(bench):
+    """A batch whose samples all start below index 4: the authors' loop goes on for nothing."""
+    start = bench.rollout(ARM["lockstep"]).draws(torch.arange(512)).start_index
+    first = int((start.unfold(0, 2, 1).amax(1) < 4).nonzero()[0])
+    for name in ("released_live", "lockstep"):
+        rollout = bench.rollout(ARM[name])
+        rollout.next_id = first
+        steps = 10 if name == "released_live" else int(start[first : first + 2].sum()) + 2
+        before = bench.forwards
+        expected = expected_forwards(ARM[name], rollout)
+        rollout.next_pairs()
+        assert bench.forwards - before == expected == steps + 2
+
+
+def test_step_gives_the_student_the_gradient_of_the_loss(bench):
+    """Against the L2 loss of Eq. 17 written out; the reference gets none."""
+    pairs = bench.rollout(ARM["continuous"]).next_pairs()
+    bench.student.zero_grad()
+    bench.step(pairs)
+    ours = bench.student.conv_in.weight.grad.clone()
+    bench.student.zero_grad()
+    a = bench.net.schedule.alphas_cumprod[pairs.s].float().view(-1, 1, 1, 1)
+    pred = bench.student(pairs.x_s, pairs.s, bench.cond.rows["encoder_hidden_states"][pairs.rows]).sample
+    (((pairs.x_s - (1 - a).sqrt() * pred) / a.sqrt() - pairs.target) ** 2).mean().backward()
+    torch.testing.assert_close(ours, bench.student.conv_in.weight.grad, rtol=1e-4, atol=3e-6)  # 7e-7 of up to 0.7 seen
+    assert ours.abs().max() > 0
+    assert all(p.grad is None for p in bench.reference.parameters())
+
+
+def test_run_writes_what_it_printed(tmp_path, capsys):
+    """Ratios are those of single rounds, recomputed here; a chart lies beside."""
+    output = tmp_path / "new" / "step.json"
+    few = [ARM["released"], ARM["continuous"], ARM["floor_forward"], ARM["floor"]]
+    argv = ["--net", "digits", "--batch", "3", "--rounds", "2", "--device", "cpu", "--output", str(output)]
+    assert bench_step.main(argv, few) == 0
+    result = json.loads(output.read_text())
+    assert {"device", "torch", "threads", "date", "git_commit"} <= result["environment"].keys()
+    assert result["arguments"]["rounds"] == 2
+    net = result["nets"]["digits"]
+    assert (net["parameters"], net["batch"], net["rounds"], net["precision"]) == (1_077_572, 3, 2, "fp32")
+    arms = {arm["name"]: arm for arm in net["arms"]}
+    assert [(arm["start"], arm["k"], arm["w"], arm["forwards_per_pair"]) for arm in net["arms"]] == [
+        ("data", 5, -1, 12),
+        ("noise", None, -1, 1),
+        (None, None, None, 1),
+        (None, None, None, 0),
+    ]
+    assert all(net["seconds_per_update"][name]["low"] > 0 for name in ("optimiser", "ema"))
+    for arm in arms.values():
+        rounds = arm["rounds_seconds_per_pair"]
+        assert len(rounds) == 2
+        assert arm["seconds_per_pair"]["median"] == pytest.approx(statistics.median(rounds))
+        for other in ("continuous", "floor_forward", "floor"):
+            ratios = [a / b for a, b in zip(rounds, arms[other]["rounds_seconds_per_pair"], strict=True)]
+            spread = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+            assert arm[f"ratio_to_{other}"] == pytest.approx(spread)
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for arm in arms.values():
+        line = next(line for line in printed.splitlines() if line.startswith(arm["label"]))
+        assert f"{arm['seconds_per_pair']['median']:.3g} [" in line
+        assert f"{arm['ratio_to_continuous']['median']:.2f} [" in line
+
+
+def test_nothing_is_timed_after_a_failed_gate(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_step, "measure", lambda *_: pytest.fail("timed"))
+    output = tmp_path / "step.json"
+    wrong = [replace(ARM["released_live"], predictor=Conditional)]
+    assert bench_step.main(["--quick", "--device", "cpu", "--output", str(output)], wrong) == 1
+    assert not output.exists()
+    assert "released_live: target differs" in capsys.readouterr().err
+
+
+def test_timing_stops_at_a_wrong_number_of_forwards(bench, monkeypatch):
+    arms = [replace(ARM["released"], predictor=Skipping), ARM["continuous"]]
+    with pytest.raises(RuntimeError, match="released: 12 forwards, 24 expected"):
+        bench_step.measure(bench, 1, arms)
+
+
+def test_arms_are_those_of_the_issue():
+    """What each row of the table stands for."""
+    assert (K5.start, K5.max_steps, K5.w, K5.grid_steps) == ("data", 5, -1, 25)
+    assert (FULL.start, FULL.stop, FULL.max_steps, FULL.w) == ("noise", "fixed", 25, -1)
+    assert [(arm.config and arm.config.w, arm.config and arm.config.mode) for arm in ARMS[4:]] == [
+        (-1, "lockstep"),
+        (-1, "continuous"),
+        (-5, "continuous"),
+        (None, None),
+        (None, None),
+    ]
+
+
+STUB = """
+import json, sys
+output = sys.argv[sys.argv.index("--output") + 1]
+print("words on standard error", file=sys.stderr)
+{ending}
+"""
+
+
+def stub(ending: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", STUB.format(ending=ending))
+
+
+def test_runner_goes_on_after_a_failure_and_records_it(tmp_path, monkeypatch):
+    write = "json.dump({'argv': sys.argv[1:]}, open(output, 'w'))"
+    registry = {
+        "crash": stub("raise SystemExit(3)"),
+        "good": stub(write),
+        "empty": stub(""),
+        "late": stub(f"{write}; raise SystemExit(1)"),
+    }
+    monkeypatch.setattr(run, "BENCHMARKS", registry)
+    name = slug(run.describe(CPU)["device"])
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "empty.json").write_text("{}")  # of an earlier run
+    assert run.main(["--device", "cpu", "--quick", "--output", str(tmp_path)]) == 1
+    written = json.loads((tmp_path / f"{name}.json").read_text())
+    records = written["benchmarks"]
+    assert list(records) == list(registry)
+    assert written["quick"] is True
+    assert written["environment"]["torch"] == torch.__version__
+    assert records["crash"]["error"] == "exit status 3\nwords on standard error"
+    assert records["good"]["result"]["argv"][:3] == ["--device", "cpu", "--quick"]
+    assert "error" not in records["good"]
+    assert "no readable result" in records["empty"]["error"]
+    assert records["late"]["error"].startswith("exit status 1")
+    monkeypatch.setattr(run, "BENCHMARKS", {"good": registry["good"]})
+    assert run.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
+
+
+@pytest.mark.slow
+def test_registry_names_what_can_be_run():
+    for name, command in run.BENCHMARKS.items():
+        done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        for option in ("--device", "--output", "--quick"):
+            assert option in done.stdout, (name, option)
+
+
+def test_slug_is_a_file_name():
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert slug("CPU, 2 cores, AMD EPYC (R)") == "cpu-2-cores-amd-epyc-r"
+
+
+@pytest.mark.slow
+def test_scaling_of_ranks_and_stages(tmp_path, capsys):
+    """Two settings of the digits run, one of them on two ranks with ZeRO 2."""
+    output = tmp_path / "rollout.json"
+    assert bench_rollout.main(["--quick", "--device", "cpu", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["settings"]
+    assert [(row["ranks"], row["zero_stage"], row["batch"]) for row in rows] == [(1, 0, 4), (2, 2, 4)]
+    assert all(row["seconds_per_pair"]["low"] > 0 and len(row["memory_gib"]) == row["ranks"] for row in rows)
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "ZeRO" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_bench_step_runs_on_cuda(tmp_path):
+    """Through the script itself; the gate holds the float32 arms equal on the GPU."""
+    output = tmp_path / "step.json"
+    command = [sys.executable, "benchmarks/bench_step.py", "--quick", "--net", "all", "--device", "cuda"]
+    done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    nets = json.loads(output.read_text())["nets"]
+    assert {net["precision"] for net in nets.values()} == {"bf16"}
+    assert [len(net["arms"]) for net in nets.values()] == [len(ARMS)] * 2

@@ -1,0 +1,404 @@
+"""The store of encoded images: used again, gone on with after a kill, shared by ranks, mapped, and checked."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import tarfile
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfnpo_fast.data import image_sources, latent_store
+from selfnpo_fast.data.latent_store import stored_latents
+from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.errors import RunError, UserError
+from selfnpo_fast.runtime.world import World
+from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
+
+COUNT = 50  # three batches of 16 and a rest
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class Encoder:
+    """Stands for an adapter: a latent depends on the picture, its id and the seed, as an autoencoder's does."""
+
+    path, latent_shape = "tiny", (3, 8, 8)
+
+    def __init__(self, resolution: int = 8, vae: str = "0" * 64, pause: float = 0.0, fail_at: int = -1) -> None:
+        self.resolution, self.vae_sha256, self.pause, self.fail_at = resolution, vae, pause, fail_at
+        self.ids: list[int] = []
+
+    def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:
+        if self.fail_at in ids:
+            raise RuntimeError("the power fails")
+        time.sleep(self.pause)
+        self.ids += ids.tolist()
+        return images[..., :8, :8] + normal(NoiseKey(seed, ids, draw_id(Draw.POSTERIOR)), self.latent_shape)
+
+
+def get(images: Path, root: Path, adapter=None, *, limit=1000, seed=3, rank=0, size=1, group=None):
+    world = World(rank, size, torch.device("cpu"), group)
+    return stored_latents(str(images), str(root), adapter or Encoder(), limit=limit, seed=seed, world=world)
+
+
+def write_images(folder: Path, count: int = COUNT) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        array = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"number {i}, café \u2028")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("source") / "images")
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """The latents and captions of a run that nothing interrupted."""
+    return get(images, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines of our log."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
+    yield lines
+    logger.manager._clear_cache()
+
+
+def assert_equal(found, expected) -> None:
+    assert torch.equal(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+def only_store(root: Path) -> Path:
+    """The one folder in `root`, beside which a lock lies while it is unfinished, and nothing else."""
+    [folder] = (path for path in root.iterdir() if path.is_dir())
+    locks = [path for path in root.iterdir() if path != folder]
+    assert locks == ([folder.with_suffix(".lock")] if folder.suffix == ".partial" else [])
+    return folder
+
+
+def test_a_second_run_encodes_nothing_and_says_so(images, whole, tmp_path, said):
+    first, second = Encoder(), Encoder()
+    assert_equal(get(images, tmp_path, first), whole)
+    assert first.ids == list(range(COUNT))
+    assert [line.partition(" into ")[0] for line in said] == [f"data: encoding {COUNT} images"]
+    said.clear()
+    assert_equal(get(images, tmp_path, second), whole)
+    assert second.ids == []
+    assert said == [f"data: {images} is encoded already: {only_store(tmp_path)}"]
+
+
+def test_what_a_store_holds(images, whole, tmp_path):
+    get(images, tmp_path)
+    folder = only_store(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {
+        "latents.safetensors", "pictures.jsonl", "store.json", "manifest.json"
+    }  # fmt: skip
+    facts = json.loads((folder / "store.json").read_text())
+    assert facts["shape"] == [COUNT, 3, 8, 8]
+    assert (facts["dtype"], facts["model"]) == ("float32", "tiny")
+    recipe = facts["recipe"]
+    assert (recipe["source"], recipe["limit"], recipe["seed"]) == (str(images), 1000, 3)
+    assert (recipe["resolution"], recipe["vae_sha256"]) == (8, "0" * 64)
+    assert whole[1][7] == "number 7, café"
+
+
+def touch(folder: Path) -> dict:
+    os.utime(folder / "007.png", ns=(0, 0))
+    return {}
+
+
+def edit_a_caption(folder: Path) -> dict:
+    (folder / "007.txt").write_text("another number")
+    return {}
+
+
+def add_an_image(folder: Path) -> dict:
+    for suffix in (".png", ".txt"):
+        (folder / f"999{suffix}").write_bytes((folder / f"000{suffix}").read_bytes())
+    return {}
+
+
+def test_tars_are_encoded_once_and_then_not_opened(images, whole, tmp_path, monkeypatch):
+    pattern = tmp_path / "{0..1}.tar"
+    paths = sorted(images.iterdir())
+    for shard, part in enumerate((paths[:40], paths[40:])):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for path in part:
+                tar.add(path, path.name)
+    assert_equal(get(pattern, tmp_path / "stores"), whole)
+    monkeypatch.delattr(image_sources.tarfile, "open")
+    second = Encoder()
+    assert_equal(get(pattern, tmp_path / "stores", second), whole)
+    assert second.ids == []
+    os.utime(tmp_path / "1.tar", ns=(0, 0))
+    with pytest.raises(AttributeError):
+        get(pattern, tmp_path / "stores")
+
+
+CHANGES = {
+    "seed": lambda folder: {"seed": 4},
+    "limit": lambda folder: {"limit": 10},
+    "resolution": lambda folder: {"adapter": Encoder(resolution=16)},
+    "autoencoder": lambda folder: {"adapter": Encoder(vae="1" * 64)},
+    "a file written to": touch,
+    "a caption": edit_a_caption,
+    "another image": add_an_image,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_recipe_is_another_store(change, tmp_path):
+    images, root = write_images(tmp_path / "images", 20), tmp_path / "stores"
+    get(images, root)
+    before = only_store(root)
+    options = {"adapter": Encoder(), **CHANGES[change](images)}
+    get(images, root, **options)
+    assert len(options["adapter"].ids) == {"limit": 10, "another image": 21}.get(change, 20)
+    assert len(list(root.iterdir())) == 2
+    assert latent_store.why_not_whole(before) is None
+
+
+def test_a_store_under_the_name_of_another_is_refused_by_field(images, tmp_path):
+    get(images, tmp_path / "a", seed=3)
+    get(images, tmp_path / "b", seed=4)
+    ours, theirs = only_store(tmp_path / "a"), only_store(tmp_path / "b")
+    theirs.rename(theirs.with_name(ours.name))
+    with pytest.raises(UserError, match=r"^data\.store: .* is of another recipe: seed 4, not 3; delete or rename it$"):
+        get(images, tmp_path / "b", seed=3)
+
+
+def test_a_run_that_failed_is_gone_on_with(images, whole, tmp_path, said):
+    with pytest.raises(RuntimeError, match="the power fails"):
+        get(images, tmp_path, Encoder(fail_at=40))
+    assert only_store(tmp_path).suffix == ".partial"
+    second = Encoder()
+    assert_equal(get(images, tmp_path, second), whole)
+    assert second.ids == list(range(32, COUNT))
+    assert said[-1].endswith("going on after 32")
+    assert only_store(tmp_path).suffix == ""
+
+
+HALVES = ["half a latent", "a latent without line", "half a line", "another line", "a line without latent"]
+
+
+@pytest.mark.parametrize("damage", HALVES)
+def test_a_part_that_is_half_written_does_not_count(damage, images, whole, tmp_path):
+    with pytest.raises(RuntimeError):
+        get(images, tmp_path, Encoder(fail_at=40))
+    part = only_store(tmp_path)
+    data, lines = part / "latents.safetensors", part / "pictures.jsonl"
+    row, kept = 4 * 3 * 8 * 8, 32
+    if damage == "half a latent":
+        data.write_bytes(data.read_bytes() + b"x" * (row // 2))
+    elif damage == "a latent without line":
+        data.write_bytes(data.read_bytes() + b"x" * row)
+    elif damage == "half a line":
+        data.write_bytes(data.read_bytes() + b"x" * row)
+        lines.write_bytes(lines.read_bytes() + b'["number 3')
+    elif damage == "another line":
+        data.write_bytes(data.read_bytes() + b"x" * row)
+        lines.write_bytes(lines.read_bytes() + lines.read_bytes().splitlines(keepends=True)[31])
+    else:
+        data.write_bytes(data.read_bytes()[:-1])
+        kept = 31
+    second = Encoder()
+    assert_equal(get(images, tmp_path, second), whole)
+    assert second.ids == list(range(kept, COUNT))
+
+
+def test_what_precedes_a_mended_image_is_kept(whole, tmp_path):
+    images, root = write_images(tmp_path / "images"), tmp_path / "stores"
+    content = (images / "036.png").read_bytes()
+    (images / "036.png").write_bytes(content[:-30])
+    with pytest.raises(UserError, match=r"cannot read the image .*/036\.png"):
+        get(images, root)
+    (images / "036.png").write_bytes(content)
+    second = Encoder()
+    assert_equal(get(images, root, second), whole)
+    assert second.ids == list(range(32, COUNT))
+    assert only_store(root).suffix == ""
+
+
+def encode_slowly(images: Path, root: Path) -> None:
+    get(images, root, Encoder(pause=0.2))
+
+
+def test_a_run_that_was_killed_is_gone_on_with(images, whole, tmp_path):
+    child = SPAWN.Process(target=encode_slowly, args=(images, tmp_path))
+    child.start()
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob("*/pictures.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert only_store(tmp_path).suffix == ".partial"
+    second = Encoder()
+    assert_equal(get(images, tmp_path, second), whole)
+    assert second.ids[0] in (16, 32, 48)
+    assert second.ids == list(range(second.ids[0], COUNT))
+
+
+def test_a_run_killed_before_the_folder_got_its_name(images, whole, tmp_path, monkeypatch):
+    def stopped(*_) -> None:
+        raise RuntimeError("the power fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_store, "finish_aside", stopped)
+        with pytest.raises(RuntimeError):
+            get(images, tmp_path)
+    second = Encoder()
+    assert_equal(get(images, tmp_path, second), whole)
+    assert second.ids == []
+    assert latent_store.why_not_whole(only_store(tmp_path)) is None
+
+
+def test_a_full_disk_costs_a_line_and_nothing_that_is_whole(images, whole, tmp_path, monkeypatch):
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 4:  # the captions of the second batch
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_store.os, "fsync", full)
+        with pytest.raises(RunError, match=r"^data\.store: .*No space left on device\); what is encoded is kept$"):
+            get(images, tmp_path)
+    second = Encoder()
+    assert_equal(get(images, tmp_path, second), whole)
+    assert second.ids[0] in (16, 32)
+
+
+def test_a_place_that_cannot_be_written_is_named(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^data\.store: .*; name another folder$"):
+        get(images, tmp_path / "file")
+
+
+def test_two_runs_at_once_encode_once(images, whole, tmp_path, monkeypatch, said):
+    monkeypatch.setattr(latent_store, "WAIT", 0.02)
+    first, second = Encoder(pause=0.1), Encoder()
+    thread = threading.Thread(target=get, args=(images, tmp_path, first))
+    thread.start()
+    while not list(tmp_path.glob("*/pictures.jsonl")):
+        time.sleep(0.01)
+    assert_equal(get(images, tmp_path, second), whole)
+    thread.join()
+    assert first.ids == list(range(COUNT))
+    assert second.ids == []
+    assert any("waiting for another run" in line for line in said)
+    assert only_store(tmp_path).suffix == ""
+
+
+def test_latents_are_mapped_and_not_copied(images, tmp_path):
+    latents, _ = get(images, tmp_path)
+    latents, _ = get(images, tmp_path)
+    path = str(only_store(tmp_path) / "latents.safetensors")
+    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if path in line]
+    start = latents.data_ptr()
+    assert any(int(low, 16) <= start and start + latents.nbytes <= int(high, 16) for low, high in spans)
+    assert start % 64 == 0
+    assert latents.is_contiguous()
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit": lambda folder: flip(folder / "latents.safetensors", 5000),
+    "a bit of the header": lambda folder: flip(folder / "latents.safetensors", 3),
+    "cut short": lambda folder: os.truncate(folder / "latents.safetensors", 9000),
+    "no latents": lambda folder: (folder / "latents.safetensors").unlink(),
+    "a caption": lambda folder: flip(folder / "pictures.jsonl", 4),
+    "no recipe": lambda folder: (folder / "store.json").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "another manifest": lambda folder: (folder / "manifest.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_refused_in_one_line(damage, images, tmp_path):
+    get(images, tmp_path)
+    DAMAGES[damage](only_store(tmp_path))
+    adapter = Encoder()
+    with pytest.raises(UserError, match=r"^data\.store: \S+ is damaged: .*; delete it, and its images") as caught:
+        get(images, tmp_path, adapter)
+    assert "\n" not in str(caught.value)
+    assert adapter.ids == []
+
+
+def test_latents_have_to_be_finite(images, tmp_path):
+    class Broken(Encoder):
+        def encode(self, images, ids, seed):
+            return torch.where((ids == 20)[:, None, None, None], torch.nan, images)
+
+    with pytest.raises(UserError, match=r"gives no finite latent of .*/020\.png$"):
+        get(images, tmp_path, Broken())
+
+
+def one_of_two(rank: int, place: Path, images: Path, root: Path, results) -> None:
+    """Joins the other rank, and tells what it encoded, or the error it got."""
+    store = torch.distributed.FileStore(str(place), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    group, adapter = torch.distributed.new_group(backend="gloo"), Encoder()
+    try:
+        latents, captions = get(images, root, adapter, rank=rank, size=2, group=group)
+        results.put((rank, adapter.ids, latents.numpy(), captions))
+    except UserError as error:
+        results.put((rank, adapter.ids, str(error), None))
+    torch.distributed.destroy_process_group()
+
+
+def run_two_ranks(images: Path, folder: Path) -> list:
+    results = SPAWN.Queue()
+    place, root = folder / "meeting", folder / "stores"
+    ranks = [SPAWN.Process(target=one_of_two, args=(rank, place, images, root, results)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    said = sorted((results.get(timeout=60) for _ in ranks), key=lambda result: result[0])
+    for process in ranks:
+        process.join()
+    return said
+
+
+def test_two_ranks_share_the_work_and_make_the_latents_of_one(images, whole, tmp_path):
+    (_, ids0, *first), (_, ids1, *second) = run_two_ranks(images, tmp_path)
+    assert ids0 == [*range(16), *range(32, 48)]
+    assert ids1 == [*range(16, 32), 48, 49]
+    for latents, captions in (first, second):
+        assert_equal((torch.from_numpy(latents), captions), whole)
+
+
+def test_a_bad_image_ends_both_ranks_with_one_line(tmp_path):
+    images = write_images(tmp_path / "images", 20)
+    (images / "018.png").write_bytes(b"no picture")  # rank 1's
+    (_, _, first, _), (_, _, second, _) = run_two_ranks(images, tmp_path)
+    assert first == second
+    assert first.startswith("data.source: cannot read the image ")
+    assert "018.png" in first

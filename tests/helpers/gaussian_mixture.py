@@ -1,0 +1,115 @@
+"""Rollouts with the exact denoiser of a fixed Gaussian mixture; what tests/rollout/test_closed_form.py sets up.
+
+Eight dimensions, three components, four prompts; grid timesteps 99, 199, ..., 999.
+"""
+
+from __future__ import annotations
+
+import tiny
+import torch
+
+from benchmarks.closed_form.gaussian_mixture import ExactDenoiser, GaussianMixture
+from selfnpo_fast.config import RolloutConfig
+from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.models.conditioning import ConditioningTable
+from selfnpo_fast.rollout import (
+    ContinuousRollout,
+    Grid,
+    GuidedPredictor,
+    LockstepDraws,
+    LockstepRollout,
+    PairMaker,
+    lockstep_rollout,
+)
+
+CPU = torch.device("cpu")
+SHAPE, DIMS, STEPS = (2, 2, 2), 8, 10
+PROMPT_WEIGHTS = torch.tensor([[4, 2, 2], [2, 4, 2], [1, 1, 6], [1, 5, 2]]) / 8  # a prompt is a set of weights
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=rng(seed))
+
+
+MIXTURE = GaussianMixture(randn(3, *SHAPE, seed=1), 0.1 + 0.4 * randn(3, *SHAPE, seed=2).square())
+GAUSSIAN = GaussianMixture(MIXTURE.means[:1], MIXTURE.variances[:1])
+TABLE = ConditioningTable.build({"weights": PROMPT_WEIGHTS.mean(0, keepdim=True)}, {"weights": PROMPT_WEIGHTS})
+ONE = ConditioningTable.build({"weights": torch.ones(1, 1)}, {"weights": torch.ones(4, 1)})
+
+
+def scheduler(prediction_type: str = "epsilon", **changes):
+    return tiny.scheduler(prediction_type, **({"timestep_spacing": "trailing"} | changes))
+
+
+def config(**changes) -> RolloutConfig:
+    return RolloutConfig(**({"grid_steps": STEPS, "mode": "continuous", "w": 0.0} | changes))
+
+
+def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE, seed: int = 3) -> PairMaker:
+    """The product's pair maker with the exact denoiser; data starts draw from 4 images, one of each prompt."""
+    schedule = NoiseSchedule.from_scheduler(theirs or scheduler())
+    data = mixture.sample(table.rows["weights"][1:], rng(7)).float() if setting.start == "data" else None
+    return PairMaker(
+        GuidedPredictor(ExactDenoiser(mixture, schedule), table, setting.w),
+        Grid.build(schedule, setting.grid_steps, CPU, w=setting.w, noising=setting.noising),
+        setting,
+        latent_shape=SHAPE,
+        items=4,
+        latents=data,
+        seed=seed,
+        dropout=0.0,
+        device=CPU,
+    )
+
+
+def make_rollout(maker: PairMaker, batch: int = 8, groups: int = 3):
+    place = {"batch": batch, "rank": 0, "world_size": 1}
+    if maker.config.mode == "lockstep":
+        return LockstepRollout(maker, **place)
+    return ContinuousRollout(maker, groups=groups, **place)
+
+
+def forward_process(x0: torch.Tensor, t: int, seed: int) -> torch.Tensor:
+    """x_t of the true forward process, by diffusers."""
+    return scheduler().add_noise(x0, randn(*x0.shape, seed=seed), torch.full((len(x0),), t))
+
+
+def rollout_of_no_steps(index: int, s: int, count: int, noising: str, mixture=MIXTURE, table=TABLE):
+    """The product's (x_s, target), where x_t is drawn exactly from p_t: noised exact data that walks zero steps."""
+    maker = make_maker(config(noising=noising), mixture=mixture, table=table)
+    rows = torch.randint(1, 5, (count,), generator=rng(11))
+    draws = LockstepDraws(
+        start_index=torch.full((count,), index),
+        steps=torch.zeros(count, dtype=torch.int64),
+        noise=randn(count, *SHAPE, seed=12),
+        s=torch.full((count,), s),
+        renoise=randn(count, *SHAPE, seed=13),
+    )
+    latents = mixture.sample(table.rows["weights"][rows], rng(14))
+    out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, rows)
+    return out.x_s.flatten(1), out.target.flatten(1)
+
+
+def exact_batch(maker: PairMaker, batch: int, number: int):
+    """Pairs at random (t, s) as continuous rollouts finish them, but with x_t drawn exactly from p_t; and their x_0."""
+    ids = torch.arange(batch) + number * batch
+    index = torch.randint(-1, STEPS - 1, (batch,), generator=rng(100 + number))
+    rows, t = maker.rows(ids), maker.grid.timestep(index)
+    x0 = maker.predictor.predict.mixture.sample(maker.predictor.table.rows["weights"][rows], rng(1000 + number))
+    x_t = scheduler().add_noise(x0, randn(*x0.shape, seed=2000 + number), t)
+    pos, _ = maker.predictor(x_t, t, rows)
+    return maker.finish(x_t, index, scheduler_x0(x_t, pos, t), ids), x0
+
+
+def scheduler_x0(x: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    a = scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
+    return (x - (1 - a).sqrt() * eps) / a.sqrt()
+
+
+def z_scores(samples: torch.Tensor, truth: torch.Tensor | float) -> torch.Tensor:
+    """Deviation of the mean of samples (n, ...) from `truth` in standard errors."""
+    return (samples.mean(0) - truth) / (samples.std(0) / len(samples) ** 0.5)

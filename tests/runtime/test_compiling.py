@@ -1,0 +1,80 @@
+"""torch.compile where the configuration asks for it: the same training, to rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from selfnpo_fast import train
+from selfnpo_fast.runtime.compiling import compile_blocks, compiled
+
+CONFIG = Path(__file__).parents[2] / "configs" / "sd15_fast.yaml"
+
+
+def test_off_is_off():
+    network = tiny.unet()
+    assert compiled(network.forward, "off") == network.forward
+    assert compile_blocks(network, "off") == 0
+    assert not any(module._compiled_call_impl for module in network.modules())
+
+
+def test_blocks_keep_their_parameters_and_names():
+    network = tiny.unet()
+    names = [name for name, _ in network.named_parameters()]
+    kinds = [type(module).__name__ for module in network.modules()]
+    expected = kinds.count("BasicTransformerBlock") + kinds.count("ResnetBlock2D")
+    assert compile_blocks(network, "default") == expected > 3
+    assert [name for name, _ in network.named_parameters()] == names
+
+
+def test_blocks_for_training_run_plain_without_gradients(monkeypatch):
+    network = tiny.unet()
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *a, **k: (calls.append(0), call(*a, **k))[1])
+    compile_blocks(network, "default", training=True)
+    given = torch.zeros(1, 4, 8, 8), torch.tensor([3]), torch.zeros(1, 12, tiny.WIDTH)
+    with torch.no_grad():
+        network(*given)
+    assert not calls
+    network(*given)
+    assert len(calls) > 3
+
+
+RECIPES = {
+    "continuous": ["--rollout.mode", "continuous"],
+    "lockstep": ["--rollout.mode", "lockstep"],
+    "continuous, lora": ["--rollout.mode", "continuous", "--lora.rank", "2"],
+    "lockstep, lora": [
+        *["--rollout.mode", "lockstep", "--lora.rank", "2", "--lora.targets", "[to_q, conv1]"],
+        *["--engine.gradient_checkpointing", "true"],
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_compiled_run_learns_the_same(recipe, tmp_path):
+    """Rollout as one graph, the student's blocks compiled, forward and backward, by inductor."""
+    model = tiny.write_sd(tmp_path / "model")
+    rows, names = [], []
+    for choice in ("off", "default"):
+        output = tmp_path / choice
+        words = ["--model.path", str(model), "--output", str(output), "--updates", "4", "--engine.compile", choice]
+        words += [*recipe, "--rollout.grid_steps", "5", "--engine.batch_size", "4"]
+        words += ["--prompts.limit", "8", "--rollout.overlap", "true", "--engine.precision", "fp32"]
+        words += ["--engine.zero_stage", "0", "--optimizer.name", "adamw", "--optimizer.lr", "1e-4"]
+        words += ["--log.every", "1", "--log.sample_every", "-1", "--log.checkpoint_every", "0"]
+        assert train.main(["--config", str(CONFIG), *words]) == 0
+        (weights,) = (output / "negative").rglob("*.safetensors")
+        names.append(load_file(weights).keys())
+        rows.append([json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()])
+    assert names[0] == names[1]
+    assert len(rows[0]) == 4
+    for plain, fast in zip(*rows, strict=True):
+        assert fast["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert fast["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
