@@ -35,7 +35,7 @@ from benchmarks.arms.sampler import ARMS, STOCK, TWO, Arm, Bench, peak_bytes, sy
 from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
 from benchmarks.nets import NETS, BenchNet  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
-from selfnpo_fast.runtime.world import DTYPES  # noqa: E402
+from selfnpo_fast.runtime.dtypes import DTYPES  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

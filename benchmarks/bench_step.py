@@ -54,7 +54,7 @@ from selfnpo_fast.rollout import (  # noqa: E402
     lockstep_rollout,
 )
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
-from selfnpo_fast.runtime.world import DTYPES  # noqa: E402
+from selfnpo_fast.runtime.dtypes import DTYPES  # noqa: E402
 from selfnpo_kernels import Draw, normal  # noqa: E402
 
 if TYPE_CHECKING:

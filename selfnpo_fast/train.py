@@ -12,92 +12,50 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _H
 import os  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
-from selfnpo_fast.config import TrainConfig, load_yaml, section_names  # noqa: E402
+from selfnpo_fast.config import TrainConfig  # noqa: E402
 from selfnpo_fast.runtime.console import logger, quiet_libraries, setup_logging  # noqa: E402
-from selfnpo_fast.runtime.errors import RunError, UserError, one_line  # noqa: E402
+from selfnpo_fast.runtime.errors import RunError, UserError  # noqa: E402
 from selfnpo_fast.runtime.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
+from selfnpo_fast.runtime.options import Parsed, parse_with_config  # noqa: E402
 
 # A checkout has them beside the package, an installed package inside it.
 CONFIGS = _HERE.parent / "configs" if (_HERE.parent / "configs").is_dir() else _HERE / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 
 
-def build_parser():
-    """The command line: --config, --print_config, one dotted option per field of TrainConfig, and how to treat the
-    output folder.
-    """
-    import yaml
-    from jsonargparse import ArgumentParser, set_loader
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Train a negative model (Self-NPO)."""
 
-    set_loader("plain_yaml", load_yaml, exceptions=(yaml.YAMLError, UserError))
-    parser = ArgumentParser(
-        prog="selfnpo train",
-        parser_mode="plain_yaml",
-        description="Train a negative model (Self-NPO).",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    parser.add_class_arguments(TrainConfig, fail_untyped=True)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the output folder")
-    parser.add_argument("--overwrite", action="store_true", help="delete what the output folder holds")
-    parser.add_argument(
-        "--replay-step",
-        type=int,
-        metavar="N",
-        help="train nothing: make the pairs of update N of the run in the output folder again, and show them",
-    )
-    return parser
+    resume: bool = False
+    """Go on from the newest checkpoint of the output folder."""
+    overwrite: bool = False
+    """Delete what the output folder holds."""
+    replay_step: int | None = None
+    """Train nothing: make the pairs of this update of the run in the output folder again, and show them."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """A parsed command line; `text` is the whole config as YAML."""
-
-    config: TrainConfig
-    resume: bool
-    overwrite: bool
-    replay_step: int | None
-    text: str
+Request = Parsed[RunOptions, TrainConfig]
+"""A parsed command line."""
 
 
 def parse(argv: list[str]) -> Request:
     """Read the command line. Raises UserError for what cannot be."""
-    from jsonargparse import ArgumentError, Namespace
-
-    argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
-    for name in (word.partition("=")[0] for word in argv):
-        if name.startswith("--") and name[2:] in section_names():  # whose value jsonargparse would try to import
-            raise UserError(f"{name}: it has no value of its own; give its fields, as {name}.field VALUE")
-    if not any(word.startswith(("--config", "-h", "--help")) for word in argv):
-        logger.info("no --config given: running %s", DEFAULT_CONFIG)
-        argv = ["--config", str(DEFAULT_CONFIG), *argv]
-    parser = build_parser()
-    try:
-        namespace = parser.parse_args(argv)
-        asked = {name: namespace.pop(name) for name in ("resume", "overwrite", "replay_step")}
-        namespace.pop("config")
-        text = parser.dump(Namespace(**namespace), skip_validation=True)
-        config = parser.instantiate(namespace)
-        config = TrainConfig(**{key: value for key, value in vars(config).items() if not key.startswith("__")})
-    except (ArgumentError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(one_line(error, 500)) from error
-    for name in ("resume", "overwrite"):
-        if not isinstance(asked[name], bool):  # a config file can hold the key
-            raise UserError(f"--{name}: it takes no value, not {one_line(asked[name], 80)!r}")
-    step = asked["replay_step"]
-    if sum((asked["resume"], asked["overwrite"], step is not None)) > 1:
+    argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]  # of older launchers
+    request = parse_with_config(RunOptions, TrainConfig, argv, "selfnpo train", DEFAULT_CONFIG)
+    options, step = request.options, request.options.replay_step
+    if sum((options.resume, options.overwrite, step is not None)) > 1:
         raise UserError("--resume, --overwrite and --replay-step exclude each other; give one")
-    if step is not None and not 1 <= step <= config.updates:
-        raise UserError(f"--replay-step: {step} is not possible; expected an update from 1 to {config.updates}")
-    return Request(config=config, text=text, **asked)
+    if step is not None and not 1 <= step <= request.config.updates:
+        raise UserError(f"--replay-step: {step} is not possible; expected an update from 1 to {request.config.updates}")
+    return request
 
 
-def train(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
     """One whole run. Raises UserError for bad input, before anything is written, and RunError where it cannot go on."""
     request = parse(argv)
-    goes_on = request.resume or request.replay_step is not None
-    output = check_run_folder(request.config.output, resume=goes_on, overwrite=request.overwrite)
+    goes_on = request.options.resume or request.options.replay_step is not None
+    output = check_run_folder(request.config.output, resume=goes_on, overwrite=request.options.overwrite)
 
     from selfnpo_fast.runtime.world import init_world
     from selfnpo_fast.training.lifecycle import PeerWatch, StopRequest, leave_at_once
@@ -116,22 +74,22 @@ def _run(request: Request, output: Path, world, stop) -> None:
     from selfnpo_fast.training.replay import replay
     from selfnpo_fast.training.trainer import Trainer, load_inputs
 
-    config, replaying, newest = request.config, request.replay_step is not None, None
+    config, replaying, newest = request.config, request.options.replay_step is not None, None
     kernels = _kernels(world.device.type)
-    if request.resume or replaying:
-        newest = newest_checkpoint(output / "checkpoints", config, world, before=request.replay_step)
+    if request.options.resume or replaying:
+        newest = newest_checkpoint(output / "checkpoints", config, world, before=request.options.replay_step)
     trainer = Trainer(config, load_inputs(config, world), world, output)
     recorder = Recorder(config, world, trainer.adapter.schedule.num_train_timesteps)
     if newest is not None:
         trainer.resume(newest, recorder)
-    elif request.resume:
+    elif request.options.resume:
         logger.info("--resume: no checkpoint in %s; starting from the beginning", output)
     if replaying:
-        replay(trainer, recorder, request.replay_step)
+        replay(trainer, recorder, request.options.replay_step)
         return
     world.barrier()  # every rank has looked at the folder before rank 0 changes it
     if world.is_main:
-        if request.overwrite:
+        if request.options.overwrite:
             clear_run_folder(output)
         output.mkdir(parents=True, exist_ok=True)
         write_file(output / "config.yaml", request.text)
@@ -185,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
     try:
-        train(sys.argv[1:] if argv is None else argv)
+        run(sys.argv[1:] if argv is None else argv)
     except (UserError, RunError) as error:  # which all ranks raise together
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -22,9 +22,10 @@ from PIL import Image
 from tiny_negatives import load_network
 
 from selfnpo_fast import train
-from selfnpo_fast.config import TrainConfig, load_yaml
+from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.plain_yaml import load_yaml
 
 SECTIONS = {name: kind for name, kind in get_type_hints(TrainConfig).items() if hasattr(kind, "__dataclass_fields__")}
 FIELDS: dict[tuple[str, ...], Any] = {

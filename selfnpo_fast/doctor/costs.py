@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from selfnpo_fast.config import RolloutConfig, TrainConfig
 from selfnpo_fast.doctor.tracing import FakeDenoiser, Network, Student
 from selfnpo_fast.models import StableDiffusionAdapter
-from selfnpo_fast.runtime.world import DTYPES
+from selfnpo_fast.rollout.pairs import forwards_per_state
+from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.training.engine import deepspeed_config, zero_stage
 
 GIB = 2**30
@@ -68,9 +69,9 @@ class Tracer:
                 self.adapter, DTYPES[engine.precision], config.lora, checkpointing=engine.gradient_checkpointing
             )
         denoiser = self._denoisers[kind]
-        key = (*kind, micro, calls(config.rollout), config.rollout.w == -1, keeps_gradients(config))
+        key = (*kind, micro, forwards_per_state(config.rollout.w), config.rollout.w == -1, keeps_gradients(config))
         if key not in self._traces:
-            rows = micro * calls(config.rollout)
+            rows = micro * forwards_per_state(config.rollout.w)
             self._traces[key] = (
                 denoiser.student(micro, keep_gradients=keeps_gradients(config)),
                 denoiser.forward_peak(rows, one_row=config.rollout.w == -1),
@@ -90,11 +91,6 @@ class Tracer:
         )
 
 
-def calls(rollout: RolloutConfig) -> int:
-    """Rows that the reference forwards per state: both branches, or at w = -1 and w = 0 the one that counts."""
-    return 1 if rollout.w in (-1, 0) else 2
-
-
 def forwards_per_pair(rollout: RolloutConfig) -> float:
     """Reference forwards per training pair in the long run, expected over what is drawn.
 
@@ -102,19 +98,23 @@ def forwards_per_pair(rollout: RolloutConfig) -> float:
     gives the target: from noise k steps or a uniform 1..k, from data min(k, i + 1) from its uniform grid index i < N.
     """
     if rollout.mode == "continuous":
-        return calls(rollout)
+        return forwards_per_state(rollout.w)
     k = rollout.max_steps
     if rollout.start == "noise" and rollout.stop == "fixed":
-        return calls(rollout) * (k + 1)
+        return forwards_per_state(rollout.w) * (k + 1)
     n = rollout.grid_steps
     steps = sum(min(k, i + 1) for i in range(n)) / n if rollout.start == "data" else (k + 1) / 2
-    return calls(rollout) * (steps + 1)
+    return forwards_per_state(rollout.w) * (steps + 1)
 
 
 def startup_forwards(run: Run) -> int:
     """Most reference forwards, over all ranks, that fill the slots of a continuous rollout once per run."""
     rollout = run.config.rollout
-    return 0 if rollout.mode == "lockstep" else calls(rollout) * slots(run) * run.world_size * rollout.grid_steps
+    return (
+        0
+        if rollout.mode == "lockstep"
+        else forwards_per_state(rollout.w) * slots(run) * run.world_size * rollout.grid_steps
+    )
 
 
 def slots(run: Run) -> int:

@@ -23,7 +23,8 @@ from selfnpo_fast.config import LogConfig, TrainConfig
 from selfnpo_fast.doctor.costs import Memory
 from selfnpo_fast.models import StableDiffusionAdapter
 from selfnpo_fast.models.conditioning import ConditioningTable
-from selfnpo_fast.runtime.world import DTYPES, World
+from selfnpo_fast.runtime.dtypes import DTYPES
+from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.engine import start_deepspeed
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.trainer import Inputs, Trainer

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,8 +16,9 @@ from selfnpo_fast.doctor.costs import GIB, Machine, Memory, Run, Tracer
 from selfnpo_fast.doctor.memory_check import TOLERANCE, Comparison, compare, measure
 from selfnpo_fast.models import SD15_SMALL, load_adapter
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.runtime.world import DTYPES, init_world
+from selfnpo_fast.runtime.world import init_world
 
 CARDS = (16.0, 24.0, 40.0, 80.0)
 """GiB of usual cards."""
@@ -36,45 +36,12 @@ VERIFIED = (
 """What `--verify` runs when no config is named: the networks of benchmarks/nets.py."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DoctorOptions:
-    """What `selfnpo doctor` takes beside the options of `selfnpo train`."""
-
-    memory_gib: float | None = None
-    """Memory of a card; by default the usual ones are compared."""
-    world_size: int = 1
-    """Ranks (GPUs)."""
-    verify: bool = False
-    """Hold the memory model against one real update on this machine."""
-
-    def __post_init__(self) -> None:
-        if self.memory_gib is not None and not 0 < self.memory_gib < 2**20:
-            raise UserError(f"memory_gib: {self.memory_gib:g} is not possible; expected GiB of a card, such as 24")
-        if not 1 <= self.world_size <= 2**16:
-            raise UserError(f"world_size: {self.world_size} is not possible; expected 1 to 65536 ranks")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def split_options(argv: list[str]) -> tuple[DoctorOptions, list[str]]:
-    """The doctor's own options, and the words that are left for the parser of `selfnpo train`."""
-    parser = _Parser(prog="selfnpo doctor", add_help=False, allow_abbrev=False)
-    parser.add_argument("--memory_gib", type=float)
-    parser.add_argument("--world_size", type=int, default=1)
-    parser.add_argument("--verify", action="store_true")
-    own, rest = parser.parse_known_args(argv)
-    return DoctorOptions(**vars(own)), rest
-
-
-def examine(config: TrainConfig, options: DoctorOptions) -> str:
+def examine(config: TrainConfig, *, memory_gib: float | None = None, world_size: int = 1) -> str:
     """The report. Raises UserError for every mistake in config or model that can be seen without weights."""
     tracer = make_tracer(config)
-    run = tracer.run(config, options.world_size, "cuda")
+    run = tracer.run(config, world_size, "cuda")
     peak = costs.memory(run)
-    cards = CARDS if options.memory_gib is None else (options.memory_gib,)
+    cards = CARDS if memory_gib is None else (memory_gib,)
     machine = measure_this_machine(config.engine.precision)
     parts = [
         _facts(run),

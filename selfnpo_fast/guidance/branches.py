@@ -6,8 +6,6 @@ Shape letters: B pictures of a batch.
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,13 +16,9 @@ from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
 from selfnpo_fast.models.sd import Conditioning
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.compiling import compile_blocks
-from selfnpo_fast.runtime.console import logger
 
 Predict = Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 """(network, x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
-BRANCHES = ("auto", "batched", "split")
-MARGIN = 0.02
-"""One batch, where it can be had, is left only for two that are faster by this: chance shall not decide."""
 
 
 class Branches:
@@ -92,46 +86,3 @@ def halves(rows: Conditioning) -> tuple[Conditioning, Conditioning]:
     """The negative branch's rows and the prompts' of (2 B, ...) rows; views."""
     half = len(next(iter(rows.values()))) // 2
     return {name: value[:half] for name, value in rows.items()}, {name: value[half:] for name, value in rows.items()}
-
-
-class BatchOrSplit:
-    """One batch or two for one shape, chosen by timing the first steps of a real trajectory: no forward is wasted.
-
-    The first call of either kind sets things up and is not counted; the least of the next two decides.
-    """
-
-    TRIALS = 3
-
-    def __init__(self, fixed: bool | None, what: str) -> None:
-        self.batched, self.what = fixed, what
-        self._seconds: dict[bool, list[float]] = {True: [], False: []}
-
-    @property
-    def decided(self) -> bool:
-        """Whether later calls run alike: before, nothing is to be captured."""
-        return self.batched is not None
-
-    def run(self, call: Callable[[bool], tuple], device: torch.device) -> tuple:
-        """`call(batched)`, timed while the choice is open; the device is waited for then."""
-        if self.batched is not None:
-            return call(self.batched)
-        batched = len(self._seconds[True]) <= len(self._seconds[False])
-        _wait(device)
-        start = time.perf_counter()
-        out = call(batched)
-        _wait(device)
-        self._seconds[batched].append(time.perf_counter() - start)
-        if len(self._seconds[False]) == self.TRIALS:
-            self._decide()
-        return out
-
-    def _decide(self) -> None:
-        one, two = (min(self._seconds[batched][1:], default=math.inf) for batched in (True, False))
-        self.batched = one <= two * (1 + MARGIN)
-        chosen = "one batch" if self.batched else "two batches"
-        logger.info("guidance branches: %s for %s (one %.3g s, two %.3g s)", chosen, self.what, one, two)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

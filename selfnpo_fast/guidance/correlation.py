@@ -21,9 +21,7 @@ from torch import nn
 
 from selfnpo_fast.diffusion.solvers import solver_steps
 from selfnpo_fast.models import StableDiffusionAdapter
-from selfnpo_fast.negatives.fingerprint import fingerprint, matches
-from selfnpo_fast.negatives.load import Negative, as_network, load_base, load_negative
-from selfnpo_fast.negatives.weights import module_weights
+from selfnpo_fast.negatives.load import Negative, as_network, load_negative
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_kernels import Draw, NoiseKey, draw_id, guided_step, normal
 
@@ -199,65 +197,3 @@ def correlation(
 def alphas_of(positive: nn.Module, source: str | Path, base: str | Path, **options) -> Callable[[float], Negative]:
     """The negative at any alpha, made anew from its files on each call; arguments as for `load_negative`."""
     return lambda alpha: load_negative(positive, source, alpha=alpha, base=base, **options)
-
-
-@dataclass(kw_only=True)
-class CorrelateOptions:
-    """Say how alike positive and negative predict and what variance guidance has; with --base, recommend alpha."""
-
-    model: str = "digits"
-    """The positive: `digits`, a folder in diffusers format, or a Hub id."""
-    negative: str | None = None
-    """The negative model: a run's output folder, full weights or a LoRA."""
-    base: str | None = None
-    """The model that the negative was trained from, where the positive is a fine-tune of it."""
-    alpha: float = 1.0
-    """Share of the positive's own change in the negative, 0 to 1; other than 1 needs --base."""
-    beta: float = 1.0
-    """Share of the negative's change, 0 to 1."""
-    prompts: str = "shipped"
-    """A file of prompts, `digits` or `shipped`."""
-    limit: int = 4
-    """Use at most this many of `prompts`."""
-    guidance_scale: float = 7.5
-    """diffusers' guidance_scale (omega + 1)."""
-    steps: int = 8
-    """Timesteps to look at."""
-    seed: int = 0
-    """Seed of the first prompt's noise; the next ones count up."""
-
-
-def correlate_command(options: CorrelateOptions) -> None:
-    """`selfnpo correlate`."""
-    from selfnpo_fast.data.prompts import read_prompts
-    from selfnpo_fast.models import load_adapter
-
-    if options.negative is None:
-        raise UserError("negative: none given; expected --negative")
-    texts = read_prompts(options.prompts, limit=options.limit)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = load_adapter(options.model)
-    _check_steps(adapter, options.steps)
-    positive = adapter.load_denoiser(torch.float32).to(device)
-    name = adapter.denoiser_name
-    shared = {"beta": options.beta, "denoiser_name": name}
-    negative = load_negative(positive, options.negative, alpha=options.alpha, base=options.base, **shared)
-    rows, empty = adapter.encode_prompts(texts, device), adapter.encode_empty(device)
-    alphas, own = None, module_weights(positive, "the positive model")
-    if options.base is not None and not matches(fingerprint(load_base(positive, options.base, name)), own):
-        alphas = alphas_of(positive, options.negative, options.base, **shared)
-    scale, steps = options.guidance_scale, options.steps
-    found = correlation(
-        adapter, positive, negative, rows, empty, guidance_scale=scale, steps=steps, seed=options.seed, alphas=alphas
-    )
-    print(found)
-    if alphas is None:
-        print(
-            "alpha has no effect: the positive is the base" if options.base else "alpha: give --base for a choice of it"
-        )
-
-
-def _check_steps(adapter: StableDiffusionAdapter, steps: int) -> None:
-    most = adapter.schedule.num_train_timesteps
-    if not 1 <= steps < most:
-        raise UserError(f"steps: {steps} is not possible; expected 1 to {most - 1}")

@@ -22,11 +22,12 @@ from torch import nn
 
 from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
 from selfnpo_fast.guidance.attach import has_negative
-from selfnpo_fast.guidance.branches import BRANCHES, Branches
+from selfnpo_fast.guidance.branches import Branches
 from selfnpo_fast.guidance.trajectory import Trajectories
 from selfnpo_fast.models import StableDiffusionAdapter, adapter_of
 from selfnpo_fast.models.sd import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
+from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError

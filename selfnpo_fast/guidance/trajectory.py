@@ -10,8 +10,9 @@ from collections import OrderedDict
 import torch
 
 from selfnpo_fast.diffusion.solvers import SolverSteps
-from selfnpo_fast.guidance.branches import BatchOrSplit, Branches, halves
+from selfnpo_fast.guidance.branches import Branches, halves
 from selfnpo_fast.models.sd import Conditioning
+from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.capture import Capture, Step
 from selfnpo_kernels import guidance_rescale, guided_step
 
@@ -38,8 +39,7 @@ class Trajectory:
         self.k = torch.zeros(most_steps, 7, device=x.device)
         # Timesteps as float32 whatever the solver: networks embed them as such.
         self.timesteps = torch.zeros(most_steps, device=x.device)
-        fixed = {"auto": None, "batched": True, "split": False}[choice] if branches.one_network else False
-        self.batched = BatchOrSplit(fixed, f"{len(x)} x {tuple(x.shape[1:])}")
+        self.batched = BatchOrSplit(choice if branches.one_network else "split", f"{len(x)} x {tuple(x.shape[1:])}")
         self._capture = capture
         self._captured: dict[bool, Step] = {}
 

@@ -167,6 +167,10 @@ class StableDiffusionAdapter:
                 )
         return (self.denoiser_config["in_channels"], height // self.vae_scale, width // self.vae_scale)
 
+    def check_size(self, field: str = "model.resolution") -> None:
+        """UserError that names `field` where the resolution is none that the model can draw."""
+        self.latent_shape_of(self.resolution, self.resolution, field)
+
     @staticmethod
     def sized(cond: Conditioning, height: int, width: int) -> Conditioning:
         """The rows for pictures of another size in pixels than the adapter's own."""

@@ -3,53 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files
-from selfnpo_fast.negatives.sources import RECORD, WEIGHTS, locate
+from selfnpo_fast.negatives.sources import RECORD, locate
 from selfnpo_fast.negatives.weights import Weights, mixture
+from selfnpo_fast.negatives.write import write_weights
+from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.folders import ASIDE, check_writable, finish_aside, remove
 
-SHARD_BYTES = 5 * 10**9
 MODELS = ("UNet2DConditionModel",)
-DTYPES = {"fp32": (torch.float32, "F32"), "bf16": (torch.bfloat16, "BF16"), "fp16": (torch.float16, "F16")}
-"""torch's dtype and safetensors' name of it."""
-
-
-@dataclass(kw_only=True)
-class MergeOptions:
-    """Write the negative model theta + alpha eta + beta delta (Eq. 7) as a network of its own."""
-
-    base: str | None = None
-    """theta: a diffusers folder or a Hub id."""
-    positive: str | None = None
-    """theta + eta: a fine-tune of the base as full weights or a LoRA; none for the base itself."""
-    negative: str | None = None
-    """The negative model that was trained from the base: a run's output folder, full weights or a LoRA."""
-    alpha: float = 1.0
-    """Share of the positive's change, 0 to 1."""
-    beta: float = 1.0
-    """Share of the negative's change, 0 to 1."""
-    output: str | None = None
-    """A new or empty folder; the network is written to unet/ in it."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the result."""
-
-
-def merge_command(options: MergeOptions) -> None:
-    """`selfnpo merge`."""
-    for name in ("base", "negative", "output"):
-        if getattr(options, name) is None:
-            raise UserError(f"{name}: none given; expected --{name}")
-    folder = merge(**vars(options))
-    print(f"negative model: {folder}")
 
 
 def merge(
@@ -126,7 +94,7 @@ def empty_model(config: dict, source: str) -> nn.Module:
 
 def _checked(result: Weights, positive: Weights, dtype: str) -> Weights:
     """`result` in its final dtype; the read of the last tensor raises UserError if all were equal to the positive's."""
-    target, seen, differs = DTYPES[dtype][0], set(), False
+    target, seen, differs = DTYPES[dtype], set(), False
 
     def read(name: str) -> torch.Tensor:
         """One tensor, checked."""
@@ -141,48 +109,3 @@ def _checked(result: Weights, positive: Weights, dtype: str) -> Weights:
         return value
 
     return Weights(result.source, result.shapes, read)
-
-
-def write_weights(folder: Path, weights: Weights, dtype: str) -> None:
-    """safetensors files under diffusers' names: one, or shards of at most 5 GB and their index.
-
-    Holds one tensor at a time, which safetensors' own function does not. Raises OSError.
-    """
-    size = torch.finfo(DTYPES[dtype][0]).bits // 8
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in sorted(weights.shapes):
-        count = size * torch.Size(weights.shapes[name]).numel()
-        if shards[-1] and filled + count > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += count
-    if len(shards) == 1:
-        _write_file(folder / f"{WEIGHTS}.safetensors", shards[0], weights, dtype)
-        return
-    files = [f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        _write_file(folder / file, names, weights, dtype)
-    total = sum(size * torch.Size(shape).numel() for shape in weights.shapes.values())
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-    }
-    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_file(path: Path, names: list[str], weights: Weights, dtype: str) -> None:
-    """The format: length of the header as 8 bytes, the header (JSON, where each tensor lies), the tensors."""
-    size = torch.finfo(DTYPES[dtype][0]).bits // 8
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        start, end = end, end + size * torch.Size(weights.shapes[name]).numel()
-        shape = list(weights.shapes[name])
-        header[name] = {"dtype": DTYPES[dtype][1], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(weights.read(name).flatten().view(torch.uint8).numpy())

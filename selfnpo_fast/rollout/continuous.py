@@ -117,19 +117,26 @@ class ContinuousRollout:
         if group == self.filled:
             self._stagger(group)
             self.filled += 1
-        step = self._steps[group] = self._steps[group] or self._step_of(group)
+        step = self._step_of(group)
         self.cursor = (group + 1) % self.groups
-        self.maker.predictor.forwards += self.maker.predictor.calls * self.batch
+        self.maker.predictor.forwards += self.maker.predictor.forwards_per_state * self.batch
         target, x_s, pairs, weight = step()
         t, s, sample_ids, rows = pairs
         return Pairs(x_s=x_s, s=s, target=target, t=t, rows=rows, weight=weight, sample_ids=sample_ids)
 
     def _step_of(self, group: int) -> Step:
-        """One grid step of a group: a function of nothing, on tensors that stay where they are."""
+        """One grid step of a group: a function of nothing, on tensors that stay where they are.
+
+        It is compiled and captured once it is settled how the branches run.
+        """
+        if self._steps[group] is not None:
+            return self._steps[group]
         x, slots = self.x[group], self.slots[group]
         final = None if self.final is None else self.final[group]
-        self.maker.predictor.prepare(x, self.maker.grid.timestep(slots[0]), slots[3])
-        return self._capture(lambda: self._compiled(x, final, slots))
+        if not self.maker.predictor.decided:
+            return lambda: self._advance(x, final, slots)
+        self._steps[group] = self._capture(lambda: self._compiled(x, final, slots))
+        return self._steps[group]
 
     def _advance(self, x: torch.Tensor, final: torch.Tensor | None, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Reference forward and `tdft_step`: (target, x_s, pairs, weight); x, final and slots become the next ones."""
@@ -144,7 +151,7 @@ class ContinuousRollout:
         names = ("index", "ids", "left", "rows")
         state = {name: column.contiguous() for name, column in zip(names, self.slots.unbind(1), strict=True)}
         state |= {"cursor": torch.tensor(self.cursor), "filled": torch.tensor(self.filled)}
-        state |= {"x": self.x, "branches": self.maker.predictor.state()}
+        state |= {"x": self.x, **self.maker.predictor.state_dict()}
         return state if self.final is None else state | {"final": self.final}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -154,4 +161,4 @@ class ContinuousRollout:
         if self.final is not None:
             self.final.copy_(state["final"])
         self.cursor, self.filled = int(state["cursor"]), int(state["filled"])
-        self.maker.predictor.load_state(state["branches"])
+        self.maker.predictor.load_state_dict(state)

@@ -146,9 +146,9 @@ class LockstepRollout:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Where the next micro-batch of all ranks begins."""
-        return {"next_id": torch.tensor(self.next_id - self.offset), "branches": self.maker.predictor.state()}
+        return {"next_id": torch.tensor(self.next_id - self.offset), **self.maker.predictor.state_dict()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from `state_dict()`."""
         self.next_id = int(state["next_id"]) + self.offset
-        self.maker.predictor.load_state(state["branches"])
+        self.maker.predictor.load_state_dict(state)

@@ -5,8 +5,6 @@ Shape letters: B pairs of one micro-batch, T training timesteps.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,13 +13,11 @@ import torch
 from selfnpo_fast.config import RolloutConfig
 from selfnpo_fast.models.conditioning import EMPTY_ROW, ConditioningTable
 from selfnpo_fast.rollout.grid import Grid
-from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, draw_id, permute, randint, uniform
 
 Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 """(x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
-AUTOTUNE_CALLS, AUTOTUNE_MARGIN = 4, 0.05
-"""Two batches have to be faster by the margin: chance shall not decide between equals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,76 +43,67 @@ class UpdatePairs:
 
 
 class GuidedPredictor:
-    """The reference network under rollout guidance w; counts the samples it has forwarded.
+    """The reference network under rollout guidance omega; counts the samples it has forwarded.
 
-    w = -1 needs the unconditional output alone and w = 0 the conditional one; otherwise both run, as one batch or as
-    two (`branches`): `auto` measures at the first call which is faster here, and keeps to it.
+    omega = -1 needs the unconditional output only and omega = 0 the conditional one. Otherwise both run, as one batch
+    or as two (`branches`): `auto` times the first steps of full batches and keeps to the faster way.
     """
 
     def __init__(self, predict: Predict, table: ConditioningTable, w: float, branches: str = "auto") -> None:
         self.predict, self.table, self.w = predict, table, w
-        self.batched: bool | None = {"auto": None, "batched": True, "split": False}[branches]
+        self.branches = BatchOrSplit(branches, "rollouts")
         self.forwards = 0
+        self._largest_batch = 0
 
     @property
-    def calls(self) -> int:
-        """Samples that are forwarded for the outputs of one."""
-        return 1 if self.w in (-1, 0) else 2
+    def forwards_per_state(self) -> int:
+        """Samples that are forwarded for the outputs of one state: 1 or 2."""
+        return forwards_per_state(self.w)
+
+    @property
+    def decided(self) -> bool:
+        """Whether later calls run their branches alike: only then is a step compiled or captured."""
+        return self.forwards_per_state == 1 or self.branches.decided
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
         """`(pos or None, neg or None)` at states x (B, ...), timesteps t (B,), table rows (B,)."""
-        self.prepare(x, t, rows)
-        self.forwards += self.calls * len(x)
+        self.forwards += self.forwards_per_state * len(x)
         return self.outputs(x, t, rows)
 
-    def prepare(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> None:
-        """Decide how the branches run, if that is still open; the device is waited for then."""
-        if self.calls == 2 and self.batched is None:
-            self.batched = self._faster_batched(x, t, rows)
-
     def outputs(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
-        """What a call returns, and nothing else: for a step that is compiled or captured."""
-        batch = len(x)
+        """What a call returns, without counting: for a step that is compiled or captured."""
         if self.w == -1:
-            return None, self.predict(x, t, self.table.empty(batch))
+            return None, self.predict(x, t, self.table.empty(len(x)))
         if self.w == 0:
             return self.predict(x, t, self.table.gather(rows)), None
-        if self.batched is False:
-            return self.predict(x, t, self.table.gather(rows)), self.predict(x, t, self.table.empty(batch))
+        if self.branches.decided:
+            return self._both(x, t, rows, bool(self.branches.batched))
+        if len(x) > self._largest_batch:
+            self._largest_batch = len(x)
+            self.branches.restart()
+        if len(x) < self._largest_batch:  # some samples have arrived: its time is no measure of a full batch
+            return self._both(x, t, rows, batched=True)
+        return self.branches.run(lambda batched: self._both(x, t, rows, batched), x.device)
+
+    def _both(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, batched: bool):
+        if not batched:
+            return self.predict(x, t, self.table.gather(rows)), self.predict(x, t, self.table.empty(len(x)))
         both = self.table.gather(torch.cat([rows, torch.full_like(rows, EMPTY_ROW)]))
         pos, neg = self.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return pos, neg
 
-    def _faster_batched(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Whether one batch of both branches takes less time than two; the least of some calls each, in turn."""
-        seconds = {True: math.inf, False: math.inf}
-        for _ in range(1 + AUTOTUNE_CALLS):  # what the first calls set up counts for nobody: a minimum is taken
-            for self.batched in seconds:
-                _wait(x.device)
-                start = time.perf_counter()
-                self.outputs(x, t, rows)
-                _wait(x.device)
-                seconds[self.batched] = min(seconds[self.batched], time.perf_counter() - start)
-        faster = seconds[True] <= seconds[False] * (1 + AUTOTUNE_MARGIN)
-        logger.info(
-            "rollout branches: %s (%d samples: one batch %.3g s, two %.3g s)",
-            "one batch" if faster else "two", len(x), seconds[True], seconds[False],
-        )  # fmt: skip
-        return faster
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """How the branches run: outputs of one batch and of two differ in their last bits."""
+        return self.branches.state_dict()
 
-    def state(self) -> torch.Tensor:
-        """How the branches run, for a checkpoint: outputs of one batch and of two differ in their last bits."""
-        return torch.tensor(-1 if self.batched is None else int(self.batched))
-
-    def load_state(self, state: torch.Tensor) -> None:
-        """Go on from `state()`."""
-        if state >= 0:
-            self.batched = bool(state)
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from `state_dict()`."""
+        self.branches.load_state_dict(state)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def forwards_per_state(w: float) -> int:
+    """Rows that the reference forwards for one state: both branches, or only the one that counts at -1 and 0."""
+    return 1 if w in (-1, 0) else 2
 
 
 class PairMaker:
@@ -183,17 +170,4 @@ class PairMaker:
             dropout=self.dropout,
             shuffled=self.shuffled,
             naive=self.grid.naive,
-        )
-
-    def finish(self, x_t, index, target, sample_ids) -> Pairs:
-        """Re-noise states x_t (B, ...) at grid indices (B,) and pack the pairs."""
-        s = self.draw_s(sample_ids, index)
-        return Pairs(
-            x_s=self.grid.noised(x_t, target, index, s, self.key(Draw.RENOISE, sample_ids, index)),
-            s=s,
-            target=target,
-            t=self.grid.timestep(index),
-            rows=self.student_rows(sample_ids, index),
-            weight=torch.ones(len(s), device=x_t.device),
-            sample_ids=sample_ids,
         )

@@ -1,4 +1,4 @@
-"""This process among its peers: rank, world size, device, what ranks agree on, and the names of precisions."""
+"""This process among its peers: rank, world size, device, and what ranks agree on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from selfnpo_fast.runtime.errors import RunError, UserError
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def region(name: str) -> AbstractContextManager:

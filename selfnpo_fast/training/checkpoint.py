@@ -16,22 +16,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
 
 from selfnpo_fast.config import TrainConfig
-from selfnpo_fast.negatives.lora_files import RECORD_KEY
-from selfnpo_fast.negatives.sources import RECORD
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import RunError, UserError, one_line
-from selfnpo_fast.runtime.folders import begin_aside, finish_aside, remove, why_not_whole, write_manifest
+from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.folders import remove, why_not_whole, write_manifest
 from selfnpo_fast.runtime.world import World
+from selfnpo_fast.runtime.writer import Tensors, Writer
 from selfnpo_fast.training.engine import StudentEngine
 from selfnpo_fast.training.moving_reference import Reference
 
@@ -39,59 +35,6 @@ _NAME = re.compile(r"update-(\d{7,})$")
 _VERSIONS = ("selfnpo-fast", "torch", "deepspeed", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors")
 _FREE = ("updates", "log", "output")
 """Sections of a config that a resumed run may change: its length, its log, its folder."""
-
-Tensors = dict[str, torch.Tensor]
-
-
-class Writer:
-    """Writes the files of one folder; after the first failure nothing more, since all ranks have to go on together."""
-
-    def __init__(self, target: Path, world: World) -> None:
-        self.target, self.world, self.error = target, world, None
-        self.folder = target
-        if world.is_main:
-            self._try("folder", lambda: setattr(self, "folder", begin_aside(target)))
-        self.folder = Path(world.gather(str(self.folder))[0])
-        self._agree()
-
-    def _try(self, name: str, action) -> None:
-        try:
-            if self.error is None:
-                action()
-        except (OSError, SafetensorError) as error:
-            self.error = f"{name}: {one_line(error)}"
-
-    def save(self, name: str, items: Iterable[tuple[str, torch.Tensor]], *, here: bool, dtype=None, **options) -> None:
-        """Write tensors by name where `here`; ranks for which it is not take part in gathering the items alone."""
-        tensors = {}
-        for key, value in items:
-            if here:
-                tensors[key] = value.to("cpu", dtype or value.dtype, copy=True).contiguous()
-        if here:
-            path = self.folder / name
-            self._try(name, lambda: (path.parent.mkdir(exist_ok=True), save_file(tensors, path, **options)))
-
-    def run(self, name: str, action) -> None:
-        """Do something else to the folder on rank 0."""
-        if self.world.is_main:
-            self._try(name, action)
-
-    def _agree(self) -> None:
-        said = [f"rank {rank}, {text}" for rank, text in enumerate(self.world.gather(self.error)) if text]
-        if said:
-            if self.world.is_main and self.folder != self.target:
-                try:
-                    remove(self.folder)
-                except OSError:
-                    pass  # the next one to be written removes it
-            raise RunError(f"{self.target} could not be written ({'; '.join(said)})")
-
-    def finish(self) -> Path:
-        """Put the folder into its place. Raises RunError on all ranks where any of them has failed."""
-        self._agree()
-        self.run("rename", lambda: finish_aside(self.folder, self.target))
-        self._agree()
-        return self.target
 
 
 def save_checkpoint(
@@ -309,46 +252,3 @@ def _first_takes_all(states: list[Tensors], world: World) -> Tensors:
     """Sums over ranks belong to nobody in particular: the first rank carries them on."""
     total = {name: sum(state[name] for state in states) for name in states[0]}
     return total if world.is_main else {name: torch.zeros_like(value) for name, value in total.items()}
-
-
-def save_negative(
-    folder: Path, engine: StudentEngine, adapter, dtype: torch.dtype, world: World, *, lora: bool, base: dict
-) -> Path:
-    """Write the negative model: `folder/unet` as a diffusers component, or a LoRA file that diffusers loads.
-
-    Weights are stored in the run's precision. `base` (`guidance.fingerprint.base_record`) is noted beside full weights,
-    and in a LoRA file's metadata. All ranks take part; rank 0 writes. Raises RunError on all of them.
-    """
-    writer = Writer(folder, world)
-    if lora:
-        weights = {name: value.to("cpu", dtype, copy=True) for name, value in engine.full_weights() if world.is_main}
-        writer.run("LoRA", lambda: _write_lora(writer.folder, engine.module, weights, adapter, base))
-    else:
-        weights = (pair for part in (engine.full_weights(), engine.frozen_weights()) for pair in part)
-        name = f"{adapter.denoiser_name}/diffusion_pytorch_model.safetensors"
-        writer.save(name, weights, here=world.is_main, dtype=dtype, metadata={"format": "pt"})
-        writer.run("config.json", lambda: engine.module.save_config(writer.folder / adapter.denoiser_name))
-        writer.run(RECORD, lambda: (writer.folder / RECORD).write_text(json.dumps(base, indent=1), encoding="utf-8"))
-    return writer.finish()
-
-
-def _write_lora(folder: Path, module: nn.Module, weights: Tensors, adapter, base: dict) -> None:
-    """PEFT's layout with its config in the metadata, as `pipe.load_lora_weights(folder)` expects it."""
-    import diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    config = module.peft_config["default"].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    prefixed = {f"{adapter.denoiser_name}.{key}": value for key, value in config.items()}
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(prefixed, indent=2, sort_keys=True),
-        RECORD_KEY: json.dumps(base),
-    }
-    getattr(diffusers, adapter.pipeline_class).save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(module, state_dict=weights),
-        # diffusers' own function knows of no metadata but the adapter's.
-        save_function=lambda tensors, path: save_file(tensors, path, metadata=metadata),
-        safe_serialization=True,
-    )

@@ -19,6 +19,7 @@ from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.negatives.weights import module_weights
+from selfnpo_fast.negatives.write import save_negative
 from selfnpo_fast.rollout import (
     ContinuousRollout,
     CudaGraphs,
@@ -33,10 +34,11 @@ from selfnpo_fast.rollout import (
 )
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError
 from selfnpo_fast.runtime.images import image_grid
-from selfnpo_fast.runtime.world import DTYPES, World, region
-from selfnpo_fast.training.checkpoint import load_checkpoint, newest_whole, save_checkpoint, save_negative
+from selfnpo_fast.runtime.world import World, region
+from selfnpo_fast.training.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
 from selfnpo_fast.training.lifecycle import StopRequest
 from selfnpo_fast.training.lora import Variant, Weights, add_average, add_lora, checkpoint_gradients
@@ -227,7 +229,15 @@ class Trainer:
         dtype = DTYPES[self.config.engine.precision]
         lora = self.config.lora.rank > 0
         folder = save_negative(
-            self.output / "negative", self.engine, self.adapter, dtype, self.world, lora=lora, base=self.base
+            self.output / "negative",
+            self.engine.module,
+            self.engine.full_weights(),
+            self.engine.frozen_weights(),
+            self.adapter,
+            dtype,
+            self.world,
+            lora=lora,
+            base=self.base,
         )
         if log.sample_every >= 0:
             self.draw_samples(recorder)

@@ -14,9 +14,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from selfnpo_fast.cli import EvaluateOptions, SampleOptions, main, parse_options
+from selfnpo_fast.cli import main
+from selfnpo_fast.commands.evaluate import EvaluateOptions
+from selfnpo_fast.commands.sample import SampleOptions
 from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, start_noise
 from selfnpo_fast.models import load_adapter
+from selfnpo_fast.runtime.options import parse_options
 from selfnpo_fast.scoring.digits.domain import DIGITS_DIR
 from selfnpo_fast.scoring.digits.scorers import DigitsScorers
 from selfnpo_fast.scoring.sweep import make_cases

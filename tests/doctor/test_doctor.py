@@ -34,7 +34,6 @@ from selfnpo_fast.config import (
 from selfnpo_fast.doctor import costs
 from selfnpo_fast.doctor.report import (
     VERIFIED,
-    DoctorOptions,
     check,
     examine,
     fits,
@@ -484,7 +483,7 @@ def test_help(capsys):
 def test_a_folder_without_configs_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(UserError, match=r"model\.path: cannot load"):
-        examine(digits(model=ModelConfig(path=str(tmp_path))), DoctorOptions())
+        examine(digits(model=ModelConfig(path=str(tmp_path))))
 
 
 # A real update

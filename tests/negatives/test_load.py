@@ -24,8 +24,8 @@ from selfnpo_fast.negatives.fingerprint import base_record, fingerprint, matches
 from selfnpo_fast.negatives.load import as_network, load_negative
 from selfnpo_fast.negatives.sources import LORA_FILE, RECORD
 from selfnpo_fast.negatives.weights import Weights, mix, module_weights
+from selfnpo_fast.negatives.write import write_lora
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.training.checkpoint import _write_lora
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -255,7 +255,7 @@ def test_our_lora_comes_back_with_its_scale(adapter, base, tmp_path, rank, alpha
     folder = tmp_path / "run" / "negative"
     folder.mkdir(parents=True)
     weights = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
-    _write_lora(folder, network, weights, adapter, base_record("b", None, module_weights(base, "b")))
+    write_lora(folder, network, weights, adapter, base_record("b", None, module_weights(base, "b")))
     given = {"run": folder.parent, "part": folder, "file": folder / LORA_FILE}[layout]
     negative = load_negative(base, given)
     assert negative.network is None
@@ -288,7 +288,7 @@ def test_a_lora_takes_the_positives_dtype_and_beta(adapter, base, tmp_path):
 def test_mixtures_with_a_lora(adapter, base, tuned, tmp_path, alpha, beta):
     network = with_lora(adapter, 2, 6.0)
     weights = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
-    _write_lora(tmp_path, network, weights, adapter, base_record("b", None, module_weights(base, "b")))
+    write_lora(tmp_path, network, weights, adapter, base_record("b", None, module_weights(base, "b")))
     mixed = load_negative(tuned, tmp_path, alpha=alpha, beta=beta, base=adapter.path)
     whole = merged(adapter, network, 3.0).state_dict()
     delta = {name: whole[name].double() - value.double() for name, value in base.state_dict().items()}
@@ -363,7 +363,7 @@ def test_another_base_is_refused_until_one_says_what_is_meant(base, tuned, train
 def test_a_lora_on_a_fine_tune_is_said(adapter, base, tuned, tmp_path, caplog):
     network = with_lora(adapter, 2, None)
     weights = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
-    _write_lora(tmp_path, network, weights, adapter, base_record("some/base", None, module_weights(base, "")))
+    write_lora(tmp_path, network, weights, adapter, base_record("some/base", None, module_weights(base, "")))
     with caplog.at_level(logging.WARNING):
         load_negative(base, tmp_path)
         assert not caplog.records

@@ -17,7 +17,7 @@ from tiny_negatives import merged, moved, save_with_diffusers, with_lora
 
 from selfnpo_fast import cli
 from selfnpo_fast.models import load_adapter
-from selfnpo_fast.negatives import merge as merge_module
+from selfnpo_fast.negatives import write as write_module
 from selfnpo_fast.negatives.load import load_negative
 from selfnpo_fast.negatives.merge import merge
 from selfnpo_fast.negatives.sources import RECORD
@@ -99,7 +99,7 @@ def test_the_result_is_rounded_once(models, tmp_path, dtype):
 
 
 def test_shards(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_module, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(write_module, "SHARD_BYTES", 40_000)
     folder = merge(models.paths["base"], models.paths["negative"], tmp_path / "out")
     files = sorted((folder / "unet").glob("*.safetensors"))
     assert len(files) > 3
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_nothing_behind(models, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge_module, "_write_file", full)
+    monkeypatch.setattr(write_module, "_write_file", full)
     with pytest.raises(RunError, match=r"out could not be written: .*No space left"):
         merge(models.paths["base"], models.paths["negative"], tmp_path / "out")
     assert not list(tmp_path.iterdir())

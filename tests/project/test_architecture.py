@@ -21,27 +21,19 @@ KERNELS = ROOT / "kernels" / "selfnpo_kernels"
 TRAIN = PACKAGE / "train.py"
 CONFIG = ROOT / "configs" / "digits.yaml"
 
-# design.md, "Arrows point one way": a unit (a module or package directly in selfnpo_fast) may import from earlier lines
-# alone. `__init__` is what `from selfnpo_fast import <name>` sees; cli's `train` command is train.py's main.
-LAYERS = [
-    {"errors"},
-    {"console", "images", "image_sources", "world", "folders"},
-    {"schedule", "config", "compiling", "capture", "latent_store"},
-    {"solvers"},
-    {"models", "lora", "prompts", "latents", "conditioning", "objective"},
-    {"rollout", "moving_reference", "guidance", "tracing"},
-    {"scoring"},
-    {"engine"},
-    {"checkpoint", "recorder", "costs"},
-    {"lifecycle"},
-    {"trainer"},
-    {"replay", "verify"},
-    {"doctor"},
-    {"__init__"},
-    {"train"},
-    {"cli"},
-]
-ONLY_IMPORTED_BY = {"scoring": {"cli"}}
+# A room is a module or folder directly in selfnpo_fast; it imports from lower floors only. `__init__` is what
+# `from selfnpo_fast import <name>` sees: its imports are made late, and no room goes through it.
+FLOORS = {
+    1: {"runtime"},
+    2: {"diffusion", "config", "scoring"},
+    3: {"models", "data"},
+    4: {"rollout", "negatives"},
+    5: {"guidance"},
+    6: {"training"},
+    7: {"doctor", "train"},
+    8: {"commands"},
+    9: {"cli", "__init__"},
+}
 
 # Names that would hide somebody else's top-level module when a script in selfnpo_fast/ runs, its folder on sys.path.
 TAKEN = set(sys.stdlib_module_names) | {
@@ -78,47 +70,38 @@ def dotted_package(path: Path, top: Path) -> str:
     return ".".join([top.name, *path.relative_to(top).parent.parts])
 
 
-def unit_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     """The module or package directly in selfnpo_fast that a file belongs to."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-UNITS = {unit_of(path) for path in python_files(PACKAGE)}
-LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
+ROOMS = {room_of(path) for path in python_files(PACKAGE)}
+FLOOR_OF = {room: number for number, rooms in FLOORS.items() for room in rooms}
 
 
 def arrows(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, unit) for every import from selfnpo_fast in a file."""
+    """(line, room) for every import from selfnpo_fast in a file."""
     for line, name in imported_modules(path, dotted_package(path, PACKAGE)):
         top, _, rest = name.partition(".")
         if top == "selfnpo_fast":
-            unit = rest.partition(".")[0]
-            yield line, unit if unit in UNITS | LAYER_OF.keys() else "__init__"
+            room = rest.partition(".")[0]
+            yield line, room if room in ROOMS | FLOOR_OF.keys() else "__init__"
 
 
-def test_every_module_has_a_layer():
-    unknown = sorted(UNITS - LAYER_OF.keys())
-    assert not unknown, f"add {', '.join(unknown)} to LAYERS in tests/test_architecture.py, where design.md puts it"
+def test_every_room_has_a_floor():
+    unknown = sorted(ROOMS - FLOOR_OF.keys())
+    assert not unknown, f"add {', '.join(unknown)} to FLOORS in tests/project/test_architecture.py"
+    assert FLOOR_OF.keys() == ROOMS
 
 
-def test_imports_point_one_way():
+def test_a_room_imports_from_lower_floors_only():
     wrong = [
-        f"{path.relative_to(ROOT)}:{line}: {unit_of(path)} may not import {unit}"
+        f"{path.relative_to(ROOT)}:{line}: {room_of(path)} may not import {room}"
         for path in python_files(PACKAGE)
-        for line, unit in sorted(set(arrows(path)))
-        if unit != unit_of(path) and LAYER_OF.get(unit, 0) >= LAYER_OF.get(unit_of(path), len(LAYERS))
+        for line, room in sorted(set(arrows(path)))
+        if room != room_of(path) and FLOOR_OF.get(room, 0) >= FLOOR_OF.get(room_of(path), len(FLOORS) + 1)
     ]
-    assert not wrong, "imports against the arrows of design.md:\n" + "\n".join(wrong)
-
-
-def test_scoring_is_imported_by_cli_alone():
-    wrong = [
-        f"{path.relative_to(ROOT)}:{line}: only {', '.join(ONLY_IMPORTED_BY[unit])} may import {unit}"
-        for path in python_files(PACKAGE)
-        for line, unit in arrows(path)
-        if unit in ONLY_IMPORTED_BY and unit_of(path) not in ONLY_IMPORTED_BY[unit] | {unit}
-    ]
-    assert not wrong, "\n".join(wrong)
+    assert not wrong, "imports against the floors:\n" + "\n".join(wrong)
 
 
 def test_kernels_import_torch_and_triton_alone():
@@ -149,7 +132,7 @@ def test_reader_of_imports_sees_every_form(tmp_path):
 
 
 def test_no_module_takes_a_name_of_others():
-    assert not sorted(UNITS & TAKEN - {"__init__"})
+    assert not sorted(ROOMS & TAKEN - {"__init__"})
 
 
 @pytest.mark.parametrize("folder", ["tests", "kernels", "benchmarks", "configs"])

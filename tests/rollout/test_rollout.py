@@ -21,6 +21,7 @@ from selfnpo_fast.rollout import (
     continuous_frequencies,
     lockstep_frequencies,
 )
+from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal, randint
 
 CPU = torch.device("cpu")
@@ -373,12 +374,18 @@ class Slow:
 def test_branches_run_as_is_faster_here(monkeypatch, call, sample, batched):
     """One batch where calls cost something of their own, or nothing; two where two small ones are cheaper."""
     slow = Slow(call, sample)
-    monkeypatch.setattr("selfnpo_fast.rollout.pairs.time.perf_counter", lambda: slow.now)
+    monkeypatch.setattr("selfnpo_fast.runtime.batch_or_split.time.perf_counter", lambda: slow.now)
     predictor = GuidedPredictor(slow, TABLE, -3.0)
     x, t, rows = torch.randn(4, *SHAPE), torch.full((4,), 500), torch.tensor([1, 2, 3, 4])
-    pos, neg = predictor(x, t, rows)
-    assert predictor.batched == batched
-    assert predictor.forwards == 8, "what was measured counts for nobody"
+    calls = 0
+    predictor(x[:2], t[:2], rows[:2])  # fewer samples than a full batch: their time does not count
+    while not predictor.decided:
+        pos, neg = predictor(x, t, rows)
+        calls += 1
+        predictor(x[:2], t[:2], rows[:2])
+    assert predictor.branches.batched == batched
+    assert calls == 2 * BatchOrSplit.TRIALS
+    assert predictor.forwards == 8 * calls + 4 * (calls + 1), "every measured call was a real step"
     slow.calls.clear()
     predictor(x, t, rows)
     assert slow.calls == ([8] if batched else [4, 4])
@@ -391,6 +398,6 @@ def test_branches_run_as_is_faster_here(monkeypatch, call, sample, batched):
 @pytest.mark.parametrize("choice", [None, True, False])
 def test_how_branches_run_is_part_of_the_state(mode, choice):
     first, second = (Run(config(mode=mode, w=-3.0)).make() for _ in range(2))
-    first.maker.predictor.batched = choice
+    first.maker.predictor.branches.batched = choice
     second.load_state_dict(first.state_dict())
-    assert second.maker.predictor.batched is choice
+    assert second.maker.predictor.branches.batched is choice

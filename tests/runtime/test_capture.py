@@ -30,7 +30,7 @@ BATCH, GROUPS = 6, 2
 
 def rollout(start: str = "noise", w: float = -1.0, **options) -> ContinuousRollout:
     maker = gm.make_maker(gm.config(start=start, w=w))
-    maker.predictor.batched = True
+    maker.predictor.branches.batched = True
     return ContinuousRollout(maker, batch=BATCH, groups=GROUPS, rank=0, world_size=1, **options)
 
 

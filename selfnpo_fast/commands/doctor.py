@@ -1,0 +1,44 @@
+"""`selfnpo doctor`: what a config will cost, before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.runtime.errors import RunError, UserError
+from selfnpo_fast.runtime.options import parse_with_config
+from selfnpo_fast.train import DEFAULT_CONFIG
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Print memory per rank, FLOPs, time and file sizes of a config, computed from the model's config files alone."""
+
+    memory_gib: float | None = None
+    """A card's memory: does the run fit, and what would make it fit? 16, 24, 40 and 80 by default."""
+    world_size: int = 1
+    """GPUs (ranks)."""
+    verify: bool = False
+    """Hold the memory model against one real update on this machine, of the config that is named or else of digits
+    and half an SD1.5; exit code 1 where the peak is off by more than 10%."""
+
+    def __post_init__(self) -> None:
+        if self.memory_gib is not None and not 0 < self.memory_gib < 2**20:
+            raise UserError(f"memory_gib: {self.memory_gib:g} is not possible; expected GiB of a card, such as 24")
+        if not 1 <= self.world_size <= 2**16:
+            raise UserError(f"world_size: {self.world_size} is not possible; expected 1 to 65536 ranks")
+
+
+def run(argv: list[str]) -> None:
+    """Print the report; with --verify, RunError where the memory model is off."""
+    from selfnpo_fast.doctor.report import VERIFIED, check, examine
+
+    parsed = parse_with_config(DoctorOptions, TrainConfig, argv, "selfnpo doctor", DEFAULT_CONFIG)
+    options = parsed.options
+    if not options.verify:
+        print(examine(parsed.config, memory_gib=options.memory_gib, world_size=options.world_size))
+        return
+    table, holds = check([parsed.config] if parsed.config_named else VERIFIED)
+    print(table)
+    if not holds:
+        raise RunError("the memory model is off by more than 10%")

@@ -1,0 +1,41 @@
+"""`selfnpo merge`: theta + alpha eta + beta delta (Eq. 7) as a network of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.options import parse_options
+
+
+@dataclass(kw_only=True)
+class MergeOptions:
+    """Write the negative model theta + alpha eta + beta delta (Eq. 7) as a network of its own."""
+
+    base: str | None = None
+    """theta: a diffusers folder or a Hub id."""
+    positive: str | None = None
+    """theta + eta: a fine-tune of the base as full weights or a LoRA; none for the base itself."""
+    negative: str | None = None
+    """The negative model that was trained from the base: a run's output folder, full weights or a LoRA."""
+    alpha: float = 1.0
+    """Share of the positive's change, 0 to 1."""
+    beta: float = 1.0
+    """Share of the negative's change, 0 to 1."""
+    output: str | None = None
+    """A new or empty folder; the network is written to unet/ in it."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the result."""
+
+
+def run(argv: list[str]) -> None:
+    """The command with its words."""
+    from selfnpo_fast.negatives.merge import merge
+
+    options = parse_options(MergeOptions, argv, "selfnpo merge")
+    for name in ("base", "negative", "output"):
+        if getattr(options, name) is None:
+            raise UserError(f"{name}: none given; expected --{name}")
+    folder = merge(**vars(options))
+    print(f"negative model: {folder}")
