@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.nets import BenchNet
 from selfnpo_fast.config import LossConfig, OptimizerConfig, RolloutConfig
+from selfnpo_fast.models import family_of
 from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.training.engine import make_optimizer
@@ -100,7 +101,7 @@ class Workbench:
         self.student = net.network(dtype).to(device).train().requires_grad_(True)
         self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
         for network in (self.student, self.reference):  # for all arms alike
-            compile_blocks(network, compile)
+            compile_blocks(network, family_of(network).repeated_blocks, compile)
         self.cond = net.table(ITEMS, dtype, device)
         self.latents = net.latents(ITEMS, device)
         self.objective = Objective.build(LossConfig(), net.schedule, device)

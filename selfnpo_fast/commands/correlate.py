@@ -57,12 +57,11 @@ def correlate(options: CorrelateOptions) -> None:
     adapter = load_adapter(options.model)
     _check_steps(adapter, options.steps)
     positive = adapter.load_denoiser(torch.float32).to(device)
-    name = adapter.denoiser_name
-    shared = {"beta": options.beta, "denoiser_name": name}
+    shared = {"beta": options.beta}
     negative = load_negative(positive, options.negative, alpha=options.alpha, base=options.base, **shared)
     rows, empty = adapter.encode_prompts(texts, device), adapter.encode_empty(device)
     alphas, own = None, module_weights(positive, "the positive model")
-    if options.base is not None and not matches(fingerprint(load_base(positive, options.base, name)), own):
+    if options.base is not None and not matches(fingerprint(load_base(positive, options.base)), own):
         alphas = alphas_of(positive, options.negative, options.base, **shared)
     scale, steps = options.guidance_scale, options.steps
     found = correlation(

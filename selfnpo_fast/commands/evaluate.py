@@ -53,7 +53,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """Sweep, score, write the report and print it in brief."""
     import torch
 
-    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, check_steps
+    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.load import load_negative
     from selfnpo_fast.scoring import report, sweep
@@ -65,13 +65,13 @@ def evaluate(options: EvaluateOptions) -> None:
     for scale in options.guidance_scales:
         SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
     adapter = load_adapter(options.model)
-    check_steps(adapter, options.steps)
+    adapter.check_steps(options.steps)
     adapter.check_size()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     denoiser = adapter.load_denoiser(torch.float32).to(device)
     arms = {"base": (GuidedSampler(adapter, denoiser), "empty")}
     for path in options.negative:
-        negative = load_negative(denoiser, path, denoiser_name=adapter.denoiser_name)
+        negative = load_negative(denoiser, path)
         sampler = GuidedSampler(adapter, denoiser, negative)
         label = "negative" if len(options.negative) == 1 else Path(path).name
         for prompt in options.negative_prompt:

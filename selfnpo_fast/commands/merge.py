@@ -24,7 +24,7 @@ class MergeOptions:
     beta: float = 1.0
     """Share of the negative's change, 0 to 1."""
     output: str | None = None
-    """A new or empty folder; the network is written to unet/ in it."""
+    """A new or empty folder; the network is written to the denoiser's folder in it."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the result."""
 

@@ -74,7 +74,7 @@ def sample(options: SampleOptions) -> None:
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
-    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, check_steps
+    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.load import load_negative
     from selfnpo_fast.runtime.dtypes import DTYPES
@@ -104,12 +104,11 @@ def sample(options: SampleOptions) -> None:
     if options.negative is not None:
         negative = load_negative(
             denoiser, options.negative, alpha=options.alpha, beta=options.beta, base=options.base,
-            denoiser_name=adapter.denoiser_name,
         )  # fmt: skip
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
     check_seeds(seeds)
-    check_steps(adapter, settings.steps)
+    adapter.check_steps(settings.steps)
     adapter.check_size()
     with _bar(len(seeds), "image") as done:
         images = GuidedSampler(adapter, denoiser, negative).images(rows, empty, seeds, settings, done)

@@ -43,6 +43,11 @@ class NoiseSchedule:
             )
         return cls(scheduler.alphas_cumprod.detach().double().cpu(), scheduler.config.prediction_type)
 
+    def check(self) -> None:
+        """ValueError where a level is no number from 0 to 1."""
+        if not ((self.alphas_cumprod >= 0) & (self.alphas_cumprod <= 1)).all():  # also where one is not a number
+            raise ValueError("its betas give an alphas_cumprod outside of 0 to 1")
+
     def to(self, device: torch.device) -> NoiseSchedule:
         """The same schedule with its table on `device`, where coefficients are then computed."""
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)

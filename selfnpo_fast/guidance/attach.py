@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from selfnpo_fast.guidance.lora_layers import LowRankBackbone, install
-from selfnpo_fast.guidance.pipelines import calling_pipeline, rule_of
+from selfnpo_fast.guidance.pipelines import calling_pipeline, guided_family
 from selfnpo_fast.guidance.two_networks import Follower, TwoNetworks, rows_of
+from selfnpo_fast.models import Family
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError
@@ -29,8 +30,8 @@ class AttachedNegative:
     called outside of a pipeline's call is the positive model alone, which is said once.
     """
 
-    def __init__(self, called: nn.Module, branch: LowRankBackbone | TwoNetworks) -> None:
-        self._branch = branch
+    def __init__(self, called: nn.Module, branch: LowRankBackbone | TwoNetworks, family: Family) -> None:
+        self._branch, self._family = branch, family
         self._warned = False
         self._hooks = [
             called.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -65,8 +66,9 @@ class AttachedNegative:
         self._branch.reset()  # an interrupt may have ended the last call without its `_after`
         if not self._is_guided():
             return None
-        if rows_of(args, kwargs) % 2:
-            raise UserError(f"negative: guidance is on, but the denoiser was given {rows_of(args, kwargs)} rows")
+        rows = rows_of(args, kwargs, self._family)
+        if rows % 2:
+            raise UserError(f"negative: guidance is on, but the denoiser was given {rows} rows")
         return self._branch.begin(args, kwargs)
 
     @torch.compiler.disable
@@ -79,7 +81,7 @@ class AttachedNegative:
     def _is_guided(self) -> bool:
         pipe = calling_pipeline()
         if pipe is not None:
-            return rule_of(pipe).guided(pipe)
+            return guided_family(pipe).is_guided(pipe)
         if not self._warned:
             self._warned = True
             logger.warning("the denoiser is called outside of a pipeline's call: its negative is not used there")
@@ -101,19 +103,20 @@ def attach_negative(
     `load_negative` (Eq. 7). Pipelines that share the denoiser (`from_pipe`) share the negative. UserError, and nothing
     attached, for a pipeline class that is not known, a negative that does not fit, or a denoiser that has one already.
     """
-    rule = rule_of(pipe)
-    called = getattr(pipe, rule.denoiser)
+    family = guided_family(pipe)
+    name = family.denoiser_name
+    called = getattr(pipe, name)
     if called is None:
-        raise UserError(f"pipe: it has no {rule.denoiser}; load it with its denoiser")
+        raise UserError(f"pipe: it has no {name}; load it with its denoiser")
     denoiser = getattr(called, "_orig_mod", called)  # under torch.compile, which leaves hooks outside of its graph
-    _check_denoiser(denoiser, rule.denoiser)
-    loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, denoiser_name=rule.denoiser)
+    _check_denoiser(denoiser, family)
+    loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
     if loaded.deltas is not None:
         branch = install(denoiser, loaded.deltas)
     else:
-        branch = TwoNetworks(denoiser, loaded.network)
+        branch = TwoNetworks(denoiser, loaded.network, family)
     logger.info("negative %s (alpha %g, beta %g) on %s: %s", loaded.source, alpha, beta, type(pipe).__name__, branch)
-    return AttachedNegative(called, branch)
+    return AttachedNegative(called, branch, family)
 
 
 def has_negative(denoiser: nn.Module) -> bool:
@@ -121,14 +124,16 @@ def has_negative(denoiser: nn.Module) -> bool:
     return any(isinstance(module, Follower) or hasattr(module, "low_rank_down") for module in denoiser.modules())
 
 
-def _check_denoiser(denoiser: nn.Module, name: str) -> None:
-    """UserError where the denoiser cannot take a negative, whatever the negative is."""
+def _check_denoiser(denoiser: nn.Module, family: Family) -> None:
+    """UserError where the denoiser cannot take any negative."""
+    name = family.denoiser_name
     if has_negative(denoiser):
         raise UserError(
             f"pipe: its {name} has a negative already, perhaps by a pipeline that shares it; detach it first"
         )
-    if denoiser.config.get("time_cond_proj_dim") is not None:
-        raise UserError(f"pipe: its {name} takes the guidance scale as an input (LCM), so it has no negative branch")
+    reason = family.why_unguided(denoiser.config)
+    if reason is not None:
+        raise UserError(f"pipe: its {name} {reason}, so it has no negative branch")
     children = [module for module in denoiser.modules() if module is not denoiser]
     if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in children):
         raise UserError(

@@ -6,19 +6,15 @@ Shape letters: B pictures of a batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
-from selfnpo_fast.models.sd import Conditioning
+from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.compiling import compile_blocks
-
-Predict = Callable[[nn.Module, torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
-"""(network, x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
 
 
 class Branches:
@@ -29,8 +25,9 @@ class Branches:
     the other.
     """
 
-    def __init__(self, predict: Predict, positive: nn.Module, negative: Negative | None, compile: str = "off") -> None:
-        self.predict, self.positive = predict, positive
+    def __init__(self, adapter: Adapter, positive: nn.Module, negative: Negative | None, compile: str = "off") -> None:
+        self.predict, self.positive = adapter.predict, positive
+        blocks = adapter.family.repeated_blocks
         self.backbone: LowRankBackbone | None = None
         against = negative.network if negative is not None else None
         deltas = negative.deltas if negative is not None else None
@@ -43,10 +40,10 @@ class Branches:
         if deltas is not None:
             self.backbone = install(self.positive, deltas)
         if compile != "off":
-            compile_blocks(self.positive, compile)
+            compile_blocks(self.positive, blocks, compile)
             if against is not None:
                 against = _share(against)
-                compile_blocks(against, compile)
+                compile_blocks(against, blocks, compile)
         self.against = against
 
     @property

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from selfnpo_fast.diffusion.solvers import solver_steps
-from selfnpo_fast.models import StableDiffusionAdapter
+from selfnpo_fast.models import Adapter
+from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, as_network, load_negative
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_kernels import Draw, NoiseKey, draw_id, guided_step, normal
@@ -28,7 +29,6 @@ from selfnpo_kernels import Draw, NoiseKey, draw_id, guided_step, normal
 BOUND = 1.5
 """Largest variance, relative to that of plain guidance at the same timestep, with which an alpha is recommended."""
 ALPHAS = tuple(i / 10 for i in range(10, -1, -1))
-Conditioning = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ class State:
     p: torch.Tensor
 
 
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Raw output (B, C, H, W) at states (B, C, H, W) and timesteps (B,)."""
+PredictHere = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x (B, ...), t (B,)) -> raw network output (B, ...), under fixed prompts."""
 
 
 @torch.no_grad()
-def visited(adapter: StableDiffusionAdapter, predict: Predict, x: torch.Tensor, steps: int) -> list[State]:
+def visited(adapter: Adapter, predict: PredictHere, x: torch.Tensor, steps: int) -> list[State]:
     """The states of a short DDIM trajectory from noise x (B, C, H, W) under `predict` alone, one for each step."""
     from diffusers import DDIMScheduler
 
@@ -133,7 +133,7 @@ def visited(adapter: StableDiffusionAdapter, predict: Predict, x: torch.Tensor, 
 
 
 @torch.no_grad()
-def against(states: list[State], predict: Predict) -> tuple[Moments, ...]:
+def against(states: list[State], predict: PredictHere) -> tuple[Moments, ...]:
     """Moments of the positive's predictions at the states and those of `predict`."""
     return tuple(
         moments(state.p, predict(state.x, state.timestep.expand(len(state.x))), state.timestep.item())
@@ -142,7 +142,7 @@ def against(states: list[State], predict: Predict) -> tuple[Moments, ...]:
 
 
 def correlation(
-    adapter: StableDiffusionAdapter,
+    adapter: Adapter,
     positive: nn.Module,
     negative: nn.Module | Negative,
     prompts: Conditioning,

@@ -24,8 +24,8 @@ from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
 from selfnpo_fast.guidance.attach import has_negative
 from selfnpo_fast.guidance.branches import Branches
 from selfnpo_fast.guidance.trajectory import Trajectories
-from selfnpo_fast.models import StableDiffusionAdapter, adapter_of
-from selfnpo_fast.models.sd import Conditioning
+from selfnpo_fast.models import Adapter, Family, adapter_of
+from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
@@ -100,13 +100,6 @@ def make_scheduler(name: str, config: dict):
     return getattr(diffusers, SOLVERS[name]).from_config(config, **options.get(name, {}))
 
 
-def check_steps(adapter: StableDiffusionAdapter, steps: int, field: str = "steps") -> None:
-    """UserError where the model has too few timesteps for `steps` solver steps."""
-    most = adapter.schedule.num_train_timesteps
-    if steps >= most:
-        raise UserError(f"{field}: {steps} is not possible; the model has {most} timesteps, give fewer")
-
-
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Standard normals (B, *shape) float32; a picture's noise depends on its own seed alone.
 
@@ -138,7 +131,7 @@ class GuidedSampler:
 
     def __init__(
         self,
-        adapter: StableDiffusionAdapter,
+        adapter: Adapter,
         denoiser: nn.Module,
         negative: Negative | None = None,
         *,
@@ -158,7 +151,7 @@ class GuidedSampler:
         self.device = next(denoiser.parameters()).device
         self.dtype = next(denoiser.parameters()).dtype
         self._lock = threading.Lock()
-        self._branches = Branches(adapter.predict, denoiser, negative, compile)
+        self._branches = Branches(adapter, denoiser, negative, compile)
         capture = CudaGraphs(self.device) if compile == "max" and self.device.type == "cuda" else no_capture
         longest = adapter.schedule.num_train_timesteps
         self._trajectories = Trajectories(self._branches, branches, capture, most=max_shapes, most_steps=longest)
@@ -184,14 +177,12 @@ class GuidedSampler:
         adapter = adapter_of(pipe)
         denoiser = getattr(pipe, adapter.denoiser_name)
         denoiser = getattr(denoiser, "_orig_mod", denoiser)  # under torch.compile; we compile a tree of our own
-        _check_pipeline(pipe, denoiser, adapter.denoiser_name)
+        _check_pipeline(pipe, denoiser, adapter.family)
         named = {scheduler: name for name, scheduler in SOLVERS.items()}
         solver = named.get(type(pipe.scheduler).__name__, "dpm++")
         loaded = None
         if negative is not None:
-            loaded = load_negative(
-                denoiser, negative, alpha=alpha, beta=beta, base=base, denoiser_name=adapter.denoiser_name
-            )
+            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
         return cls(adapter, denoiser, loaded, **({"solver": solver} | options))
 
     def __call__(
@@ -275,7 +266,7 @@ class GuidedSampler:
         return torch.cat(images)
 
     def _latents(self, prompts, against, seeds, config, shape, progress, cancelled) -> torch.Tensor:
-        check_steps(self.adapter, config.steps)
+        self.adapter.check_steps(config.steps)
         solver = self._solver(config)
         if config.negative_prompt == "same":
             against = prompts
@@ -310,7 +301,8 @@ class GuidedSampler:
             self._trajectories.clear()
 
 
-def _check_pipeline(pipe, denoiser: nn.Module, name: str) -> None:
+def _check_pipeline(pipe, denoiser: nn.Module, family: Family) -> None:
+    name = family.denoiser_name
     if has_negative(denoiser):
         raise UserError(f"pipe: a negative is attached to its {name}; detach it, and give it to the sampler")
     if any(hasattr(module, "_hf_hook") for module in denoiser.modules()):
@@ -318,10 +310,11 @@ def _check_pipeline(pipe, denoiser: nn.Module, name: str) -> None:
             f"pipe: its {name} is offloaded, and the sampler keeps its networks where they are; make the sampler "
             "before enable_model_cpu_offload, or use attach_negative"
         )
-    if denoiser.config.get("time_cond_proj_dim") is not None:
-        raise UserError(f"pipe: its {name} takes the guidance scale as an input (LCM): there is no negative branch")
-    if denoiser.config.get("encoder_hid_dim_type") is not None:
-        raise UserError(f"pipe: its {name} wants image prompts (IP-Adapter), which need attach_negative")
+    unguided, unsampled = family.why_unguided(denoiser.config), family.why_unsampled(denoiser.config)
+    if unguided is not None:
+        raise UserError(f"pipe: its {name} {unguided}: there is no negative branch")
+    if unsampled is not None:
+        raise UserError(f"pipe: its {name} {unsampled}")
     if getattr(pipe, "safety_checker", None) is not None:
         logger.warning("the sampler does not run the pipeline's safety checker")
 

@@ -11,7 +11,7 @@ import torch
 
 from selfnpo_fast.diffusion.solvers import SolverSteps
 from selfnpo_fast.guidance.branches import Branches, halves
-from selfnpo_fast.models.sd import Conditioning
+from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.capture import Capture, Step
 from selfnpo_kernels import guidance_rescale, guided_step

@@ -1,10 +1,14 @@
-"""One adapter per model family; `load_adapter` picks it from the pipeline's own model_index.json."""
+"""The model families that the product knows, and the ways to find the one that is meant."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from selfnpo_fast.models.base import Adapter, Family
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
 from selfnpo_fast.runtime.errors import UserError, one_line
@@ -14,13 +18,20 @@ DIGITS = ASSETS / "digits"
 SD15_SMALL = ASSETS / "sd15_small"
 """A pipeline of configs without weights, which benchmarks and `selfnpo doctor --verify` fill with random ones."""
 
-ADAPTERS = {
-    "StableDiffusionPipeline": StableDiffusionAdapter,
-    "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
-}
+FAMILIES: dict[str, Family] = {}
+"""By the class name of the pipeline."""
 
 # Where a pipeline's parts may come from; the last is how diffusers names the safety checker's module.
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")
+
+
+def register(family: Family) -> None:
+    """Make a family known to trainer, attach, sampler, merge and doctor."""
+    FAMILIES[family.pipeline_class] = family
+
+
+for _adapter in (StableDiffusionAdapter, StableDiffusionXLAdapter):
+    register(_adapter.family)
 
 
 def resolve_path(path: str) -> str:
@@ -30,7 +41,7 @@ def resolve_path(path: str) -> str:
 
 def load_adapter(
     path: str, *, revision: str | None = None, variant: str | None = None, resolution: int | None = None
-) -> StableDiffusionAdapter:
+) -> Adapter:
     """The adapter of the pipeline at `path` (`digits`, a diffusers folder or a Hub id); loads no weights yet.
 
     Raises UserError where there is no such folder, it is no pipeline, or its family is not supported.
@@ -47,25 +58,50 @@ def load_adapter(
         what = "is no diffusers pipeline (no readable model_index.json)" if looks_local else "was not found on the Hub"
         raise UserError(f"model.path: {path} {what}: {one_line(error, 200)}") from error
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(name, str) or name not in ADAPTERS:
+    if not isinstance(name, str) or name not in FAMILIES:
         shown = one_line(ValueError(name), 80)
-        raise UserError(f"model.path: {path} is a {shown}; supported are {', '.join(ADAPTERS)}")
-    _check_parts(path, index)
-    return ADAPTERS[name](source, revision=revision, variant=variant, resolution=resolution)
+        raise UserError(f"model.path: {path} is a {shown}; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    _check_parts(path, index, family)
+    return family.adapter(source, revision=revision, variant=variant, resolution=resolution)
 
 
-def adapter_of(pipe) -> StableDiffusionAdapter:
+def adapter_of(pipe: Any) -> Adapter:
     """The adapter of a diffusers pipeline that is loaded. Raises UserError for a class it does not know."""
     name = type(pipe).__name__
-    if name not in ADAPTERS:  # by name: a subclass may call its denoiser in another way
-        raise UserError(f"pipe: a {name} is not supported; expected one of {', '.join(ADAPTERS)}")
-    return ADAPTERS[name].from_pipeline(pipe)
+    if name not in FAMILIES:  # by name: a subclass may call its denoiser in another way
+        raise UserError(f"pipe: a {name} is not supported; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[name].adapter.from_pipeline(pipe)
 
 
-def _check_parts(path: str, index: dict) -> None:
+def denoiser_names() -> tuple[str, ...]:
+    """The folders that a denoiser's weights may lie in."""
+    return tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES.values()))
+
+
+def family_of(denoiser: nn.Module | str) -> Family:
+    """A family that has denoisers of this class (or of the class so named), by which families differ in no way here.
+
+    Raises UserError where there is none.
+    """
+    name = denoiser if isinstance(denoiser, str) else type(denoiser).__name__
+    for family in FAMILIES.values():
+        if family.denoiser_class == name:
+            return family
+    known = dict.fromkeys(family.denoiser_class for family in FAMILIES.values())
+    raise UserError(f"model: a {one_line(ValueError(name), 60)} is not supported; expected one of {', '.join(known)}")
+
+
+def guided_family_of(pipeline_name: str) -> Family | None:
+    """The family among whose `guided_pipelines` this class is, or None."""
+    return next((family for family in FAMILIES.values() if pipeline_name in family.guided_pipelines), None)
+
+
+def _check_parts(path: str, index: dict, family: Family) -> None:
     """Refuse a model_index.json whose parts come from other modules than those of the libraries: it names code."""
+    libraries = (*LIBRARIES, family.library)
     for part, entry in index.items():
-        if isinstance(entry, list) and entry and entry[0] not in LIBRARIES:
+        if isinstance(entry, list) and entry and entry[0] not in libraries:
             raise UserError(
                 f"model.path: {path} names code of its own for {one_line(ValueError(part), 40)}: "
                 f"{one_line(ValueError(entry), 80)}; parts have to be classes of diffusers or transformers"
@@ -73,10 +109,17 @@ def _check_parts(path: str, index: dict) -> None:
 
 
 __all__ = [
+    "FAMILIES",
     "SD15_SMALL",
+    "Adapter",
+    "Family",
     "StableDiffusionAdapter",
     "StableDiffusionXLAdapter",
     "adapter_of",
+    "denoiser_names",
+    "family_of",
+    "guided_family_of",
     "load_adapter",
+    "register",
     "resolve_path",
 ]

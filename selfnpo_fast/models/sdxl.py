@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from selfnpo_fast.models.sd import Conditioning, StableDiffusionAdapter
+from selfnpo_fast.models.base import Conditioning
+from selfnpo_fast.models.sd import StableDiffusionAdapter
+from selfnpo_fast.models.unet import UNetFamily, guided_pipelines
 
 
 class StableDiffusionXLAdapter(StableDiffusionAdapter):
     """Adds `text_embeds` (N, P) and `time_ids` (N, 6) to the conditioning rows."""
-
-    pipeline_class = "StableDiffusionXLPipeline"
 
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -22,18 +24,18 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
             "time_ids": (6,),
         }
 
-    def _encode(self, pipe, prompts: list[str], device: torch.device) -> Conditioning:
+    def encode_batch(self, pipe: Any, prompts: list[str], device: torch.device) -> Conditioning:
+        """`encoder_hidden_states` (N, L, D), `text_embeds` (N, P) and `time_ids` (N, 6)."""
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         time_ids = self._time_ids(len(prompts), embeds, (self.resolution, self.resolution))
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": time_ids}
 
-    @classmethod
-    def sized(cls, cond: Conditioning, height: int, width: int) -> Conditioning:
+    def sized(self, cond: Conditioning, height: int, width: int) -> Conditioning:
         """The rows with other `time_ids`."""
         rows = cond["time_ids"]
-        return cond | {"time_ids": cls._time_ids(len(rows), rows, (height, width))}
+        return cond | {"time_ids": self._time_ids(len(rows), rows, (height, width))}
 
     @staticmethod
     def _time_ids(rows: int, like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -56,7 +58,18 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         index = DiffusionPipeline.load_config(self.path, revision=self._revision)
         return bool(index.get("force_zeros_for_empty_prompt", True))
 
-    @staticmethod
-    def _arguments(cond: Conditioning) -> dict:
+    def arguments(self, cond: Conditioning) -> dict:
+        """Pooled embeddings and sizes go into `added_cond_kwargs`."""
         added = {name: cond[name] for name in ("text_embeds", "time_ids")}
         return {"encoder_hidden_states": cond["encoder_hidden_states"], "added_cond_kwargs": added}
+
+
+class StableDiffusionXL(UNetFamily):
+    """Stable Diffusion XL."""
+
+    adapter = StableDiffusionXLAdapter
+    pipeline_class = "StableDiffusionXLPipeline"
+    guided_pipelines = guided_pipelines("StableDiffusionXL")
+
+
+StableDiffusionXLAdapter.family = StableDiffusionXL()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from selfnpo_fast.negatives.weights import Weights
+from selfnpo_fast.negatives.weights import WeightReader
 
 TOLERANCE = 2**-7
 """Largest ratio |a - b| / |a| over a tensor's noted values: two casts to bfloat16 are below 2^-8."""
@@ -17,7 +17,7 @@ _SUBNORMAL = 2**-24
 """float16 moves what is below 2^-14 by up to this much."""
 
 
-def fingerprint(weights: Weights) -> dict[str, dict]:
+def fingerprint(weights: WeightReader) -> dict[str, dict]:
     """By name: shape and 16 values, evenly spaced, of 32 evenly chosen matrices and kernels; fit for JSON."""
     names = sorted(name for name, shape in weights.shapes.items() if len(shape) > 1)
     count = min(_TENSORS, len(names))
@@ -31,7 +31,7 @@ def _values(tensor: torch.Tensor) -> list[float]:
     return flat[places].double().tolist()
 
 
-def matches(saved: dict[str, dict], weights: Weights) -> bool:
+def matches(saved: dict[str, dict], weights: WeightReader) -> bool:
     """Whether the weights are those whose fingerprint was saved, casts aside. ValueError for what is no fingerprint."""
     try:
         for name, entry in saved.items():
@@ -47,6 +47,6 @@ def matches(saved: dict[str, dict], weights: Weights) -> bool:
     return True
 
 
-def base_record(path: str, revision: str | None, weights: Weights) -> dict:
+def base_record(path: str, revision: str | None, weights: WeightReader) -> dict:
     """What a negative model says of its base: where it was read from, and its fingerprint."""
     return {"path": path, "revision": revision, "fingerprint": fingerprint(weights)}

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selfnpo_fast.models import family_of
 from selfnpo_fast.negatives.fingerprint import matches
 from selfnpo_fast.negatives.lora_files import read_lora, read_record
 from selfnpo_fast.negatives.low_rank import Deltas
-from selfnpo_fast.negatives.sources import LORA_FILE, Source, locate
+from selfnpo_fast.negatives.sources import LORA_FILE, ModelFiles, locate
 from selfnpo_fast.negatives.weights import (
-    Weights,
+    WeightReader,
     check_class,
     check_shapes,
     file_weights,
@@ -53,13 +54,13 @@ class Loaded:
     """A negative as its files hold it: theta + delta as weights or delta as low-rank updates, and its base's record."""
 
     source: str
-    part: Weights | Deltas
+    part: WeightReader | Deltas
     record: dict | None = None
 
     @property
     def is_lora(self) -> bool:
         """Whether `part` is delta."""
-        return not isinstance(self.part, Weights)
+        return not isinstance(self.part, WeightReader)
 
 
 def load_negative(
@@ -69,11 +70,10 @@ def load_negative(
     alpha: float = 1.0,
     beta: float = 1.0,
     base: str | Path | None = None,
-    denoiser_name: str = "unet",
     revision: str | None = None,
     variant: str | None = None,
 ) -> Negative:
-    """The negative model for a positive denoiser (diffusers UNet2DConditionModel), whose weights are left alone.
+    """The negative model for a positive denoiser of a known family, whose weights are left as they are.
 
     `source`: a training run's output folder or its negative/ part; a pipeline or denoiser folder in diffusers format; a
     Hub id, owner/name, with a folder or a .safetensors file behind it if need be (`revision` and `variant` are of it);
@@ -94,10 +94,10 @@ def load_negative(
         if alpha == beta == 1 and base is None:
             return source
         source = source.network
-    loaded = _load(positive, source, denoiser_name, revision, variant)
+    loaded = _load(positive, source, revision, variant)
     theta = None
     if base is not None:
-        theta = load_base(positive, base, denoiser_name)
+        theta = load_base(positive, base)
     check_base(loaded, theta or _own_weights(positive), alpha, beta, None if base is None else str(base))
     if loaded.is_lora and alpha == 1:
         return Negative(loaded.source, deltas=_scaled(loaded, beta, positive))
@@ -115,7 +115,7 @@ def check_strengths(alpha: float, beta: float) -> None:
             raise UserError(f"{name}: {value} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta")
 
 
-def _load(positive: nn.Module, source, denoiser_name: str, revision: str | None, variant: str | None) -> Loaded:
+def _load(positive: nn.Module, source, revision: str | None, variant: str | None) -> Loaded:
     if isinstance(source, Negative):
         _check_deltas(source, positive)
         return Loaded(source.source, source.deltas)
@@ -131,18 +131,19 @@ def _load(positive: nn.Module, source, denoiser_name: str, revision: str | None,
         check_class({**source.config, "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
         return Loaded(name, weights)
-    return read_files(locate(source, denoiser_name, "negative", revision, variant), positive, denoiser_name, "negative")
+    found = locate(source, [family_of(positive).denoiser_name], "negative", revision, variant)
+    return read_files(found, positive, "negative")
 
 
-def read_files(found: Source, model: nn.Module, denoiser_name: str, field: str) -> Loaded:
+def read_files(found: ModelFiles, model: nn.Module, field: str) -> Loaded:
     """The files of a model that is a fine-tune or an update of `model`, checked against it (its weights are not read).
 
     Raises UserError, one line that starts with `field`.
     """
     if found.is_lora:
-        deltas = read_lora(found.files[0], model, denoiser_name, field)
+        deltas = read_lora(found.files[0], model, field)
         return Loaded(found.name, deltas, read_record(found.files[0], field))
-    weights = file_weights(found, dict(model.config), field)
+    weights = file_weights(found, family_of(model), dict(model.config), field)
     check_shapes(weights, _shapes(model), field)
     if found.config is not None:
         check_class(found.config, model, found.name, field)
@@ -153,21 +154,21 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in plain_state(module).items()}
 
 
-def _own_weights(positive: nn.Module) -> Weights | None:
+def _own_weights(positive: nn.Module) -> WeightReader | None:
     """The positive's weights, or None where they are not in memory (sequential offload keeps them elsewhere)."""
     weights = module_weights(positive, "the positive model")
     return None if any(value.is_meta for value in positive.parameters()) else weights
 
 
-def load_base(model: nn.Module, base: str | Path, denoiser_name: str) -> Weights:
+def load_base(model: nn.Module, base: str | Path) -> WeightReader:
     """theta, checked against the model's architecture. Raises UserError that starts with `base`."""
-    loaded = read_files(locate(base, denoiser_name, "base"), model, denoiser_name, "base")
+    loaded = read_files(locate(base, [family_of(model).denoiser_name], "base"), model, "base")
     if loaded.is_lora:
         raise UserError(f"base: {base} is a LoRA; give the model that it belongs to")
     return loaded.part
 
 
-def check_base(loaded: Loaded, theta: Weights | None, alpha: float, beta: float, base: str | None) -> None:
+def check_base(loaded: Loaded, theta: WeightReader | None, alpha: float, beta: float, base: str | None) -> None:
     """Hold the negative's own record of its base against theta: UserError for full weights, a warning for a LoRA.
 
     theta is the base that was given or, where `base` is None, the positive itself.
@@ -201,7 +202,9 @@ def _refuse_adapters(positive: nn.Module, alpha: float) -> None:
         )
 
 
-def mixed(loaded: Loaded, positive: nn.Module | Weights, theta: Weights | None, alpha: float, beta: float) -> Weights:
+def mixed(
+    loaded: Loaded, positive: nn.Module | WeightReader, theta: WeightReader | None, alpha: float, beta: float
+) -> WeightReader:
     """Eq. 7 as weights that are computed when they are read; theta None takes the positive as the base.
 
     Raises UserError where alpha or beta need what is not there: a base, or the positive's own weights.

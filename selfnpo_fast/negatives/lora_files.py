@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from selfnpo_fast.models import Family, family_of
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank
 from selfnpo_fast.negatives.sources import open_safetensors, read_json, refuse_pickle
 from selfnpo_fast.runtime.console import logger
@@ -39,8 +40,6 @@ _UNSUPPORTED = {
 """By a pattern of a key: forms that no plain product of two matrices is."""
 RECORD_KEY = "selfnpo_base"
 """In the metadata of a LoRA file: the base that it was trained from."""
-_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-_TEXT = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
 _PEFT = "base_model.model."
 _PART = re.compile(r"(.+)\.lora_([AB])\.weight")
 
@@ -61,9 +60,7 @@ class _Scaling:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def read_lora(
-    source: str | Path | StateDict, denoiser: nn.Module, denoiser_name: str = "unet", field: str = "negative"
-) -> Deltas:
+def read_lora(source: str | Path | StateDict, denoiser: nn.Module, field: str = "negative") -> Deltas:
     """The low-rank updates of one safetensors file (or of such a file's state dict), by the denoiser's layers.
 
     Tensors stay on the CPU in the file's dtype; the denoiser is looked at and left alone. Scale: alpha / rank, alpha
@@ -80,8 +77,9 @@ def read_lora(
         else:
             tensors, metadata, config = _read(Path(source), field)
         _refuse_unsupported(tensors)
-        tensors = _without_text_encoders(tensors, name)
-        layers, scaling = _to_peft(tensors, denoiser, denoiser_name, metadata, config)
+        family = family_of(denoiser)
+        tensors = _without_text_encoders(tensors, family, name)
+        layers, scaling = _to_peft(tensors, denoiser, family, metadata, config)
         return _pair(layers, scaling, denoiser)
     except ValueError as error:
         if isinstance(error, UserError):
@@ -90,7 +88,7 @@ def read_lora(
 
 
 def _read(path: Path, field: str) -> tuple[StateDict, dict, dict | None]:
-    """Tensors, PEFT's config by part (`unet.r`) from the metadata, and PEFT's own adapter_config.json."""
+    """Tensors, PEFT's config by part (`<denoiser>.r`) from the metadata, and PEFT's own adapter_config.json."""
     refuse_pickle(path, field)
     open_safetensors(path, field)
     try:
@@ -131,8 +129,8 @@ def _refuse_unsupported(tensors: StateDict) -> None:
             raise ValueError(f"is damaged: {key} is not finite")
 
 
-def _without_text_encoders(tensors: StateDict, name: str) -> StateDict:
-    text = [key for key in tensors if key.startswith(_TEXT)]
+def _without_text_encoders(tensors: StateDict, family: Family, name: str) -> StateDict:
+    text = [key for key in tensors if key.startswith(family.text_lora_prefixes)]
     if text and len(text) < len(tensors):
         logger.warning(
             "%s also holds %d weights for text encoders (%s, ...): the negative branch does not use them",
@@ -142,15 +140,16 @@ def _without_text_encoders(tensors: StateDict, name: str) -> StateDict:
 
 
 def _to_peft(
-    tensors: StateDict, denoiser: nn.Module, denoiser_name: str, metadata: dict, config: dict | None
+    tensors: StateDict, denoiser: nn.Module, family: Family, metadata: dict, config: dict | None
 ) -> tuple[StateDict, _Scaling]:
     """Keys `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, and the scaling. ValueError for what has no place."""
     if not tensors:
         raise ValueError("matches no layer of the model: it holds nothing for the denoiser")
-    prefix = f"{denoiser_name}."
+    prefix = f"{family.denoiser_name}."
     scaling = _Scaling({})
-    if all(key.startswith(_KOHYA) for key in tensors):
-        tensors, alphas = _from_kohya(tensors, denoiser)
+    foreign = family.from_foreign_lora(tensors, denoiser)
+    if foreign is not None:
+        tensors, alphas = foreign
         scaling = replace(scaling, alphas=alphas)
     elif all(key.startswith(_PEFT) for key in tensors):
         if config is None:
@@ -158,9 +157,9 @@ def _to_peft(
         tensors = {key.removeprefix(_PEFT): value for key, value in tensors.items()}
         scaling = _from_config(config, tensors)
     elif any(key.startswith(prefix) for key in tensors):
-        foreign = sorted(key for key in tensors if not key.startswith(prefix))
-        if foreign:
-            raise ValueError(f"does not fit the model: {foreign[0]} is not the {denoiser_name}'s")
+        others = sorted(key for key in tensors if not key.startswith(prefix))
+        if others:
+            raise ValueError(f"does not fit the model: {others[0]} is not the {family.denoiser_name}'s")
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
         scaling = _from_config(config, tensors) if config else scaling
@@ -172,29 +171,6 @@ def _to_peft(
     if any(value.numel() != 1 for value in alphas.values()):
         raise ValueError("is damaged: an alpha in it is not a single number")
     return layers, replace(scaling, alphas=scaling.alphas | {key: value.item() for key, value in alphas.items()})
-
-
-def _from_kohya(tensors: StateDict, denoiser: nn.Module) -> tuple[StateDict, dict[str, float]]:
-    """kohya's keys by diffusers' converters, and alpha by layer; blocks of SDXL may have their original names."""
-    from diffusers.loaders.lora_conversion_utils import (
-        _convert_non_diffusers_lora_to_diffusers,
-        _maybe_map_sgm_blocks_to_diffusers,
-    )
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
-    before = sum(key.endswith(".lora_down.weight") for key in tensors)
-    try:
-        renamed = _maybe_map_sgm_blocks_to_diffusers(dict(tensors), getattr(denoiser, "config", None))
-        renamed, alphas = _convert_non_diffusers_lora_to_diffusers(renamed)
-    except Exception as error:  # an odd name fails wherever the converters first trip over it
-        raise ValueError(f"does not fit the model: {type(error).__name__}: {one_line(error, 200)}") from error
-    layers = {key.removeprefix("unet."): value for key, value in convert_unet_state_dict_to_peft(renamed).items()}
-    if sum(".lora_A." in key for key in layers) != before:
-        raise ValueError("mixes two namings of blocks (input_blocks and down_blocks), of which one would be lost")
-    by_key = convert_unet_state_dict_to_peft(alphas or {})
-    return layers, {
-        key.removeprefix("unet.").removesuffix(".alpha").split(".lora_A.")[0]: value for key, value in by_key.items()
-    }
 
 
 def _from_config(config: dict, tensors: StateDict) -> _Scaling:

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selfnpo_fast.models import denoiser_names, family_of
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files
 from selfnpo_fast.negatives.sources import RECORD, locate
-from selfnpo_fast.negatives.weights import Weights, mixture
+from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.folders import ASIDE, check_writable, finish_aside, remove
-
-MODELS = ("UNet2DConditionModel",)
 
 
 def merge(
@@ -29,9 +28,8 @@ def merge(
     alpha: float = 1.0,
     beta: float = 1.0,
     dtype: str = "fp32",
-    denoiser_name: str = "unet",
 ) -> Path:
-    """Write theta + alpha eta + beta delta to `output`/unet in diffusers' format, and return the folder `output`.
+    """Write theta + alpha eta + beta delta to `output` in diffusers' format, and return that folder.
 
     Sources are as for `load_negative`; base and fine-tune come as files, never as modules. Computed in float32 and
     rounded once. In memory is one tensor of each source at a time, and the folder appears when all of it is written.
@@ -45,17 +43,18 @@ def merge(
     folder = check_writable(str(output))
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output: {folder} is not empty; name a new folder")
-    found = locate(base, denoiser_name, "base")
+    found = locate(base, denoiser_names(), "base")
     if found.is_lora or found.config is None:
         raise UserError(f"base: {base} is no diffusers folder with a config.json; give one, or a Hub id")
     model = empty_model(found.config, str(base))
-    theta = read_files(found, model, denoiser_name, "base").part
+    denoiser = family_of(model).denoiser_name
+    theta = read_files(found, model, "base").part
     tuned, tuned_name = theta, str(base)
     if positive is not None:
-        part = read_files(locate(positive, denoiser_name, "positive"), model, denoiser_name, "positive").part
-        tuned = part if isinstance(part, Weights) else mixture(theta, theta, part, 0.0, 1.0, str(positive))
+        part = read_files(locate(positive, [denoiser], "positive"), model, "positive").part
+        tuned = part if isinstance(part, WeightReader) else mixture(theta, theta, part, 0.0, 1.0, str(positive))
         tuned_name = str(positive)
-    loaded = read_files(locate(negative, denoiser_name, "negative"), model, denoiser_name, "negative")
+    loaded = read_files(locate(negative, [denoiser], "negative"), model, "negative")
     check_base(loaded, theta, alpha, beta, str(base))
     result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
 
@@ -63,9 +62,9 @@ def merge(
     try:
         if aside.exists():
             remove(aside)  # of a merge that was killed
-        (aside / denoiser_name).mkdir(parents=True)
-        model.save_config(aside / denoiser_name)
-        write_weights(aside / denoiser_name, _checked(result, tuned, dtype), dtype)
+        (aside / denoiser).mkdir(parents=True)
+        model.save_config(aside / denoiser)
+        write_weights(aside / denoiser, _checked(result, tuned, dtype), dtype)
         record = json.dumps(base_record(tuned_name, None, tuned), indent=1)
         (aside / RECORD).write_text(record, encoding="utf-8")
         finish_aside(aside, folder)
@@ -79,20 +78,20 @@ def merge(
 
 def empty_model(config: dict, source: str) -> nn.Module:
     """The network of a denoiser's config.json without memory behind its weights. Raises UserError."""
-    import diffusers
     from accelerate import init_empty_weights
 
-    name = config.get("_class_name")
-    if name not in MODELS:
-        raise UserError(f"base: {source} is a {one_line(ValueError(name), 60)}; supported are {', '.join(MODELS)}")
+    try:
+        family = family_of(str(config.get("_class_name")))
+    except UserError as error:
+        raise UserError(f"base: {source} holds no model that is supported: {error}") from error
     try:
         with init_empty_weights():
-            return getattr(diffusers, name).from_config(config)
+            return family.new_denoiser(config)
     except Exception as error:  # a config that is wrong fails wherever the constructor trips over it
         raise UserError(f"base: cannot load {source}: {one_line(error)}") from error
 
 
-def _checked(result: Weights, positive: Weights, dtype: str) -> Weights:
+def _checked(result: WeightReader, positive: WeightReader, dtype: str) -> WeightReader:
     """`result` in its final dtype; the read of the last tensor raises UserError if all were equal to the positive's."""
     target, seen, differs = DTYPES[dtype], set(), False
 
@@ -108,4 +107,4 @@ def _checked(result: Weights, positive: Weights, dtype: str) -> Weights:
             raise UserError(f"negative: {result.source} equals the positive model: guidance would have no effect")
         return value
 
-    return Weights(result.source, result.shapes, read)
+    return WeightReader(result.source, result.shapes, read)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ _ADAPTER = re.compile(r"lora|hada_|lokr_|oft_|dora_scale|\.diff(_b)?$|\.glora|\.
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelFiles:
     """The files of one model, all of them on this machine."""
 
     name: str
@@ -46,7 +46,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Listing:
     """A folder, here or on the Hub: its files' names, relative to it, and how to have one of them."""
 
     name: str
@@ -76,12 +76,14 @@ def read_json(path: Path, name: str, field: str) -> dict:
 
 def locate(
     source: str | Path,
-    denoiser_name: str = "unet",
+    denoiser_names: Sequence[str],
     field: str = "negative",
     revision: str | None = None,
     variant: str | None = None,
-) -> Source:
+) -> ModelFiles:
     """Find a model's files, and download those that are needed where the source is a Hub id.
+
+    `denoiser_names` are the folders that a pipeline may keep its denoiser in.
 
     Raises UserError, one line that starts with `field`, where there is nothing, or nothing that may be read.
     """
@@ -89,7 +91,7 @@ def locate(
     path = os.path.expanduser(resolve_path(name))
     refuse_pickle(path, field)
     if os.path.isdir(path):  # which, unlike Path.is_dir, takes names of any length
-        return _choose(_folder(name, Path(path), denoiser_name, field), denoiser_name, variant)
+        return _choose(_folder(name, Path(path), denoiser_names, field), denoiser_names, variant)
     if os.path.isfile(path):
         return _file(name, Path(path), field)
     hub_id = _HUB_ID.fullmatch(name)
@@ -100,11 +102,11 @@ def locate(
         )
     repository, inside = hub_id[1], hub_id[2].strip("/")
     if inside.endswith(".safetensors"):
-        place = _repository(repository, "", field, revision)
-        if inside not in place.files:
-            raise place.refuse(f"{repository} on the Hub has no file {inside}")
-        return _file(name, place.fetch(inside), field)
-    return _choose(_repository(repository, inside, field, revision), denoiser_name, variant)
+        listing = _repository(repository, "", field, revision)
+        if inside not in listing.files:
+            raise listing.refuse(f"{repository} on the Hub has no file {inside}")
+        return _file(name, listing.fetch(inside), field)
+    return _choose(_repository(repository, inside, field, revision), denoiser_names, variant)
 
 
 def refuse_pickle(path: str | Path, field: str) -> None:
@@ -115,18 +117,18 @@ def refuse_pickle(path: str | Path, field: str) -> None:
         )
 
 
-def _folder(name: str, folder: Path, denoiser_name: str, field: str) -> _Place:
-    files = set()
-    for part in ("", denoiser_name, "negative", f"negative/{denoiser_name}"):
+def _folder(name: str, folder: Path, denoiser_names: Sequence[str], field: str) -> _Listing:
+    files: set[str] = set()
+    for part in ("", "negative", *denoiser_names, *(f"negative/{denoiser}" for denoiser in denoiser_names)):
         try:
             inside = list((folder / part).iterdir()) if (folder / part).is_dir() else []
         except OSError as error:
             raise UserError(f"{field}: cannot load {name}: {one_line(error)}") from error
         files |= {f"{part}/{path.name}".lstrip("/") for path in inside if path.is_file()}
-    return _Place(name, field, frozenset(files), lambda file: folder / file)
+    return _Listing(name, field, frozenset(files), lambda file: folder / file)
 
 
-def _repository(repository: str, inside: str, field: str, revision: str | None) -> _Place:
+def _repository(repository: str, inside: str, field: str, revision: str | None) -> _Listing:
     """A Hub repository, or the folder `inside` of it; without the network, what was downloaded before."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -153,65 +155,66 @@ def _repository(repository: str, inside: str, field: str, revision: str | None) 
             raise UserError(f"{field}: cannot download {file} of {name}: {one_line(error, 200)}") from error
 
     prefix = f"{inside}/" if inside else ""
-    return _Place(name, field, frozenset(f.removeprefix(prefix) for f in found if f.startswith(prefix)), fetch)
+    return _Listing(name, field, frozenset(f.removeprefix(prefix) for f in found if f.startswith(prefix)), fetch)
 
 
-def _choose(place: _Place, denoiser_name: str, variant: str | None) -> Source:
-    """A pipeline's denoiser or a LoRA, directly in the place or in its `negative` part; or a denoiser alone."""
+def _choose(listing: _Listing, denoiser_names: Sequence[str], variant: str | None) -> ModelFiles:
+    """A pipeline's denoiser or a LoRA, directly in the listing or in its `negative` part; or a denoiser alone."""
     for part in ("", "negative/"):
-        record = place.json(f"{part}{RECORD}") if f"{part}{RECORD}" in place.files else None
-        if f"{part}{denoiser_name}/config.json" in place.files:
-            return _full(place, f"{part}{denoiser_name}/", variant, record)
+        record = listing.json(f"{part}{RECORD}") if f"{part}{RECORD}" in listing.files else None
+        for denoiser in denoiser_names:
+            if f"{part}{denoiser}/config.json" in listing.files:
+                return _full(listing, f"{part}{denoiser}/", variant, record)
         for file in (LORA_FILE, PEFT_FILE):
-            if part + file in place.files:
-                if f"{part}adapter_config.json" in place.files:
-                    place.fetch(f"{part}adapter_config.json")  # PEFT's: lora_files looks for it beside the weights
-                return Source(place.name, (place.fetch(part + file),), is_lora=True)
-    if "config.json" in place.files and any(name.startswith(WEIGHTS) for name in place.files):
-        return _full(place, "", variant, None)
-    alone = [name for name in place.files if "/" not in name and name.endswith(".safetensors")]
+            if part + file in listing.files:
+                if f"{part}adapter_config.json" in listing.files:
+                    listing.fetch(f"{part}adapter_config.json")  # PEFT's: lora_files looks for it beside the weights
+                return ModelFiles(listing.name, (listing.fetch(part + file),), is_lora=True)
+    if "config.json" in listing.files and any(name.startswith(WEIGHTS) for name in listing.files):
+        return _full(listing, "", variant, None)
+    alone = [name for name in listing.files if "/" not in name and name.endswith(".safetensors")]
     if len(alone) == 1:
-        return _file(place.name, place.fetch(alone[0]), place.field)
-    pickled = sorted(name for name in place.files if name.lower().endswith(PICKLED))
+        return _file(listing.name, listing.fetch(alone[0]), listing.field)
+    pickled = sorted(name for name in listing.files if name.lower().endswith(PICKLED))
     hint = f"; {pickled[0]} is a pickle, which is not read" if pickled else ""
-    raise place.refuse(f"{place.name} holds neither {denoiser_name}/config.json nor {LORA_FILE}{hint}")
+    raise listing.refuse(f"{listing.name} holds neither {denoiser_names[0]}/config.json nor {LORA_FILE}{hint}")
 
 
-def _full(place: _Place, part: str, variant: str | None, record: dict | None) -> Source:
-    """Full weights in the folder `part` ("" or "unet/"): one file, or an index and its shards."""
+def _full(listing: _Listing, part: str, variant: str | None, record: dict | None) -> ModelFiles:
+    """Full weights in the folder `part` ("" or the denoiser's, with a slash): one file, or an index and its shards."""
     pattern = re.compile(re.escape(part + WEIGHTS) + r"(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
     found: dict[str | None, str] = {}
-    for name in sorted(place.files):
+    for name in sorted(listing.files):
         match = pattern.fullmatch(name)
         if match:
             found[match[1] or match[2]] = name
     label = part.rstrip("/") or WEIGHTS
     if variant is None and None not in found and len(found) == 1:
         variant = next(iter(found))
-        logger.warning("%s holds the %s variant alone: it is used", place.name, variant)
+        logger.warning("%s holds the %s variant alone: it is used", listing.name, variant)
     if variant not in found:
-        pickled = any(name.startswith(part + WEIGHTS) and name.endswith(PICKLED) for name in place.files)
+        pickled = any(name.startswith(part + WEIGHTS) and name.endswith(PICKLED) for name in listing.files)
         shown = ", ".join(sorted(str(key) for key in found)) or ("only pickles" if pickled else "none")
-        raise place.refuse(
-            f"cannot load {label} from {place.name}: no {WEIGHTS}{f'.{variant}' if variant else ''}.safetensors "
+        raise listing.refuse(
+            f"cannot load {label} from {listing.name}: no {WEIGHTS}{f'.{variant}' if variant else ''}.safetensors "
             f"(there is: {shown})"
         )
-    config = place.json(f"{part}config.json")
+    config = listing.json(f"{part}config.json")
     chosen = found[variant]
     if not chosen.endswith(".json"):
-        return Source(place.name, (place.fetch(chosen),), False, config, record)
-    named = place.json(chosen).get("weight_map")
+        return ModelFiles(listing.name, (listing.fetch(chosen),), False, config, record)
+    named = listing.json(chosen).get("weight_map")
     shards = sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
     if not shards or not all(name.endswith(".safetensors") and "/" not in name for name in shards):
-        raise place.refuse(f"cannot load {label} from {place.name}: {chosen} names files that are not safetensors")
-    missing = [name for name in shards if part + name not in place.files]
+        raise listing.refuse(f"cannot load {label} from {listing.name}: {chosen} names files that are not safetensors")
+    missing = [name for name in shards if part + name not in listing.files]
     if missing:
-        raise place.refuse(f"cannot load {label} from {place.name}: {missing[0]} is missing")
-    return Source(place.name, tuple(place.fetch(part + name) for name in shards), False, config, record)
+        raise listing.refuse(f"cannot load {label} from {listing.name}: {missing[0]} is missing")
+    return ModelFiles(listing.name, tuple(listing.fetch(part + name) for name in shards), False, config, record)
 
 
-def _file(name: str, path: Path, field: str) -> Source:
-    return Source(name, (path,), is_lora=any(_ADAPTER.search(key) for key in open_safetensors(path, field)))
+def _file(name: str, path: Path, field: str) -> ModelFiles:
+    return ModelFiles(name, (path,), is_lora=any(_ADAPTER.search(key) for key in open_safetensors(path, field)))
 
 
 def open_safetensors(path: Path, field: str) -> list[str]:

@@ -10,18 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from selfnpo_fast.models import Family, family_of
 from selfnpo_fast.negatives.low_rank import Deltas
-from selfnpo_fast.negatives.sources import Source, open_safetensors
+from selfnpo_fast.negatives.sources import ModelFiles, open_safetensors
 from selfnpo_fast.runtime.errors import UserError, one_line
-
-_ORIGINAL = "model.diffusion_model."
-"""What the names of a denoiser begin with in checkpoints of the original Stable Diffusion code."""
-_OF_NO_EFFECT = ("sample_size", "upcast_attention")
-"""Options of a denoiser that leave the function it computes alone."""
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightReader:
     """Tensors by name, none of them held: `read` makes one, and to drop it gives its memory back."""
 
     source: str
@@ -43,8 +39,8 @@ def mix(
 
 
 def mixture(
-    theta: Weights, positive: Weights, negative: Weights | Deltas, alpha: float, beta: float, source: str
-) -> Weights:
+    theta: WeightReader, positive: WeightReader, negative: WeightReader | Deltas, alpha: float, beta: float, source: str
+) -> WeightReader:
     """Eq. 7 as weights: float32, of which nothing is computed before it is read.
 
     `negative` is theta + delta, or delta itself as low-rank updates. theta may be `positive` itself: eta is zero then.
@@ -54,14 +50,14 @@ def mixture(
         """One tensor of the mixture, computed now."""
         tuned = positive.read(name).float()
         base = tuned if theta is positive else theta.read(name).to(tuned.device).float()
-        if isinstance(negative, Weights):
+        if isinstance(negative, WeightReader):
             delta = negative.read(name).to(base.device).float() - base
         else:
             update = negative.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
             delta = update.delta().to(base.device) if update is not None else None
         return mix(base, tuned, delta, alpha, beta)
 
-    return Weights(source, positive.shapes, read)
+    return WeightReader(source, positive.shapes, read)
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -77,37 +73,38 @@ def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
-def module_weights(module: nn.Module, source: str) -> Weights:
+def module_weights(module: nn.Module, source: str) -> WeightReader:
     """A module's own weights, whatever adapters are on it; `read` gives the very tensors."""
     state = plain_state(module)
-    return Weights(source, {name: tuple(value.shape) for name, value in state.items()}, state.__getitem__)
+    return WeightReader(source, {name: tuple(value.shape) for name, value in state.items()}, state.__getitem__)
 
 
-def file_weights(source: Source, config: dict, field: str) -> Weights:
-    """Weights of safetensors files in diffusers' naming or the original one of Stable Diffusion.
+def file_weights(source: ModelFiles, family: Family, config: dict, field: str) -> WeightReader:
+    """WeightReader of safetensors files in diffusers' naming or the original one of Stable Diffusion.
 
     `config` is that of the denoiser that they are for. A file is mapped only as long as one tensor of it is in use.
     Raises UserError where a file is truncated or no safetensors file, or holds what are no plain weights.
     """
-    place = {key: path for path in source.files for key in open_safetensors(path, field)}
-    keys = {key: key for key in place}
-    if any(key.startswith(_ORIGINAL) for key in place):
-        keys = _from_original(list(place), config, source.name, field)
+    file_of_key = {key: path for path in source.files for key in open_safetensors(path, field)}
+    try:
+        key_of_name = family.from_original_names(list(file_of_key), config) or {key: key for key in file_of_key}
+    except ValueError as error:
+        raise UserError(f"{field}: {source.name} {one_line(error)}") from error
 
     def read(name: str) -> torch.Tensor:
         """One tensor from its file, which is mapped for as long as this takes."""
-        path = place[keys[name]]
+        path = file_of_key[key_of_name[name]]
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor(keys[name])
+                return file.get_tensor(key_of_name[name])
         except (OSError, SafetensorError) as error:
             raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
 
     shapes = {}
     for path in source.files:
         with safe_open(path, "pt") as file:
-            for name, key in keys.items():
-                if place[key] == path:
+            for name, key in key_of_name.items():
+                if file_of_key[key] == path:
                     part = file.get_slice(key)
                     if not part.get_dtype().startswith(("F", "BF")):
                         raise UserError(
@@ -115,34 +112,17 @@ def file_weights(source: Source, config: dict, field: str) -> Weights:
                             "give weights in fp32, bf16 or fp16"
                         )
                     shapes[name] = tuple(part.get_shape())
-    return Weights(source.name, shapes, read)
-
-
-def _from_original(keys: list[str], config: dict, source: str, field: str) -> dict[str, str]:
-    """diffusers' name of each denoiser tensor in an original checkpoint -> its key there."""
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    try:
-        # The converter renames and looks at no value, so that names can stand for the tensors.
-        renamed = convert_ldm_unet_checkpoint({key: key for key in keys}, dict(config))
-    except Exception as error:  # what a name too few or too many ends in depends on the place
-        raise UserError(
-            f"{field}: {source} is an original checkpoint that does not fit the model: {one_line(error)}"
-        ) from error
-    stray = sorted({key for key in keys if key.startswith(_ORIGINAL)} - set(renamed.values()))
-    if stray:
-        raise UserError(f"{field}: {source} does not fit the model: it has no place for {stray[0]}")
-    return {name: key for name, key in renamed.items() if key is not None}
+    return WeightReader(source.name, shapes, read)
 
 
 def check_class(config: dict, model: nn.Module, source: str, field: str) -> None:
     """UserError where a config.json is another architecture's than the model's, in a way that shapes may not show."""
-    cls = type(model)
+    cls, inert = type(model), family_of(model).inert_options
     if config.get("_class_name") != cls.__name__:
         shown = one_line(ValueError(config.get("_class_name")), 60)
         raise UserError(f"{field}: {source} does not fit the model: it is a {shown}, the model a {cls.__name__}")
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
-        if name == "self" or name in _OF_NO_EFFECT or parameter.default is inspect.Parameter.empty:
+        if name == "self" or name in inert or parameter.default is inspect.Parameter.empty:
             continue
         theirs, ours = (values.get(name, parameter.default) for values in (config, dict(model.config)))
         if not _same(theirs, ours):
@@ -162,7 +142,7 @@ def _same(a, b) -> bool:
     return a == b
 
 
-def check_shapes(weights: Weights, expected: dict[str, tuple[int, ...]], field: str) -> None:
+def check_shapes(weights: WeightReader, expected: dict[str, tuple[int, ...]], field: str) -> None:
     """UserError where names or shapes are others than `expected`."""
     for name in sorted(expected.keys() | weights.shapes.keys()):
         found, wanted = weights.shapes.get(name), expected.get(name)
@@ -173,7 +153,7 @@ def check_shapes(weights: Weights, expected: dict[str, tuple[int, ...]], field: 
             )
 
 
-def materialise(weights: Weights, model: nn.Module, field: str) -> nn.Module:
+def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Module:
     """A network of the model's class, dtypes and device with these weights, in evaluation mode, without gradients.
 
     Besides the result one tensor of each source is in memory at a time. Raises UserError for weights that are not

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from selfnpo_fast.negatives.lora_files import RECORD_KEY
-from selfnpo_fast.negatives.sources import RECORD, WEIGHTS
-from selfnpo_fast.negatives.weights import Weights
+from selfnpo_fast.negatives.sources import LORA_FILE, RECORD, WEIGHTS
+from selfnpo_fast.negatives.weights import WeightReader
 from selfnpo_fast.runtime.dtypes import DTYPES, SAFETENSORS_NAMES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.runtime.writer import Tensors, Writer
@@ -39,7 +39,7 @@ def save_negative(
 ) -> Path:
     """Write the negative model: the denoiser as a diffusers component, or a LoRA file that diffusers loads.
 
-    `trained` and `frozen` are the weights of `network`; a LoRA consists of the trained ones. Weights are stored in
+    `trained` and `frozen` are the weights of `network`; a LoRA consists of the trained ones. WeightReader are stored in
     `dtype`. `base` (`fingerprint.base_record`) is noted next to full weights, and in a LoRA file's metadata.
     All ranks take part; rank 0 writes. Raises RunError on all of them.
     """
@@ -57,7 +57,6 @@ def save_negative(
 
 def write_lora(folder: Path, network: nn.Module, weights: Tensors, adapter, base: dict) -> None:
     """PEFT's layout with its config in the metadata, as `pipe.load_lora_weights(folder)` expects it."""
-    import diffusers
     from peft.utils import get_peft_model_state_dict
 
     config = network.peft_config["default"].to_dict()
@@ -68,16 +67,13 @@ def write_lora(folder: Path, network: nn.Module, weights: Tensors, adapter, base
         "lora_adapter_metadata": json.dumps(prefixed, indent=2, sort_keys=True),
         RECORD_KEY: json.dumps(base),
     }
-    getattr(diffusers, adapter.pipeline_class).save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(network, state_dict=weights),
-        # diffusers' own function knows of no metadata but the adapter's.
-        save_function=lambda tensors, path: save_file(tensors, path, metadata=metadata),
-        safe_serialization=True,
-    )
+    layers = get_peft_model_state_dict(network, state_dict=weights)
+    named = {f"{adapter.denoiser_name}.{key}": value.contiguous() for key, value in layers.items()}
+    # Not by the pipeline's own save_lora_weights, which knows of no metadata but the adapter's.
+    save_file(named, folder / LORA_FILE, metadata=metadata)
 
 
-def write_weights(folder: Path, weights: Weights, dtype: str) -> None:
+def write_weights(folder: Path, weights: WeightReader, dtype: str) -> None:
     """safetensors files under diffusers' names: one, or shards of at most 5 GB and their index.
 
     Holds one tensor at a time, which safetensors' own function does not. Raises OSError.
@@ -106,7 +102,7 @@ def write_weights(folder: Path, weights: Weights, dtype: str) -> None:
     (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, names: list[str], weights: Weights, dtype: str) -> None:
+def _write_file(path: Path, names: list[str], weights: WeightReader, dtype: str) -> None:
     """The format: length of the header as 8 bytes, the header (JSON, where each tensor lies), the tensors."""
     size = DTYPES[dtype].itemsize
     header, end = {"__metadata__": {"format": "pt"}}, 0

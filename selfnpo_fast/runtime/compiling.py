@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ MODES = {"default": None, "max": "max-autotune-no-cudagraphs"}
 """torch.compile's mode for each choice of `engine.compile`; CUDA graphs are ours (capture.py)."""
 RECOMPILES = 64
 """Shapes that blocks of one kind may have; torch stops at 8."""
-_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
 def compiled(function: Callable, choice: str, *, dynamic: bool = False) -> Callable:
@@ -23,8 +22,10 @@ def compiled(function: Callable, choice: str, *, dynamic: bool = False) -> Calla
     return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=MODES[choice])
 
 
-def compile_blocks(module: nn.Module, choice: str, *, training: bool = False) -> int:
-    """Compile the blocks of which a diffusers denoiser has many alike; how many there are.
+def compile_blocks(module: nn.Module, names: Iterable[str], choice: str, *, training: bool = False) -> int:
+    """Compile the blocks of which a denoiser has many; returns how many there are.
+
+    `names` are the blocks' classes, to which diffusers' own list (`_repeated_blocks`) is added.
 
     Blocks of one kind and shape share their code, so this takes a fraction of the time that the whole network does. The
     module keeps its parameters, names and hooks. With `training`, calls without gradients run as they are: those of
@@ -32,7 +33,7 @@ def compile_blocks(module: nn.Module, choice: str, *, training: bool = False) ->
     """
     if choice == "off":
         return 0
-    kinds = {*_BLOCKS, *(getattr(module, "_repeated_blocks", None) or ())}
+    kinds = {*names, *(getattr(module, "_repeated_blocks", None) or ())}
     blocks = [block for block in module.modules() if type(block).__name__ in kinds]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False, mode=MODES[choice], recompile_limit=RECOMPILES)

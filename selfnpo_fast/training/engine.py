@@ -116,7 +116,7 @@ def start_deepspeed(world: World):
     return deepspeed
 
 
-class _Held(nn.Module):
+class _NetworkOfEngine(nn.Module):
     """The network as DeepSpeed sees it: hooks and timers of its engine go here.
 
     With LoRA the reference calls the network itself, perhaps in another thread, and must not meet them.
@@ -146,7 +146,7 @@ class StudentEngine:
         # Its bf16 optimiser prints memory figures to standard output, whatever its log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
-                model=_Held(student),
+                model=_NetworkOfEngine(student),
                 model_parameters=[p for _, p in self.trainable],
                 optimizer=make_optimizer(config.optimizer),
                 lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),

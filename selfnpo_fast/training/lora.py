@@ -1,8 +1,8 @@
 """Low-rank training: one network whose layers take their low-rank weights as an argument of the call.
 
     network(x, t, ...)                          with the live weights: the student
-    network(x, t, ..., low_rank=Weights.AVERAGE)   with their moving average: the reference
-    network(x, t, ..., low_rank=Weights.OFF)       with none: the base
+    network(x, t, ..., low_rank=LoraWeights.AVERAGE)   with their moving average: the reference
+    network(x, t, ..., low_rank=LoraWeights.OFF)       with none: the base
 
 No adapter is ever switched, which would be module state: a rollout in one thread and a backward pass in another may run
 through the same layers at once. PEFT makes the layers and knows their names and files; their forward is ours.
@@ -24,13 +24,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from selfnpo_fast.config import LoraConfig
+from selfnpo_fast.models import Family
 from selfnpo_fast.runtime.errors import UserError
 
 LIVE, AVERAGE = "default", "average"
 """PEFT's names of the two sets of weights that a layer holds; the first is PEFT's own default."""
 
 
-class Weights(enum.Enum):
+class LoraWeights(enum.Enum):
     """The low-rank weights of one call."""
 
     OFF = enum.auto()
@@ -38,25 +39,25 @@ class Weights(enum.Enum):
     AVERAGE = enum.auto()
 
 
-class Call(threading.local):
+class LoraCall(threading.local):
     """What the layers of one network read while a call runs; each thread has its own."""
 
     def __init__(self) -> None:
-        self.weights = Weights.LIVE
+        self.weights = LoraWeights.LIVE
 
     def checkpointing(self, block: nn.Module, *args):
         """Gradient checkpointing as diffusers has it, with the call's weights carried into the recomputation.
 
         On a GPU autograd recomputes in a thread of its own, which knows nothing of the call.
         """
-        contexts = nullcontext(), _Again(self)
+        contexts = nullcontext(), _CallWeights(self)
         return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
 
 
-class _Again(AbstractContextManager):
+class _CallWeights(AbstractContextManager):
     """Within it the weights of the call are what they were when it was made, in whichever thread."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: LoraCall) -> None:
         self.call, self.weights = call, call.weights
 
     def __enter__(self) -> None:
@@ -69,14 +70,14 @@ class _Again(AbstractContextManager):
 class _LowRank:
     """The forward of the layers that PEFT has made: y = W x + b + scale B A x with the call's A and B."""
 
-    call: Call
+    call: LoraCall
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ...) to (B, ...) as the layer below does, in its dtype."""
         out, weights = self.base_layer(x), self.call.weights
-        if weights is Weights.OFF:  # compared with `is`: torch.compile guards on that
+        if weights is LoraWeights.OFF:  # compared with `is`: torch.compile guards on that
             return out
-        name = AVERAGE if weights is Weights.AVERAGE else LIVE
+        name = AVERAGE if weights is LoraWeights.AVERAGE else LIVE
         down, up = self.lora_A[name], self.lora_B[name]
         return self._plus(out, down(x.to(down.weight.dtype)), up, self.scaling[LIVE])
 
@@ -121,7 +122,7 @@ def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
             denoiser.add_adapter(peft_config, adapter_name=LIVE)
         except ValueError as error:
             raise UserError(f"lora.targets: {config.targets} match no layer of the model: {error}") from error
-    call = Call()
+    call = LoraCall()
     for name, layer in list(_layers(denoiser)):
         if type(layer) not in _OURS or getattr(layer.base_layer, "groups", 1) != 1:
             kind = type(layer.base_layer).__name__
@@ -136,15 +137,15 @@ def _layers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, part) for name, part in denoiser.named_modules() if isinstance(part, peft_layers.LoraLayer))
 
 
-def _take_argument(denoiser: nn.Module, call: Call) -> None:
+def _take_argument(denoiser: nn.Module, call: LoraCall) -> None:
     """Let the denoiser's calls choose: hooks take the argument off and tell the layers of this thread."""
 
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        call.weights = kwargs.get("low_rank", Weights.LIVE)
+        call.weights = kwargs.get("low_rank", LoraWeights.LIVE)
         return args, {name: value for name, value in kwargs.items() if name != "low_rank"}
 
     def end(module: nn.Module, args: tuple, output) -> None:
-        call.weights = Weights.LIVE
+        call.weights = LoraWeights.LIVE
 
     denoiser.register_forward_pre_hook(begin, with_kwargs=True)
     denoiser.register_forward_hook(end, always_call=True)
@@ -163,16 +164,16 @@ def add_average(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameters[name.replace(f".{LIVE}.", f".{AVERAGE}.")] for name in live}
 
 
-def checkpoint_gradients(denoiser: nn.Module) -> None:
-    """Gradient checkpointing for a diffusers denoiser, with low-rank weights or without."""
+def checkpoint_gradients(denoiser: nn.Module, family: Family) -> None:
+    """Gradient checkpointing for a denoiser of the family, with low-rank weights or without."""
     call = next((layer.call for _, layer in _layers(denoiser)), None)
-    denoiser.enable_gradient_checkpointing(None if call is None else call.checkpointing)
+    family.checkpoint_gradients(denoiser, None if call is None else call.checkpointing)
 
 
 class Variant:
     """A network with one choice of its low-rank weights, called as the network itself is."""
 
-    def __init__(self, network: nn.Module, weights: Weights) -> None:
+    def __init__(self, network: nn.Module, weights: LoraWeights) -> None:
         self.network, self.weights = network, weights
 
     def __call__(self, *args, **kwargs):

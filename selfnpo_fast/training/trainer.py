@@ -13,8 +13,8 @@ from torch import nn
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.data.prompts import read_prompts
 from selfnpo_fast.data.real_images import load_real_data
-from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, check_steps
-from selfnpo_fast.models import StableDiffusionAdapter, load_adapter
+from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
+from selfnpo_fast.models import Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.load import Negative
@@ -41,7 +41,7 @@ from selfnpo_fast.runtime.world import World, region
 from selfnpo_fast.training.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
 from selfnpo_fast.training.lifecycle import StopRequest
-from selfnpo_fast.training.lora import Variant, Weights, add_average, add_lora, checkpoint_gradients
+from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
 from selfnpo_fast.training.objective import Objective
 from selfnpo_fast.training.recorder import Recorder
@@ -51,7 +51,7 @@ from selfnpo_fast.training.recorder import Recorder
 class Inputs:
     """All that a run reads; made and checked before anything is written."""
 
-    adapter: StableDiffusionAdapter
+    adapter: Adapter
     table: ConditioningTable
     prompts: list[str]
     latents: torch.Tensor | None
@@ -67,7 +67,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
     Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"), w=config.rollout.w)
     if config.log.sample_every >= 0:
-        check_steps(adapter, config.log.sample_steps, "log.sample_steps")
+        adapter.check_steps(config.log.sample_steps, "log.sample_steps")
     latents = None
     if config.rollout.start == "data":
         data = load_real_data(config, adapter, world)
@@ -100,8 +100,8 @@ def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant
         return reference, None
     add_lora(student.eval(), config.lora, config.seed)
     if config.reference.kind == "frozen":
-        return Variant(student, Weights.OFF), {}
-    return Variant(student, Weights.AVERAGE), add_average(student)
+        return Variant(student, LoraWeights.OFF), {}
+    return Variant(student, LoraWeights.AVERAGE), add_average(student)
 
 
 def _to_channels_last(parameters: Iterable[nn.Parameter]) -> None:
@@ -120,8 +120,8 @@ class Trainer:
         student = inputs.student
         reference, average = _split(student, config)  # before DeepSpeed touches the student
         if config.engine.gradient_checkpointing:
-            checkpoint_gradients(student)
-        compile_blocks(student, config.engine.compile, training=True)
+            checkpoint_gradients(student, self.adapter.family)
+        compile_blocks(student, self.adapter.family.repeated_blocks, config.engine.compile, training=True)
         self.engine = StudentEngine(config, student, world)
         if config.engine.channels_last:  # not before: DeepSpeed broadcasts row-major parameters alone
             trained = {id(p) for p in student.parameters() if p.requires_grad}
@@ -225,7 +225,7 @@ class Trainer:
                 self._try_to_save(recorder)
             if not last and log.sample_every > 0 and self.update % log.sample_every == 0:
                 self.draw_samples(recorder)
-        # Weights first: a grid that does not fit into memory must not cost the run its result.
+        # LoraWeights first: a grid that does not fit into memory must not cost the run its result.
         dtype = DTYPES[self.config.engine.precision]
         lora = self.config.lora.rank > 0
         folder = save_negative(
@@ -298,7 +298,7 @@ class Trainer:
         """What was to be made worse: the network without its low-rank weights, or one that is loaded anew, since
         whatever is here has moved."""
         if self.config.lora.rank:
-            return Variant(self.engine.module, Weights.OFF)
+            return Variant(self.engine.module, LoraWeights.OFF)
         return self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
 
     def save_checkpoint(self, recorder: Recorder) -> Path:

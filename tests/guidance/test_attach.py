@@ -506,7 +506,7 @@ def test_masks_of_image_prompts_are_no_rows():
     """Two adapters' masks beside two rows."""
     masks, rows = torch.ones(2, 1, 4, 4), torch.arange(2.0)
     kwargs = {"cross_attention_kwargs": {"ip_adapter_masks": masks, "rows": [rows, (rows, torch.tensor(3.0))]}}
-    taken = take_rows(kwargs, slice(1, 2), 2)["cross_attention_kwargs"]
+    taken = take_rows(kwargs, slice(1, 2), 2, {"ip_adapter_masks"})["cross_attention_kwargs"]
     assert taken["ip_adapter_masks"] is masks
     assert taken["rows"] == [rows[1:], (rows[1:], torch.tensor(3.0))]
 

@@ -12,7 +12,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from selfnpo_fast import attach_negative
-from selfnpo_fast.guidance.pipelines import RULES, calling_pipeline, rule_of
+from selfnpo_fast.guidance.pipelines import calling_pipeline, guided_family
+from selfnpo_fast.models import FAMILIES
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.errors import UserError
 
@@ -38,7 +39,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def test_every_listed_class_is_covered_here():
-    assert set(stock.classes()) == set(RULES)
+    assert set(stock.classes()) == {name for family in FAMILIES.values() for name in family.guided_pipelines}
 
 
 @functools.cache
@@ -189,7 +190,7 @@ def test_a_pipeline_of_an_unknown_class_is_refused_in_one_line():
 def test_classes_known_not_to_fit_are_refused_with_the_reason(name, reason):
     pipe = getattr(diffusers, name).__new__(getattr(diffusers, name))
     with pytest.raises(UserError, match=f"^pipe: {name} is not supported: .*{reason}") as caught:
-        rule_of(pipe)
+        guided_family(pipe)
     assert "\n" not in str(caught.value)
 
 
@@ -201,7 +202,7 @@ def test_what_is_no_pipeline_is_refused():
 def test_a_class_that_only_has_the_name_is_refused():
     false = type("StableDiffusionPipeline", (DiffusionPipeline,), {})
     with pytest.raises(UserError, match=r"^pipe: StableDiffusionPipeline is not supported"):
-        rule_of(false.__new__(false))
+        guided_family(false.__new__(false))
 
 
 def test_lcm_guidance_embeddings_are_refused():

@@ -64,4 +64,4 @@ def moved(network: torch.nn.Module, seed: int, size: float) -> torch.nn.Module:
 def load_network(adapter, path: str | Path, dtype: torch.dtype) -> torch.nn.Module:
     """A negative of the adapter's own denoiser as a whole network."""
     positive = adapter.load_denoiser(dtype)
-    return as_network(positive, load_negative(positive, path, denoiser_name=adapter.denoiser_name))
+    return as_network(positive, load_negative(positive, path))

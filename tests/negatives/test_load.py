@@ -23,7 +23,7 @@ from selfnpo_fast.negatives import weights as weights_module
 from selfnpo_fast.negatives.fingerprint import base_record, fingerprint, matches
 from selfnpo_fast.negatives.load import as_network, load_negative
 from selfnpo_fast.negatives.sources import LORA_FILE, RECORD
-from selfnpo_fast.negatives.weights import Weights, mix, module_weights
+from selfnpo_fast.negatives.weights import WeightReader, mix, module_weights
 from selfnpo_fast.negatives.write import write_lora
 from selfnpo_fast.runtime.errors import UserError
 
@@ -212,7 +212,7 @@ class Resident:
     def __init__(self) -> None:
         self.now, self.most = 0, 0
 
-    def watch(self, weights: Weights) -> Weights:
+    def watch(self, weights: WeightReader) -> WeightReader:
         def read(name: str) -> torch.Tensor:
             tensor = weights.read(name).clone()
             size = tensor.untyped_storage().nbytes()
@@ -221,7 +221,7 @@ class Resident:
             weakref.finalize(tensor.untyped_storage(), self._gone, size)
             return tensor
 
-        return Weights(weights.source, weights.shapes, read)
+        return WeightReader(weights.source, weights.shapes, read)
 
     def _gone(self, size: int) -> None:
         self.now -= size
@@ -234,8 +234,8 @@ def test_sources_are_read_one_tensor_at_a_time(base, tuned, trained, adapter, tm
     else:
         save_with_diffusers(tmp_path, with_lora(adapter, 2, None))
     resident, real = Resident(), weights_module.file_weights
-    for place in ("weights", "negative"):
-        target = f"selfnpo_fast.guidance.{place}.file_weights"
+    for module in ("weights", "load"):
+        target = f"selfnpo_fast.negatives.{module}.file_weights"
         monkeypatch.setattr(target, lambda *args: resident.watch(real(*args)))
     load_negative(tuned, tmp_path, alpha=0.5, base=adapter.path)
     sources = 2 if kind == "full" else 1

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from selfnpo_fast import train
 from selfnpo_fast.runtime.compiling import compile_blocks, compiled
 
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 CONFIG = Path(__file__).parents[2] / "configs" / "sd15_fast.yaml"
 
 
 def test_off_is_off():
     network = tiny.unet()
     assert compiled(network.forward, "off") == network.forward
-    assert compile_blocks(network, "off") == 0
+    assert compile_blocks(network, BLOCKS, "off") == 0
     assert not any(module._compiled_call_impl for module in network.modules())
 
 
@@ -28,7 +29,7 @@ def test_blocks_keep_their_parameters_and_names():
     names = [name for name, _ in network.named_parameters()]
     kinds = [type(module).__name__ for module in network.modules()]
     expected = kinds.count("BasicTransformerBlock") + kinds.count("ResnetBlock2D")
-    assert compile_blocks(network, "default") == expected > 3
+    assert compile_blocks(network, BLOCKS, "default") == expected > 3
     assert [name for name, _ in network.named_parameters()] == names
 
 
@@ -36,7 +37,7 @@ def test_blocks_for_training_run_plain_without_gradients(monkeypatch):
     network = tiny.unet()
     calls = []
     monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *a, **k: (calls.append(0), call(*a, **k))[1])
-    compile_blocks(network, "default", training=True)
+    compile_blocks(network, BLOCKS, "default", training=True)
     given = torch.zeros(1, 4, 8, 8), torch.tensor([3]), torch.zeros(1, 12, tiny.WIDTH)
     with torch.no_grad():
         network(*given)

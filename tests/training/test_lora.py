@@ -13,8 +13,16 @@ from peft import LoraConfig as PeftConfig
 from torch import nn
 
 from selfnpo_fast.config import LoraConfig, ReferenceConfig, TrainConfig
+from selfnpo_fast.models import family_of
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.training.lora import Call, LoraLinear, Variant, Weights, add_average, add_lora, checkpoint_gradients
+from selfnpo_fast.training.lora import (
+    LoraLinear,
+    LoraWeights,
+    Variant,
+    add_average,
+    add_lora,
+    checkpoint_gradients,
+)
 from selfnpo_fast.training.moving_reference import MovingReference
 from selfnpo_fast.training.trainer import _split
 
@@ -38,7 +46,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.to(DEVICE), torch.tensor([100, 700], device=DEVICE), rows.to(DEVICE)
 
 
-def output(network: nn.Module, weights: Weights | None = None) -> torch.Tensor:
+def output(network: nn.Module, weights: LoraWeights | None = None) -> torch.Tensor:
     chosen, (x, t, rows) = {} if weights is None else {"low_rank": weights}, inputs()
     return network(x.to(network.dtype), t, rows.to(network.dtype), **chosen).sample
 
@@ -105,9 +113,9 @@ def test_targets_that_match_nothing_are_named():
     assert "\n" not in str(caught.value)
 
 
-def outputs(network: nn.Module) -> dict[Weights, torch.Tensor]:
+def outputs(network: nn.Module) -> dict[LoraWeights, torch.Tensor]:
     with torch.no_grad():
-        return {weights: output(network, weights) for weights in Weights}
+        return {weights: output(network, weights) for weights in LoraWeights}
 
 
 def apart(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -155,13 +163,13 @@ def test_a_call_chooses_its_weights(targets):
     network = student(targets=targets, alpha=1.0).double()
     average = apart(network)
     out, live = outputs(network), {name: p for name, p in network.named_parameters() if p.requires_grad}
-    assert torch.equal(out[Weights.OFF], output(unet().double()))
-    assert torch.equal(out[Weights.LIVE], output(network))
+    assert torch.equal(out[LoraWeights.OFF], output(unet().double()))
+    assert torch.equal(out[LoraWeights.LIVE], output(network))
     with torch.no_grad():
         for name, parameter in live.items():
             parameter.copy_(average[name])
-    assert torch.equal(out[Weights.AVERAGE], output(network)), "the average as live weights"
-    assert min((out[a] - out[b]).abs().max() for a, b in itertools.combinations(Weights, 2)) > 1e-2
+    assert torch.equal(out[LoraWeights.AVERAGE], output(network)), "the average as live weights"
+    assert min((out[a] - out[b]).abs().max() for a, b in itertools.combinations(LoraWeights, 2)) > 1e-2
 
 
 def test_a_call_that_fails_leaves_no_choice_behind():
@@ -169,7 +177,7 @@ def test_a_call_that_fails_leaves_no_choice_behind():
     apart(network)
     expected = output(network)
     with pytest.raises(RuntimeError):
-        network(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 12, 1), low_rank=Weights.OFF)
+        network(torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]), torch.zeros(2, 12, 1), low_rank=LoraWeights.OFF)
     assert torch.equal(output(network), expected)
 
 
@@ -178,13 +186,13 @@ def test_threads_choose_each_for_itself():
     apart(network)
     expected, wrong = outputs(network), []
 
-    def work(weights: Weights) -> None:
+    def work(weights: LoraWeights) -> None:
         for _ in range(20):
             with torch.no_grad():  # a thread has a grad mode of its own
                 if not torch.equal(output(network, weights), expected[weights]):
                     wrong.append(weights)
 
-    threads = [threading.Thread(target=work, args=(weights,)) for weights in Weights]
+    threads = [threading.Thread(target=work, args=(weights,)) for weights in LoraWeights]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -198,13 +206,13 @@ def test_a_call_compiles_as_one_graph_with_its_choice():
     expected, given = outputs(network), inputs()
 
     @functools.partial(torch.compile, fullgraph=True, backend="eager")
-    def call(chosen: Weights) -> torch.Tensor:
+    def call(chosen: LoraWeights) -> torch.Tensor:
         return network(*given, low_rank=chosen).sample
 
     with torch.no_grad():
-        for chosen in (*Weights, *Weights):
+        for chosen in (*LoraWeights, *LoraWeights):
             torch.testing.assert_close(call(chosen), expected[chosen], rtol=0, atol=1e-5)
-            assert torch.equal(output(network), expected[Weights.LIVE])
+            assert torch.equal(output(network), expected[LoraWeights.LIVE])
 
 
 def gradients(network: nn.Module, between) -> dict[str, torch.Tensor]:
@@ -226,36 +234,36 @@ def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
         monkeypatch.setitem(globals(), "DEVICE", "cuda")
         network.cuda()
     expected = gradients(network, lambda: None)
-    checkpoint_gradients(network)
+    checkpoint_gradients(network, family_of(network))
     counted, forward = [], LoraLinear.forward
     seen = lambda layer, x: (counted.append(layer.call.weights), forward(layer, x))[1]  # noqa: E731
     monkeypatch.setattr(LoraLinear, "forward", seen)
     call = next(part.call for part in network.modules() if isinstance(part, LoraLinear))
-    left: list[Weights] = []
+    left: list[LoraWeights] = []
     if backward_in == "another":
         monkeypatch.setattr(torch.Tensor, "backward", in_another_thread(torch.Tensor.backward, call, left))
 
     def meanwhile() -> None:
         with torch.no_grad():
-            output(network, Weights.AVERAGE)
-        call.weights = Weights.OFF  # the recomputation has to set and restore it, in whichever thread
+            output(network, LoraWeights.AVERAGE)
+        call.weights = LoraWeights.OFF  # the recomputation has to set and restore it, in whichever thread
 
     found = gradients(network, meanwhile)
-    assert call.weights is Weights.OFF
-    assert left == [Weights.OFF] * (backward_in == "another")
+    assert call.weights is LoraWeights.OFF
+    assert left == [LoraWeights.OFF] * (backward_in == "another")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     layers = len(counted) // 3
-    assert counted == [*[Weights.LIVE] * layers, *[Weights.AVERAGE] * layers, *[Weights.LIVE] * layers], (
+    assert counted == [*[LoraWeights.LIVE] * layers, *[LoraWeights.AVERAGE] * layers, *[LoraWeights.LIVE] * layers], (
         "the forward, the call in between, and the recomputation"
     )
 
 
-def in_another_thread(function, call: Call, left: list[Weights]):
+def in_another_thread(function, call: LoraCall, left: list[LoraWeights]):
     """`function` in a thread that other weights were left in; what it leaves there goes into `left`."""
 
     def work(*arguments) -> None:
-        call.weights = Weights.OFF
+        call.weights = LoraWeights.OFF
         function(*arguments)
         left.append(call.weights)
 
@@ -278,10 +286,10 @@ def test_the_average_is_a_second_set_of_weights_that_nobody_trains():
         assert parameter.data_ptr() != live[name].data_ptr()
     assert {name for name, p in network.named_parameters() if p.requires_grad} == live.keys()
     with torch.no_grad():
-        before = output(network, Weights.AVERAGE)
+        before = output(network, LoraWeights.AVERAGE)
     step(network)
     with torch.no_grad():
-        assert torch.equal(output(network, Weights.AVERAGE), before)
+        assert torch.equal(output(network, LoraWeights.AVERAGE), before)
         assert (output(network) - before).abs().max() > 1e-3
 
 
@@ -292,7 +300,7 @@ def test_an_average_beside_the_live_weights_follows_them():
     others = {name: p.clone() for name, p in network.named_parameters() if "lora" not in name}
     live = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     start = {name: parameter.detach().clone() for name, parameter in live}
-    moving = MovingReference(Variant(network, Weights.AVERAGE), live, 0.5, average=average)
+    moving = MovingReference(Variant(network, LoraWeights.AVERAGE), live, 0.5, average=average)
     step(network)
     moving.update()
     for name, parameter in live:
@@ -323,7 +331,7 @@ def test_full_weights_have_a_reference_of_their_own_that_is_frozen():
     assert (output(network) - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("ema", Weights.AVERAGE), ("frozen", Weights.OFF)])
+@pytest.mark.parametrize(("kind", "weights"), [("ema", LoraWeights.AVERAGE), ("frozen", LoraWeights.OFF)])
 def test_lora_has_its_reference_in_the_same_network(kind, weights):
     network, reference, average = split(lora=LoraConfig(rank=2), reference=ReferenceConfig(kind=kind))
     assert reference.network is network
