@@ -79,17 +79,17 @@ def denoiser_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES.values()))
 
 
-def family_of(denoiser: nn.Module | str) -> Family:
+def family_of(denoiser: nn.Module | str, what: str = "model") -> Family:
     """A family that has denoisers of this class (or of the class so named), by which families differ in no way here.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, which calls the denoiser `what`.
     """
     name = denoiser if isinstance(denoiser, str) else type(denoiser).__name__
     for family in FAMILIES.values():
         if family.denoiser_class == name:
             return family
     known = dict.fromkeys(family.denoiser_class for family in FAMILIES.values())
-    raise UserError(f"model: a {one_line(ValueError(name), 60)} is not supported; expected one of {', '.join(known)}")
+    raise UserError(f"{what} is a {one_line(ValueError(name), 60)}; supported are {', '.join(known)}")
 
 
 def guided_family_of(pipeline_name: str) -> Family | None:

@@ -80,10 +80,7 @@ def empty_model(config: dict, source: str) -> nn.Module:
     """The network of a denoiser's config.json without memory behind its weights. Raises UserError."""
     from accelerate import init_empty_weights
 
-    try:
-        family = family_of(str(config.get("_class_name")))
-    except UserError as error:
-        raise UserError(f"base: {source} holds no model that is supported: {error}") from error
+    family = family_of(str(config.get("_class_name")), f"base: {source}")
     try:
         with init_empty_weights():
             return family.new_denoiser(config)

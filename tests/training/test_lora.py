@@ -16,6 +16,7 @@ from selfnpo_fast.config import LoraConfig, ReferenceConfig, TrainConfig
 from selfnpo_fast.models import family_of
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.training.lora import (
+    LoraCall,
     LoraLinear,
     LoraWeights,
     Variant,
