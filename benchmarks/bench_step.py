@@ -130,7 +130,7 @@ def check_arms(bench: Workbench, arms: Sequence[Arm] = ARMS) -> Gate:
             truth = truths[key] if key in truths else truths.setdefault(key, own_lockstep(bench, arm.config, first))
             for name in ("sample_ids", "t", "s", "rows", "x_s", "target"):
                 gate.compare(arm.name, name, getattr(pairs, name), getattr(truth, name))
-        elif arm.config.w == -1:
+        elif arm.config.omega == -1:
             x_s, target = on_trajectory(rollout.maker, pairs)
             gate.compare(arm.name, "x_s", pairs.x_s, x_s)
             gate.compare(arm.name, "target", pairs.target, target)
@@ -232,7 +232,7 @@ def summarise(seconds: np.ndarray, forwards: np.ndarray, arms: Sequence[Arm]) ->
         # A continuous rollout has no K: each of its steps gives a pair.
         k = None if config is None or config.mode == "continuous" else config.max_steps
         record = {"name": arm.name, "label": arm.label, "start": config and config.start, "k": k}
-        record |= {"w": config and config.w, "forwards_per_pair": float(forwards[:, i].mean())}
+        record |= {"w": config and config.omega, "forwards_per_pair": float(forwards[:, i].mean())}
         record |= {"seconds_per_pair": spread(seconds[:, i]), "rounds_seconds_per_pair": seconds[:, i].tolist()}
         for name in (CONTINUOUS, FORWARD, FLOOR):
             record[f"ratio_to_{name}"] = spread(seconds[:, i] / seconds[:, column[name]])

@@ -72,8 +72,8 @@ class RolloutConfig:
     """Most steps that a lockstep (or data-started) rollout runs; grid_steps by default, which from noise with
     `stop: fixed` is the paper's full-simulation baseline. Continuous rollouts from noise always run to the end.
     """
-    w: float = -1.0
-    """Rollout guidance, the paper's omega: p = p_cond + w (p_cond - p_uncond); guidance_scale - 1."""
+    omega: float = -1.0
+    """Guidance of the rollouts, as in the paper: p = p_cond + omega (p_cond - p_uncond); guidance_scale - 1."""
     stop: Literal["uniform", "fixed"] = "uniform"
     """Lockstep from noise: stop after a number of steps uniform in 1..k per sample, or always after k."""
     noising: Literal["from_x_t", "naive"] = "from_x_t"
@@ -81,7 +81,7 @@ class RolloutConfig:
     pool: int = 4
     """Continuous: slots per training pair of an update; 1/pool of the slots advance per update."""
     branches: Literal["auto", "batched", "split"] = "auto"
-    """Where w needs both outputs: one batch of conditional and unconditional, two, or whichever a short measurement
+    """Where omega needs both outputs: one batch of conditional and unconditional, two, or whichever a short measurement
     finds faster. The two differ in their last bits, so name one where two runs have to be equal."""
     overlap: bool = False
     """Make the pairs of the next update while the student learns from the present ones, by the reference as it was one
@@ -109,7 +109,12 @@ class RolloutConfig:
             "'uniform' in lockstep mode",
         )
         _check(1 <= self.pool <= 2**10, "rollout.pool", self.pool, "1 to 1024")
-        _check(abs(self.w) <= 100, "rollout.w", self.w, "between -100 and 100 (-1 is the paper's choice for SD1.5)")
+        _check(
+            abs(self.omega) <= 100,
+            "rollout.omega",
+            self.omega,
+            "between -100 and 100 (-1 is the paper's choice for SD1.5)",
+        )
 
     @property
     def max_steps(self) -> int:

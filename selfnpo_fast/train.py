@@ -131,7 +131,7 @@ def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
         trainer.engine.stage,
         config.rollout.mode,
         config.rollout.start,
-        config.rollout.w,
+        config.rollout.omega,
         config.reference.kind,
         kernels,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.arms.pairs import finished_pairs
 from benchmarks.nets import BenchNet
 from selfnpo_fast.config import LossConfig, OptimizerConfig, RolloutConfig
 from selfnpo_fast.models import family_of
@@ -52,7 +53,7 @@ class ReleasedRollout(LockstepRollout):
             index = (index - 1).clamp(min=-1)
         pos, neg = predictor(x, grid.timestep(index), rows)
         _, target = guided_step(pos, neg, x, grid.step, index=index + 1)
-        return maker.finish(x, index, target, ids)
+        return finished_pairs(maker, x, index, target, ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +70,12 @@ class Arm:
     @property
     def calls(self) -> int:
         """Samples that the reference forwards per evaluation of one sample."""
-        both = issubclass(self.predictor, UnbatchedPredictor) or self.config.w not in (-1, 0)
+        both = issubclass(self.predictor, UnbatchedPredictor) or self.config.omega not in (-1, 0)
         return 2 if both else 1
 
 
-K5 = RolloutConfig(mode="lockstep", start="data", k=5, w=-1.0)
-FULL = RolloutConfig(mode="lockstep", start="noise", stop="fixed", k=25, w=-1.0)
+K5 = RolloutConfig(mode="lockstep", start="data", k=5, omega=-1.0)
+FULL = RolloutConfig(mode="lockstep", start="noise", stop="fixed", k=25, omega=-1.0)
 CONTINUOUS, FORWARD, FLOOR = "continuous", "floor_forward", "floor"
 NOISE = {"mode": "continuous", "start": "noise"}
 RELEASED = {"rollout": ReleasedRollout, "predictor": UnbatchedPredictor}
@@ -84,8 +85,8 @@ ARMS = (
     Arm(name="full", label="full simulation, calls as released", config=FULL, **RELEASED),
     Arm(name="full_live", label="the same, no dead branches", config=FULL, rollout=ReleasedRollout),
     Arm(name="lockstep", label="our lockstep mode", config=K5, rollout=LockstepRollout),
-    Arm(name=CONTINUOUS, label="continuous", config=RolloutConfig(w=-1.0, **NOISE), rollout=ContinuousRollout),
-    Arm(name="continuous_w5", label="continuous", config=RolloutConfig(w=-5.0, **NOISE), rollout=ContinuousRollout),
+    Arm(name=CONTINUOUS, label="continuous", config=RolloutConfig(omega=-1.0, **NOISE), rollout=ContinuousRollout),
+    Arm(name="continuous_w5", label="continuous", config=RolloutConfig(omega=-5.0, **NOISE), rollout=ContinuousRollout),
     Arm(name=FORWARD, label="floor: one reference forward and the student", forwards=1),
     Arm(name=FLOOR, label="floor: the student alone"),
 )
@@ -114,11 +115,11 @@ class Workbench:
     def rollout(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
         """A new rollout of the arm from sample id 0."""
         maker = PairMaker(
-            arm.predictor(self._predict, self.cond, arm.config.w, "batched"),
-            Grid.build(self.net.schedule, arm.config.grid_steps, self.device, w=arm.config.w),
+            arm.predictor(self._predict, self.cond, arm.config.omega, "batched"),
+            Grid.build(self.net.schedule, arm.config.grid_steps, self.device, omega=arm.config.omega),
             arm.config,
             latent_shape=self.net.latent_shape,
-            items=ITEMS,
+            num_prompts=ITEMS,
             latents=self.latents if arm.config.start == "data" else None,
             seed=SEED,
             dropout=0.0,

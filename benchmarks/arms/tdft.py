@@ -32,7 +32,7 @@ class TdftStep(Op):
     def build(self) -> None:
         self.pos, self.neg = self.random(self.low), self.random(self.low)
         self.cycle = GRID_STEPS if self.batch < GRID_STEPS else 1  # with few slots a step may end none
-        grid = Grid.build(self.schedule, GRID_STEPS, self.device, w=ROLLOUT_W)
+        grid = Grid.build(self.schedule, GRID_STEPS, self.device, omega=ROLLOUT_W)
         weight = torch.linspace(0.5, 1.5, GRID_STEPS + 1, device=self.device)
         self.tables = TdftTables(
             step=grid.step, start=grid.start, renoise=grid.renoise, timesteps=grid.timesteps, weight=weight

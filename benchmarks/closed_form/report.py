@@ -98,9 +98,9 @@ def trajectory_errors(grid_steps: int, start: str, count: int, replicates: int, 
     )
     truth, schedule = mixture(), NoiseSchedule.from_scheduler(scheduler)
     generator = torch.Generator().manual_seed(1)
-    grid = Grid.build(schedule, grid_steps, CPU, w=0.0)
+    grid = Grid.build(schedule, grid_steps, CPU, omega=0.0)
     rows = {"weights": torch.full((1, COMPONENTS), 1 / COMPONENTS)}
-    predictor = GuidedPredictor(ExactDenoiser(truth, schedule), ConditioningTable.build(rows, rows), w=0)
+    predictor = GuidedPredictor(ExactDenoiser(truth, schedule), ConditioningTable.build(rows, rows), omega=0)
     if start == "noise":
         x = torch.randn(count, *SHAPE, dtype=torch.float64, generator=generator)
     else:
@@ -118,13 +118,13 @@ def training_parts(batch: int, pool: int, seed: int, reference):
     adapter = load_adapter("digits")
     prompts = read_prompts("digits")[:512]
     table = ConditioningTable.build(adapter.encode_empty(CPU), adapter.encode_prompts(prompts, CPU))
-    setting = RolloutConfig(grid_steps=GRID_STEPS, w=-1.0, pool=pool)
+    setting = RolloutConfig(grid_steps=GRID_STEPS, omega=-1.0, pool=pool)
     maker = PairMaker(
-        GuidedPredictor(lambda x, t, cond: adapter.predict(reference, x, t, cond), table, setting.w),
-        Grid.build(adapter.schedule, GRID_STEPS, CPU, w=setting.w),
+        GuidedPredictor(lambda x, t, cond: adapter.predict(reference, x, t, cond), table, setting.omega),
+        Grid.build(adapter.schedule, GRID_STEPS, CPU, omega=setting.omega),
         setting,
         latent_shape=adapter.latent_shape,
-        items=len(prompts),
+        num_prompts=len(prompts),
         latents=None,
         seed=seed,
         dropout=0.5,
@@ -144,7 +144,7 @@ def replay(rollout: ContinuousRollout, adapter: StableDiffusionAdapter, network)
     """The states that the live slots would be in, had `network` walked them from their start noise."""
     maker = rollout.maker
     predictor = GuidedPredictor(
-        lambda x, t, cond: adapter.predict(network, x, t, cond), maker.predictor.table, maker.config.w
+        lambda x, t, cond: adapter.predict(network, x, t, cond), maker.predictor.table, maker.config.omega
     )
     ids, index = rollout.ids.flatten(), rollout.index.flatten()
     noise = normal(maker.key(Draw.START_NOISE, ids), maker.latent_shape)

@@ -27,7 +27,7 @@ START: dict[str, object] = {
     "rollout.start": "noise",
     "rollout.grid_steps": 25,
     "rollout.k": 25,
-    "rollout.w": -1.0,
+    "rollout.omega": -1.0,
     "reference.kind": "ema",
     "reference.decay": 0.999,
     "prompts.source": "digits",
@@ -58,10 +58,10 @@ class Recipe:
 RECIPES = {
     "continuous": Recipe("continuous rollouts from noise, w = -1, EMA reference", same_prompt=True),
     "dropout .5": Recipe("half of the student's prompts empty", {"prompts.dropout": 0.5}, same_prompt=True),
-    "w = -5": Recipe("rollout guidance", {"rollout.w": -5.0, "optimizer.lr": 2e-5}, same_prompt=True),
+    "w = -5": Recipe("rollout guidance", {"rollout.omega": -5.0, "optimizer.lr": 2e-5}, same_prompt=True),
     "frozen": Recipe("the original model makes all pairs", {"reference.kind": "frozen"}),
-    "w = 0": Recipe("the conditional output alone", {"rollout.w": 0.0}),
-    "w = -3": Recipe("rollout guidance", {"rollout.w": -3.0, "optimizer.lr": 3e-5}),
+    "w = 0": Recipe("the conditional output alone", {"rollout.omega": 0.0}),
+    "w = -3": Recipe("rollout guidance", {"rollout.omega": -3.0, "optimizer.lr": 3e-5}),
     "naive": Recipe("noise is added to the clean estimate (Eq. 15)", {"rollout.noising": "naive"}),
     "lockstep, equal seconds": Recipe("the paper's rollouts, stop uniform", _LOCKSTEP, equal_seconds=True),
     "full, equal seconds": Recipe("full simulation K = 25", _FULL, equal_seconds=True),
@@ -70,7 +70,7 @@ RECIPES = {
     "shuffled": Recipe("as continuous, prompts of other samples", {"prompts.shuffled": True}),
     "shuffled, w = -5": Recipe(
         "as w = -5, prompts of other samples",
-        {"rollout.w": -5.0, "optimizer.lr": 2e-5, "prompts.shuffled": True},
+        {"rollout.omega": -5.0, "optimizer.lr": 2e-5, "prompts.shuffled": True},
     ),
     "lockstep": Recipe("the paper's rollouts from noise, stop uniform", _LOCKSTEP),
     "authors": Recipe(

@@ -69,12 +69,18 @@ class Tracer:
                 self.adapter, DTYPES[engine.precision], config.lora, checkpointing=engine.gradient_checkpointing
             )
         denoiser = self._denoisers[kind]
-        key = (*kind, micro, forwards_per_state(config.rollout.w), config.rollout.w == -1, keeps_gradients(config))
+        key = (
+            *kind,
+            micro,
+            forwards_per_state(config.rollout.omega),
+            config.rollout.omega == -1,
+            keeps_gradients(config),
+        )
         if key not in self._traces:
-            rows = micro * forwards_per_state(config.rollout.w)
+            rows = micro * forwards_per_state(config.rollout.omega)
             self._traces[key] = (
                 denoiser.student(micro, keep_gradients=keeps_gradients(config)),
-                denoiser.forward_peak(rows, one_row=config.rollout.w == -1),
+                denoiser.forward_peak(rows, one_row=config.rollout.omega == -1),
             )
         student, reference_peak = self._traces[key]
         return Run(
@@ -98,13 +104,13 @@ def forwards_per_pair(rollout: RolloutConfig) -> float:
     gives the target: from noise k steps or a uniform 1..k, from data min(k, i + 1) from its uniform grid index i < N.
     """
     if rollout.mode == "continuous":
-        return forwards_per_state(rollout.w)
+        return forwards_per_state(rollout.omega)
     k = rollout.max_steps
     if rollout.start == "noise" and rollout.stop == "fixed":
-        return forwards_per_state(rollout.w) * (k + 1)
+        return forwards_per_state(rollout.omega) * (k + 1)
     n = rollout.grid_steps
     steps = sum(min(k, i + 1) for i in range(n)) / n if rollout.start == "data" else (k + 1) / 2
-    return forwards_per_state(rollout.w) * (steps + 1)
+    return forwards_per_state(rollout.omega) * (steps + 1)
 
 
 def startup_forwards(run: Run) -> int:
@@ -113,7 +119,7 @@ def startup_forwards(run: Run) -> int:
     return (
         0
         if rollout.mode == "lockstep"
-        else forwards_per_state(rollout.w) * slots(run) * run.world_size * rollout.grid_steps
+        else forwards_per_state(rollout.omega) * slots(run) * run.world_size * rollout.grid_steps
     )
 
 

@@ -98,7 +98,7 @@ def _facts(run: Run) -> str:
         f"{run.micro_batch}); {engine.precision}, ZeRO {stage}, {config.optimizer.name}, "
         f"gradient checkpointing {'on' if engine.gradient_checkpointing else 'off'}",
         f"forwards  {costs.forwards_per_pair(config.rollout):.3g} of the reference per pair "
-        f"({config.rollout.mode} from {config.rollout.start}, w = {config.rollout.w:g})"
+        f"({config.rollout.mode} from {config.rollout.start}, w = {config.rollout.omega:g})"
         + (f"; at most {n:,} once, to fill the slots" if (n := costs.startup_forwards(run)) else ""),
         f"FLOPs     {_si(work.total)} per update: reference {_si(work.reference)}, student {_si(work.student)}",
         f"files     checkpoint {shown(costs.checkpoint_bytes(run))}, negative model {shown(costs.negative_bytes(run))}",

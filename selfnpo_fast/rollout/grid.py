@@ -34,9 +34,9 @@ class Grid:
 
     @classmethod
     def build(
-        cls, schedule: NoiseSchedule, grid_steps: int, device: torch.device, *, w: float, noising: str = "from_x_t"
+        cls, schedule: NoiseSchedule, grid_steps: int, device: torch.device, *, omega: float, noising: str = "from_x_t"
     ) -> Grid:
-        """The DDIM grid of `grid_steps` steps under guidance w; the step from grid index 0 ends at timestep 0."""
+        """The DDIM grid of `grid_steps` steps under guidance omega; the step from grid index 0 ends at timestep 0."""
         zero = torch.zeros(1, dtype=torch.int64)
         timesteps = torch.cat([zero, ddim_grid(schedule.num_train_timesteps, grid_steps)])
         previous = torch.cat([zero, timesteps[:-1]])
@@ -47,7 +47,7 @@ class Grid:
         else:
             renoise = renoise_coefficients(schedule, timesteps[:, None].expand_as(every_s), every_s)
         tables = (
-            ddim_coefficients(schedule, timesteps, previous, w),
+            ddim_coefficients(schedule, timesteps, previous, omega),
             forward_coefficients(schedule, timesteps),
             renoise,
         )

@@ -49,8 +49,8 @@ class GuidedPredictor:
     or as two (`branches`): `auto` times the first steps of full batches and keeps to the faster way.
     """
 
-    def __init__(self, predict: Predict, table: ConditioningTable, w: float, branches: str = "auto") -> None:
-        self.predict, self.table, self.w = predict, table, w
+    def __init__(self, predict: Predict, table: ConditioningTable, omega: float, branches: str = "auto") -> None:
+        self.predict, self.table, self.omega = predict, table, omega
         self.branches = BatchOrSplit(branches, "rollouts")
         self.forwards = 0
         self._largest_batch = 0
@@ -58,7 +58,7 @@ class GuidedPredictor:
     @property
     def forwards_per_state(self) -> int:
         """Samples that are forwarded for the outputs of one state: 1 or 2."""
-        return forwards_per_state(self.w)
+        return forwards_per_state(self.omega)
 
     @property
     def decided(self) -> bool:
@@ -72,9 +72,9 @@ class GuidedPredictor:
 
     def outputs(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
         """What a call returns, without counting: for a step that is compiled or captured."""
-        if self.w == -1:
+        if self.omega == -1:
             return None, self.predict(x, t, self.table.empty(len(x)))
-        if self.w == 0:
+        if self.omega == 0:
             return self.predict(x, t, self.table.gather(rows)), None
         if self.branches.decided:
             return self._both(x, t, rows, bool(self.branches.batched))
@@ -101,9 +101,9 @@ class GuidedPredictor:
         self.branches.load_state_dict(state)
 
 
-def forwards_per_state(w: float) -> int:
+def forwards_per_state(omega: float) -> int:
     """Rows that the reference forwards for one state: both branches, or only the one that counts at -1 and 0."""
-    return 1 if w in (-1, 0) else 2
+    return 1 if omega in (-1, 0) else 2
 
 
 class PairMaker:
@@ -116,7 +116,7 @@ class PairMaker:
         config: RolloutConfig,
         *,
         latent_shape: tuple[int, ...],
-        items: int,
+        num_prompts: int,
         latents: torch.Tensor | None,
         seed: int,
         dropout: float,
@@ -124,19 +124,21 @@ class PairMaker:
         shuffled: bool = False,
     ) -> None:
         self.predictor, self.grid, self.config = predictor, grid, config
-        self.latent_shape, self.items, self.latents = latent_shape, items, latents
+        self.latent_shape, self.num_prompts, self.latents = latent_shape, num_prompts, latents
         self.seed, self.dropout, self.device, self.shuffled = seed, dropout, device, shuffled
 
-    def item(self, sample_ids: torch.Tensor, order: int = 0) -> torch.Tensor:
-        """Prompt (or image) number of each sample id (B,): a keyed permutation of the items per epoch.
+    def prompt_index(self, sample_ids: torch.Tensor, order: int = 0) -> torch.Tensor:
+        """Prompt (or image) number of each sample id (B,): a keyed permutation of all of them per epoch.
 
         Another `order` is another permutation.
         """
-        return permute(sample_ids % self.items, self.items, self.seed + order, sample_ids // self.items)
+        return permute(
+            sample_ids % self.num_prompts, self.num_prompts, self.seed + order, sample_ids // self.num_prompts
+        )
 
     def rows(self, sample_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the conditioning table, (B,)."""
-        return self.item(sample_ids) + 1
+        return self.prompt_index(sample_ids) + 1
 
     def key(self, kind: Draw, sample_ids: torch.Tensor, index: torch.Tensor | int = -1) -> NoiseKey:
         """The noise key of one use for these samples."""
@@ -151,19 +153,19 @@ class PairMaker:
     def student_rows(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """The prompts' rows with `dropout` of them replaced by the empty prompt, (B,)."""
         dropped = uniform(self.key(Draw.PROMPT_DROPOUT, sample_ids, index)) < self.dropout
-        rows = self.item(sample_ids, order=1) + 1 if self.shuffled else self.rows(sample_ids)
+        rows = self.prompt_index(sample_ids, order=1) + 1 if self.shuffled else self.rows(sample_ids)
         return torch.where(dropped, EMPTY_ROW, rows)
 
     def start_latents(self, sample_ids: torch.Tensor) -> torch.Tensor | None:
         """Scaled latents (B, ...) of real data, or None when rollouts start from noise."""
         if self.latents is None:
             return None
-        return self.latents[self.item(sample_ids).to(self.latents.device)].to(self.device)
+        return self.latents[self.prompt_index(sample_ids).to(self.latents.device)].to(self.device)
 
     def rules(self, stride: int) -> TdftRules:
         """What `tdft_step` needs of this; `stride` is the number of slots of all ranks."""
         return TdftRules(
-            items=self.items,
+            items=self.num_prompts,
             stride=stride,
             max_steps=self.config.max_steps,
             seed=self.seed,

@@ -65,7 +65,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     model = config.model
     config.engine.micro_batch(world.size)
     adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
-    Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"), w=config.rollout.w)
+    Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"), omega=config.rollout.omega)
     if config.log.sample_every >= 0:
         adapter.check_steps(config.log.sample_steps, "log.sample_steps")
     latents = None
@@ -148,14 +148,14 @@ class Trainer:
         predictor = GuidedPredictor(
             lambda x, t, cond: self.adapter.predict(self.reference.module, x, t, cond),
             self.table,
-            config.rollout.w,
+            config.rollout.omega,
             config.rollout.branches,
         )
         grid = Grid.build(
             self.adapter.schedule,
             config.rollout.grid_steps,
             world.device,
-            w=config.rollout.w,
+            omega=config.rollout.omega,
             noising=config.rollout.noising,
         )
         maker = PairMaker(
@@ -163,7 +163,7 @@ class Trainer:
             grid,
             config.rollout,
             latent_shape=self.adapter.latent_shape,
-            items=self.table.prompts,
+            num_prompts=self.table.prompts,
             latents=latents,
             seed=config.seed,
             dropout=config.prompts.dropout,

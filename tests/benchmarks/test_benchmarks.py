@@ -268,9 +268,9 @@ def test_timing_stops_at_a_wrong_number_of_forwards(bench, monkeypatch):
 
 def test_arms_are_those_of_the_issue():
     """What each row of the table stands for."""
-    assert (K5.start, K5.max_steps, K5.w, K5.grid_steps) == ("data", 5, -1, 25)
-    assert (FULL.start, FULL.stop, FULL.max_steps, FULL.w) == ("noise", "fixed", 25, -1)
-    assert [(arm.config and arm.config.w, arm.config and arm.config.mode) for arm in ARMS[4:]] == [
+    assert (K5.start, K5.max_steps, K5.omega, K5.grid_steps) == ("data", 5, -1, 25)
+    assert (FULL.start, FULL.stop, FULL.max_steps, FULL.omega) == ("noise", "fixed", 25, -1)
+    assert [(arm.config and arm.config.omega, arm.config and arm.config.mode) for arm in ARMS[4:]] == [
         (-1, "lockstep"),
         (-1, "continuous"),
         (-5, "continuous"),

@@ -77,7 +77,7 @@ def profiled(words: list[str], path: Path, updates: int) -> torch.profiler.profi
 RECIPES = {
     "full weights": ["--rollout.overlap", "true"],
     "lora": ["--rollout.overlap", "true", "--lora.rank", "2"],
-    "guided": ["--rollout.w", "-5"],
+    "guided": ["--rollout.omega", "-5"],
 }
 
 

@@ -321,10 +321,10 @@ def test_buffers():
     ("rollout", "expected"),
     [
         (RolloutConfig(), 1),
-        (RolloutConfig(w=0), 1),
-        (RolloutConfig(w=-5), 2),
+        (RolloutConfig(omega=0), 1),
+        (RolloutConfig(omega=-5), 2),
         (RolloutConfig(mode="lockstep", stop="fixed"), 26),
-        (RolloutConfig(mode="lockstep", stop="fixed", k=5, w=-3), 12),
+        (RolloutConfig(mode="lockstep", stop="fixed", k=5, omega=-3), 12),
         (RolloutConfig(mode="lockstep", k=5), 4),  # 1 to 5 steps, 3 on average, and the target
         (RolloutConfig(mode="lockstep", start="data", k=1), 2),
         (RolloutConfig(mode="lockstep", start="data", k=25), 14),
@@ -336,8 +336,8 @@ def test_forwards_per_pair_in_closed_form(rollout, expected):
 
 
 RECORDED = {
-    "continuous": ("--rollout.w", "-1"),
-    "continuous, both branches": ("--rollout.w", "-3"),
+    "continuous": ("--rollout.omega", "-1"),
+    "continuous, both branches": ("--rollout.omega", "-3"),
     "lockstep from noise": ("--rollout.mode", "lockstep", "--rollout.k", "3"),
     "lockstep, fixed": ("--rollout.mode", "lockstep", "--rollout.k", "3", "--rollout.stop", "fixed"),
     "lockstep from data": (
@@ -555,7 +555,7 @@ def test_verify_on_digits_with_every_engine(engine):
     [
         {"optimizer": OptimizerConfig(name="adamw8bit")},
         {"lora": LORA},
-        {"rollout": RolloutConfig(mode="lockstep", w=-3, k=3)},
+        {"rollout": RolloutConfig(mode="lockstep", omega=-3, k=3)},
         {"reference": ReferenceConfig(kind="frozen")},
     ],
     ids=["adamw8bit", "lora", "lockstep", "frozen"],

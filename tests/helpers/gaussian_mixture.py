@@ -8,6 +8,7 @@ from __future__ import annotations
 import tiny
 import torch
 
+from benchmarks.arms.pairs import finished_pairs
 from benchmarks.closed_form.gaussian_mixture import ExactDenoiser, GaussianMixture
 from selfnpo_fast.config import RolloutConfig
 from selfnpo_fast.diffusion.schedule import NoiseSchedule
@@ -46,7 +47,7 @@ def scheduler(prediction_type: str = "epsilon", **changes):
 
 
 def config(**changes) -> RolloutConfig:
-    return RolloutConfig(**({"grid_steps": STEPS, "mode": "continuous", "w": 0.0} | changes))
+    return RolloutConfig(**({"grid_steps": STEPS, "mode": "continuous", "omega": 0.0} | changes))
 
 
 def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE, seed: int = 3) -> PairMaker:
@@ -54,11 +55,11 @@ def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE
     schedule = NoiseSchedule.from_scheduler(theirs or scheduler())
     data = mixture.sample(table.rows["weights"][1:], rng(7)).float() if setting.start == "data" else None
     return PairMaker(
-        GuidedPredictor(ExactDenoiser(mixture, schedule), table, setting.w),
-        Grid.build(schedule, setting.grid_steps, CPU, w=setting.w, noising=setting.noising),
+        GuidedPredictor(ExactDenoiser(mixture, schedule), table, setting.omega),
+        Grid.build(schedule, setting.grid_steps, CPU, omega=setting.omega, noising=setting.noising),
         setting,
         latent_shape=SHAPE,
-        items=4,
+        num_prompts=4,
         latents=data,
         seed=seed,
         dropout=0.0,
@@ -102,7 +103,7 @@ def exact_batch(maker: PairMaker, batch: int, number: int):
     x0 = maker.predictor.predict.mixture.sample(maker.predictor.table.rows["weights"][rows], rng(1000 + number))
     x_t = scheduler().add_noise(x0, randn(*x0.shape, seed=2000 + number), t)
     pos, _ = maker.predictor(x_t, t, rows)
-    return maker.finish(x_t, index, scheduler_x0(x_t, pos, t), ids), x0
+    return finished_pairs(maker, x_t, index, scheduler_x0(x_t, pos, t), ids), x0
 
 
 def scheduler_x0(x: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

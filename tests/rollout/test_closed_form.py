@@ -472,7 +472,7 @@ def test_zero_terminal_snr_is_finite(start, mode, prediction_type, kind):
     assert theirs.alphas_cumprod[-1] == 0
     top = 0
     for w in (-3.0, -1.0, 0.0):
-        maker = make_maker(config(mode=mode, start=start, k=STEPS, w=w), theirs)
+        maker = make_maker(config(mode=mode, start=start, k=STEPS, omega=w), theirs)
         objective = Objective.build(LossConfig(kind=kind), maker.grid.schedule, CPU)
         rollout = make_rollout(maker, batch=200)
         for _ in range(12):

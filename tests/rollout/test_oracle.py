@@ -82,7 +82,7 @@ def test_lockstep_iteration_matches_the_authors_code(path: Path):
         renoise=tensors["renoise"],
     )
     rows = torch.arange(len(tensors["latents"])) + 1
-    grid = Grid.build(schedule, int(meta["ddim_steps"]), CPU, w=predictor.w)
+    grid = Grid.build(schedule, int(meta["ddim_steps"]), CPU, omega=predictor.omega)
 
     out = lockstep_rollout(predictor, grid, draws, tensors["latents"], rows)
 
@@ -121,6 +121,6 @@ def test_forwards_per_pair_are_half_of_the_authors():
             s=tensors["s"],
             renoise=tensors["renoise"],
         )
-        grid = Grid.build(schedule, 25, CPU, w=w)
+        grid = Grid.build(schedule, 25, CPU, omega=w)
         lockstep_rollout(predictor, grid, draws, tensors["latents"], torch.arange(batch) + 1)
         assert predictor.forwards == expected * batch

@@ -164,7 +164,7 @@ def model(tmp_path_factory) -> Path:
 RECIPES = {
     "continuous": [],
     "lockstep": ["--rollout.mode", "lockstep", "--rollout.k", "3"],
-    "guided": ["--rollout.w", "-3", "--rollout.branches", "batched"],
+    "guided": ["--rollout.omega", "-3", "--rollout.branches", "batched"],
     "data": ["--rollout.start", "data", "--data.source", "digits"],
     "accumulation": ["--engine.accumulation", "2"],
     "lora": ["--lora.rank", "2"],

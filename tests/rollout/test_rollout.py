@@ -51,23 +51,23 @@ class Run:
     pool: int = 2
     rank: int = 0
     world_size: int = 1
-    items: int = PROMPTS
+    num_prompts: int = PROMPTS
 
     def make(self):
         grid = Grid.build(
             NoiseSchedule.from_scheduler(scheduler()),
             self.config.grid_steps,
             CPU,
-            w=self.config.w,
+            omega=self.config.omega,
             noising=self.config.noising,
         )
         latents = torch.randn(PROMPTS, *SHAPE, generator=torch.Generator().manual_seed(0))
         maker = PairMaker(
-            GuidedPredictor(network, TABLE, self.config.w),
+            GuidedPredictor(network, TABLE, self.config.omega),
             grid,
             self.config,
             latent_shape=SHAPE,
-            items=self.items,
+            num_prompts=self.num_prompts,
             latents=latents if self.config.start == "data" else None,
             seed=self.seed,
             dropout=self.dropout,
@@ -109,7 +109,7 @@ def tweedie(x: torch.Tensor, t: int, row: int, w: float) -> torch.Tensor:
 @pytest.mark.parametrize("w", [-1.0, 0.0, -3.0])
 def test_continuous_pairs_lie_on_diffusers_trajectories(w):
     """Every pair's target and x_s come from its own sample's DDIM trajectory, over several lives of each slot."""
-    run = Run(config(w=w))
+    run = Run(config(omega=w))
     rollout = run.make()
     a = scheduler().alphas_cumprod.double().sqrt()
     seen = set()
@@ -138,7 +138,7 @@ def test_continuous_pairs_lie_on_diffusers_trajectories(w):
 @pytest.mark.parametrize("mode", ["lockstep", "continuous"])
 def test_data_started_pairs_lie_on_diffusers_trajectories(mode):
     """x_t is the sample's own noised latent walked down by diffusers; at t = 0, too, the target is the estimate."""
-    run = Run(config(mode=mode, start="data", k=3, w=-2.0), batch=5)
+    run = Run(config(mode=mode, start="data", k=3, omega=-2.0), batch=5)
     rollout = run.make()
     maker = rollout.maker
     first_life_ends = 2 * getattr(rollout, "total_slots", 0)  # the very first samples begin where the stagger puts them
@@ -307,7 +307,10 @@ def test_prompt_dropout_drops_its_share():
 
 def test_without_the_prompt_in_the_rollout_pairs_do_not_depend_on_it():
     """w = -1 from noise: the trajectory never sees a prompt."""
-    here, there = Run(config(w=-1.0)).make(), Run(config(w=-1.0), items=3).make()  # other prompts, same samples
+    here, there = (
+        Run(config(omega=-1.0)).make(),
+        Run(config(omega=-1.0), num_prompts=3).make(),
+    )  # other prompts, same samples
     mine, theirs = here.next_pairs(), there.next_pairs()
     assert torch.equal(mine.x_s, theirs.x_s)
     assert not torch.equal(mine.rows, theirs.rows)
@@ -315,7 +318,7 @@ def test_without_the_prompt_in_the_rollout_pairs_do_not_depend_on_it():
 
 def test_shuffled_prompts_leave_the_rollout_alone():
     """The control: the same states and targets, but the student sees other prompts, each as often as before."""
-    setting = config(mode="lockstep", w=-3.0)
+    setting = config(mode="lockstep", omega=-3.0)
     plain, control = Run(setting, batch=PROMPTS).make(), Run(setting, batch=PROMPTS).make()
     control.maker.shuffled = True
     differ = 0
@@ -397,7 +400,7 @@ def test_branches_run_as_is_faster_here(monkeypatch, call, sample, batched):
 @pytest.mark.parametrize("mode", ["lockstep", "continuous"])
 @pytest.mark.parametrize("choice", [None, True, False])
 def test_how_branches_run_is_part_of_the_state(mode, choice):
-    first, second = (Run(config(mode=mode, w=-3.0)).make() for _ in range(2))
+    first, second = (Run(config(mode=mode, omega=-3.0)).make() for _ in range(2))
     first.maker.predictor.branches.batched = choice
     second.load_state_dict(first.state_dict())
     assert second.maker.predictor.branches.batched is choice

@@ -29,7 +29,7 @@ BATCH, GROUPS = 6, 2
 
 
 def rollout(start: str = "noise", w: float = -1.0, **options) -> ContinuousRollout:
-    maker = gm.make_maker(gm.config(start=start, w=w))
+    maker = gm.make_maker(gm.config(start=start, omega=w))
     maker.predictor.branches.batched = True
     return ContinuousRollout(maker, batch=BATCH, groups=GROUPS, rank=0, world_size=1, **options)
 
@@ -154,7 +154,7 @@ class NoDevice(TorchFunctionMode):
 def whole_update(w: float, place, student, reference, table: torch.Tensor):
     """(rollout and loss, EMA, what they overwrite) as functions of nothing; `place` puts tensors where they belong."""
     adapter, cond = StableDiffusionAdapter("none"), ConditioningTable({"encoder_hidden_states": place(table)})
-    maker = gm.make_maker(gm.config(w=w))
+    maker = gm.make_maker(gm.config(omega=w))
     rollout = ContinuousRollout(maker, batch=BATCH, groups=1, rank=0, world_size=1)
     maker.predictor = GuidedPredictor(lambda *a: adapter.predict(reference, *a), cond, w, "batched")
     maker.grid = replace(maker.grid, timesteps=place(maker.grid.timesteps))
@@ -261,7 +261,7 @@ def test_cuda_graphs_make_the_same_pairs():
         torch.manual_seed(0)
         network = tiny.unet().to(device).requires_grad_(False)
         cond = ConditioningTable({"encoder_hidden_states": torch.randn(5, 7, tiny.WIDTH, device=device)})
-        maker = gm.make_maker(gm.config(w=-3.0))
+        maker = gm.make_maker(gm.config(omega=-3.0))
         maker.predictor = GuidedPredictor(lambda *a: adapter.predict(network, *a), cond, -3.0, "batched")
         maker.device, maker.latent_shape = device, (4, 8, 8)
         tables = {k: v.to(device) for k, v in vars(maker.grid).items() if isinstance(v, torch.Tensor)}

@@ -137,10 +137,10 @@ def test_where_none_is_whole_nothing_starts_anew_in_silence(copied, model, capfd
 
 
 def test_another_config_is_refused_with_every_field_named(copied, model, capfd):
-    words = ["--seed", "9", "--rollout.w", "3", "--optimizer.betas", "[0.5, 0.9]"]
+    words = ["--seed", "9", "--rollout.omega", "3", "--optimizer.betas", "[0.5, 0.9]"]
     assert run(model, copied, *words, "--resume") == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    for field in ("seed is 9, but was 0", "rollout.w is 3.0, but was -1.0", "optimizer.betas is [0.5, 0.9]"):
+    for field in ("seed is 9, but was 0", "rollout.omega is 3.0, but was -1.0", "optimizer.betas is [0.5, 0.9]"):
         assert field in error
 
 

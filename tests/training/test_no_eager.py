@@ -76,7 +76,7 @@ LOSS = {"selfnpo.x0_loss": 1, "selfnpo.x0_loss_backward": 1}
 
 @pytest.mark.parametrize("w", ["-1", "0", "-5"])
 def test_an_update_of_continuous_rollouts(w, monkeypatch, tmp_path):
-    update = run(monkeypatch, tmp_path / "run", "--rollout.w", w)
+    update = run(monkeypatch, tmp_path / "run", "--rollout.omega", w)
     assert update.latents == {"selfnpo.tdft_step": 1, **LOSS}
     assert update.weights == {"selfnpo.ema_update": 1}
 

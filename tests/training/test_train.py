@@ -117,7 +117,7 @@ RECIPES = {
     "lockstep noise": ["--rollout.mode", "lockstep"],
     "lockstep noise fixed": ["--rollout.mode", "lockstep", "--rollout.stop", "fixed", "--rollout.k", "5"],
     "naive": ["--rollout.mode", "lockstep", "--rollout.noising", "naive"],
-    "guided": ["--rollout.w", "-3", "--prompts.dropout", "0.5"],
+    "guided": ["--rollout.omega", "-3", "--prompts.dropout", "0.5"],
     "weighted": ["--rollout.pair_weight", "lockstep", "--rollout.k", "2", "--loss.kind", "l2"],
     "frozen": ["--reference.kind", "frozen"],
     "accumulation": ["--engine.accumulation", "2"],
@@ -220,7 +220,7 @@ def test_the_recommended_config_needs_a_model_alone(sd, tmp_path):
 
 def test_sdxl_trains(sdxl, prompts, tmp_path):
     output = tmp_path / "run"
-    words = ["--prompts.source", str(prompts), "--rollout.w", "-5"]
+    words = ["--prompts.source", str(prompts), "--rollout.omega", "-5"]
     assert run("sd15_fast.yaml", output, *small(sdxl), *words) == 0
     assert metrics(output)[-1]["loss"] > 0
 
@@ -280,7 +280,7 @@ def test_resuming_another_recipe_names_the_field(sd, prompts, tmp_path, capsys):
     words = [*small(sd), "--prompts.source", str(prompts)]
     assert run("sd15_fast.yaml", output, *words) == 0
     stored = (output / "config.yaml").read_text()
-    for change in (["--seed", "9"], ["--rollout.w", "3"], ["--rollout.mode", "lockstep"]):
+    for change in (["--seed", "9"], ["--rollout.omega", "3"], ["--rollout.mode", "lockstep"]):
         capsys.readouterr()
         assert run("sd15_fast.yaml", output, *words, *change, "--resume") == 2
         assert change[0].removeprefix("--") in capsys.readouterr().err
