@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from selfnpo_fast import train
 from selfnpo_fast.runtime.compiling import compile_blocks, compiled
 
-CONFIG = Path(__file__).parents[2] / "configs" / "sd15_fast.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "sd15.yaml"
 
 
 def test_off_is_off():
