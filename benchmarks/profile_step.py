@@ -1,7 +1,7 @@
 """Where the time of an update goes: a Chrome trace and a table.
 
     python -m benchmarks.profile_step                                        # configs/digits.yaml
-    python -m benchmarks.profile_step --updates 10 -- --config configs/sd15_fast.yaml --model.path FOLDER
+    python -m benchmarks.profile_step --updates 10 -- --config configs/sd15.yaml --model.path FOLDER
 
 Words after -- are those of `selfnpo train`. The run's own parts are timed (`world.region`), each without those inside
 it; `kernels` are the fused ops wherever they run. With `rollout.overlap` the rollout runs beside the rest, so the parts

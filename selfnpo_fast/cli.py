@@ -11,7 +11,7 @@ from selfnpo_fast.runtime.errors import RunError, UserError
 USAGE = """usage: selfnpo COMMAND [options]
 
   train      make a negative model of a diffusion model          selfnpo train --config configs/digits.yaml
-  doctor     say what a config will cost, loading nothing        selfnpo doctor --config configs/sd15_fast.yaml
+  doctor     say what a config will cost, loading nothing        selfnpo doctor --config configs/sd15.yaml
   sample     draw pictures with a negative model                 selfnpo sample --negative runs/digits --prompt "..."
   evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
   correlate  say how alike positive and negative predict         selfnpo correlate --model M --negative N [--base B]

@@ -350,5 +350,5 @@ class TrainConfig:
         if self.rollout.start == "data" and not self.data.source:
             raise UserError(
                 "data.source: none given, but rollout.start is 'data'; name a folder of captioned images, or train "
-                "from prompts alone with configs/sd15_fast.yaml"
+                "from prompts alone with configs/sd15.yaml"
             )

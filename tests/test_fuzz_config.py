@@ -339,7 +339,7 @@ def test_repeated_keys(base, field, again):
     refuse(base, text, "is there twice", field[-1] if len(field) == 1 or not again else field[0])
 
 
-WHOLE = yaml.safe_dump(yaml.safe_load((train.CONFIGS / "sd15_fast.yaml").read_text())).encode()
+WHOLE = yaml.safe_dump(yaml.safe_load((train.CONFIGS / "sd15.yaml").read_text())).encode()
 
 
 @fuzz(80)

@@ -276,7 +276,7 @@ def test_help(capsys):
     assert "omega + 1" in capsys.readouterr().out
 
 
-DOCUMENTED = [ROOT / "Makefile", ROOT / "README.md"]
+DOCUMENTED = [ROOT / "Makefile", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def documented_commands() -> list[str]:

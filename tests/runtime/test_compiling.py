@@ -14,7 +14,7 @@ from selfnpo_fast import train
 from selfnpo_fast.runtime.compiling import compile_blocks, compiled
 
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
-CONFIG = Path(__file__).parents[2] / "configs" / "sd15_fast.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "sd15.yaml"
 
 
 def test_off_is_off():

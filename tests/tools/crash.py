@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 import tiny
 
-CONFIG = Path(__file__).parents[2] / "configs" / "sd15_fast.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "sd15.yaml"
 UPDATES, CHECKPOINT_EVERY = 12, 2
 TIMING = ("pairs_per_second", "peak_memory_gib")
 PRELOAD = ["crash", "tiny", "selfnpo_fast.training.replay", "deepspeed", "peft.utils"]

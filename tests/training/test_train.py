@@ -171,7 +171,7 @@ def test_the_base_of_a_lora_runs_samples_is_the_base(sd, prompts, tmp_path, monk
     for name in ("lora", "fp32 adamw"):
         words = [*small(sd, 4), "--prompts.source", str(prompts), "--optimizer.lr", "1e-2", *RECIPES["fp32 adamw"]]
         words += ["--log.sample_every", "0", "--log.sample_steps", "2", "--log.sample_prompts", "2", *RECIPES[name]]
-        assert run("sd15_fast.yaml", tmp_path / name, *words) == 0
+        assert run("sd15.yaml", tmp_path / name, *words) == 0
     (base, worse), (expected, _) = (images.chunk(2) for images in shown)
     torch.testing.assert_close(base, expected, rtol=0, atol=1e-5)
     assert (worse - base).abs().max() > 1e-2
@@ -182,7 +182,7 @@ def test_every_choice_trains(name, sd, prompts, tmp_path):
     """The recommended config with one choice changed: finite losses, a model of the right shapes that moved."""
     output = tmp_path / "run"
     words = [*small(sd), "--prompts.source", str(prompts), "--optimizer.lr", "1e-2"]
-    assert run("sd15_fast.yaml", output, *words, *RECIPES[name]) == 0
+    assert run("sd15.yaml", output, *words, *RECIPES[name]) == 0
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in metrics(output))
     if "lora" in name:
         pipe = StableDiffusionPipeline.from_pretrained(sd)
@@ -204,7 +204,7 @@ def test_the_authors_config_trains_on_images(prediction_type, images, tmp_path):
     model = tiny.write_sd(tmp_path / "model", prediction_type)
     output = tmp_path / "run"
     words = ["--data.source", str(images), "--engine.precision", "fp32", "--rollout.k", "2"]
-    assert run("sd15.yaml", output, *small(model), *words) == 0
+    assert run("sd15_paper.yaml", output, *small(model), *words) == 0
     # At w = -1 each of the two updates' eight samples costs its own steps, at most k, and one more.
     start = randint(NoiseKey(0, torch.arange(8), draw_id(Draw.START_INDEX)), 5)
     expected = ((start + 1).clamp(max=2) + 1).float().mean().item()
@@ -214,14 +214,14 @@ def test_the_authors_config_trains_on_images(prediction_type, images, tmp_path):
 def test_the_recommended_config_needs_a_model_alone(sd, tmp_path):
     output = tmp_path / "run"
     words = ["--prompts.limit", "32"]
-    assert run("sd15_fast.yaml", output, *small(sd), *words) == 0
+    assert run("sd15.yaml", output, *small(sd), *words) == 0
     assert metrics(output)[-1]["loss"] > 0
 
 
 def test_sdxl_trains(sdxl, prompts, tmp_path):
     output = tmp_path / "run"
     words = ["--prompts.source", str(prompts), "--rollout.omega", "-5"]
-    assert run("sd15_fast.yaml", output, *small(sdxl), *words) == 0
+    assert run("sd15.yaml", output, *small(sdxl), *words) == 0
     assert metrics(output)[-1]["loss"] > 0
 
 
@@ -243,9 +243,9 @@ SLOW = ("bf16", "bf16, 8 bit, frozen", "zero 3", "bf16, zero 3")
 def test_a_resumed_run_ends_like_an_uninterrupted_one(name, sd, prompts, tmp_path):
     words = ["--prompts.source", str(prompts), "--optimizer.lr", "1e-2", "--optimizer.warmup", "5", *RESUMED[name]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run("sd15_fast.yaml", whole, *small(sd, 6), *words) == 0
-    assert run("sd15_fast.yaml", parts, *small(sd, 3), *words) == 0
-    assert run("sd15_fast.yaml", parts, *small(sd, 6), *words, "--resume") == 0
+    assert run("sd15.yaml", whole, *small(sd, 6), *words) == 0
+    assert run("sd15.yaml", parts, *small(sd, 3), *words) == 0
+    assert run("sd15.yaml", parts, *small(sd, 6), *words, "--resume") == 0
     name = "checkpoints/update-0000006/student.safetensors"
     expected, found = load_file(whole / name), load_file(parts / name)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
@@ -255,13 +255,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(name, sd, prompts, tmp_pat
 def test_a_folder_that_is_not_empty_is_refused(sd, prompts, tmp_path, capsys):
     output = tmp_path / "run"
     words = [*small(sd), "--prompts.source", str(prompts)]
-    assert run("sd15_fast.yaml", output, *words) == 0
+    assert run("sd15.yaml", output, *words) == 0
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     capsys.readouterr()
-    assert run("sd15_fast.yaml", output, *words) == 2
+    assert run("sd15.yaml", output, *words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-    assert run("sd15_fast.yaml", output, *words, "--overwrite") == 0
+    assert run("sd15.yaml", output, *words, "--overwrite") == 0
     assert len(metrics(output)) == 1
 
 
@@ -270,7 +270,7 @@ def test_overwrite_deletes_nothing_that_a_run_did_not_write(sd, prompts, tmp_pat
     output.mkdir()
     (output / "precious.txt").write_text("mine")
     words = [*small(sd), "--prompts.source", str(prompts), "--overwrite"]
-    assert run("sd15_fast.yaml", output, *words) == 2
+    assert run("sd15.yaml", output, *words) == 2
     assert "precious.txt" in capsys.readouterr().err
     assert (output / "precious.txt").read_text() == "mine"
 
@@ -278,11 +278,11 @@ def test_overwrite_deletes_nothing_that_a_run_did_not_write(sd, prompts, tmp_pat
 def test_resuming_another_recipe_names_the_field(sd, prompts, tmp_path, capsys):
     output = tmp_path / "run"
     words = [*small(sd), "--prompts.source", str(prompts)]
-    assert run("sd15_fast.yaml", output, *words) == 0
+    assert run("sd15.yaml", output, *words) == 0
     stored = (output / "config.yaml").read_text()
     for change in (["--seed", "9"], ["--rollout.omega", "3"], ["--rollout.mode", "lockstep"]):
         capsys.readouterr()
-        assert run("sd15_fast.yaml", output, *words, *change, "--resume") == 2
+        assert run("sd15.yaml", output, *words, *change, "--resume") == 2
         assert change[0].removeprefix("--") in capsys.readouterr().err
     assert (output / "config.yaml").read_text() == stored
 
@@ -326,7 +326,7 @@ def test_broken_models_get_one_line(damage, message, sd, prompts, tmp_path, caps
     model, output = tmp_path / "model", tmp_path / "run"
     shutil.copytree(sd, model)
     damage(model)
-    assert run("sd15_fast.yaml", output, *small(model), "--prompts.source", str(prompts)) == 2
+    assert run("sd15.yaml", output, *small(model), "--prompts.source", str(prompts)) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert error.startswith("error: ")
@@ -379,9 +379,9 @@ def test_an_unknown_key_in_a_config_file_is_named(tmp_path, capsys):
 
 
 def test_the_authors_config_without_images_names_the_other_one(tmp_path, capsys):
-    assert run("sd15.yaml", tmp_path / "run") == 2
+    assert run("sd15_paper.yaml", tmp_path / "run") == 2
     error = capsys.readouterr().err.strip()
-    assert "sd15_fast.yaml" in error
+    assert "sd15.yaml" in error
     assert "\n" not in error
 
 
