@@ -30,8 +30,9 @@ from benchmarks.environment import describe  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_fast.runtime.world import World, init_world  # noqa: E402
 from selfnpo_fast.train import parse  # noqa: E402
+from selfnpo_fast.training.inputs import load_inputs  # noqa: E402
 from selfnpo_fast.training.recorder import Recorder  # noqa: E402
-from selfnpo_fast.training.trainer import Trainer, load_inputs  # noqa: E402
+from selfnpo_fast.training.trainer import Trainer  # noqa: E402
 
 PREFIX, WHOLE = "selfnpo_fast: ", "update"
 PARTS = ("reference", "kernels", "student forward", "backward", "optimiser", "EMA", "waiting")
@@ -53,7 +54,7 @@ def profiled(trainer: Trainer, recorder: Recorder, world: World, updates: int, w
 
     def update() -> None:
         trainer.train_update(recorder)
-        recorder.pending = 0  # sums nobody reads
+        recorder.discard()  # sums that nobody reads
 
     trainer.producer.rollout.fill()
     for _ in range(warm_up):

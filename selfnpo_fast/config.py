@@ -268,8 +268,12 @@ class EngineConfig:
         _check(1 <= self.batch_size <= 2**20, "engine.batch_size", self.batch_size, "1 to 1048576")
         _check(1 <= self.accumulation <= 2**20, "engine.accumulation", self.accumulation, "1 to 1048576")
 
+    def check_shares(self, world_size: int) -> None:
+        """UserError where ranks and accumulation steps cannot share an update's pairs."""
+        self.micro_batch(world_size)
+
     def micro_batch(self, world_size: int) -> int:
-        """Pairs per rank and micro-batch."""
+        """Pairs per rank and micro-batch. Raises UserError where they cannot be shared."""
         parts = world_size * self.accumulation
         if self.batch_size % parts:
             raise UserError(
@@ -330,6 +334,8 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    method: str = "self_npo"
+    """How pairs are made and what the student learns from them: the name of a method in training/methods."""
     updates: int = 1000
     """Optimiser updates."""
     seed: int = 0

@@ -70,9 +70,10 @@ def run(argv: list[str]) -> None:
 def _run(request: Request, output: Path, world, stop) -> None:
     """All that follows once the ranks have met."""
     from selfnpo_fast.training.checkpoint import newest_checkpoint
+    from selfnpo_fast.training.inputs import load_inputs
     from selfnpo_fast.training.recorder import Recorder
     from selfnpo_fast.training.replay import replay
-    from selfnpo_fast.training.trainer import Trainer, load_inputs
+    from selfnpo_fast.training.trainer import Trainer
 
     config, replaying, newest = request.config, request.options.replay_step is not None, None
     kernels = _kernels(world.device.type)

@@ -26,8 +26,9 @@ from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.engine import start_deepspeed
+from selfnpo_fast.training.inputs import Inputs
 from selfnpo_fast.training.recorder import Recorder
-from selfnpo_fast.training.trainer import Inputs, Trainer
+from selfnpo_fast.training.trainer import Trainer
 
 TOLERANCE = 0.10
 _MARK = "selfnpo.verify."

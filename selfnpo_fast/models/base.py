@@ -27,6 +27,10 @@ Conditioning = dict[str, torch.Tensor]
 """Named tensors with one row per prompt, as the denoiser's keyword arguments."""
 
 
+Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+"""(x (B, ...), t (B,), conditioning rows (B, ...)) -> raw network output (B, ...)."""
+
+
 class SharedParts:
     """What a second network borrows from the denoiser while both run; the base borrows nothing."""
 

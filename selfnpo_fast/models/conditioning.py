@@ -22,6 +22,17 @@ class ConditioningTable:
         """Joins the unconditional row (1, ...) and the prompts' rows (N, ...), kept in the network's `dtype`."""
         return cls({name: torch.cat([empty[name].to(dtype), prompts[name].to(dtype)]) for name in empty})
 
+    @classmethod
+    def encode(cls, adapter, prompts: list[str], device: torch.device, dtype: torch.dtype) -> ConditioningTable:
+        """The table of `prompts` (N), by an adapter's text encoders; a repeated prompt is encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        rows = adapter.encode_prompts(distinct, device)
+        if len(distinct) < len(prompts):
+            index_of = {prompt: i for i, prompt in enumerate(distinct)}
+            index = torch.tensor([index_of[prompt] for prompt in prompts], device=device)
+            rows = {name: value[index] for name, value in rows.items()}
+        return cls.build(adapter.encode_empty(device), rows, dtype)
+
     @property
     def prompts(self) -> int:
         """How many prompts there are, not counting the empty one."""

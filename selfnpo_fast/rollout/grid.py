@@ -32,6 +32,11 @@ class Grid:
     renoise: torch.Tensor  # (N + 1, T, 2) float32: from x_t (Eq. 16), or from x_{t->0} (Eq. 15), to timestep s
     naive: bool  # whether it is Eq. 15
 
+    @staticmethod
+    def check(schedule: NoiseSchedule, grid_steps: int) -> None:
+        """UserError where `grid_steps` do not divide the model's timesteps."""
+        ddim_grid(schedule.num_train_timesteps, grid_steps)
+
     @classmethod
     def build(
         cls, schedule: NoiseSchedule, grid_steps: int, device: torch.device, *, omega: float, noising: str = "from_x_t"

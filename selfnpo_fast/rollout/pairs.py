@@ -5,19 +5,16 @@ Shape letters: B pairs of one micro-batch, T training timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from selfnpo_fast.config import RolloutConfig
+from selfnpo_fast.models.base import Predict
 from selfnpo_fast.models.conditioning import EMPTY_ROW, ConditioningTable
 from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, draw_id, permute, randint, uniform
-
-Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
-"""(x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)

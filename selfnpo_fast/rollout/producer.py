@@ -20,6 +20,22 @@ State = dict[str, torch.Tensor]
 _FIELDS = [field.name for field in fields(Pairs)]
 
 
+def join_lanes(states: list[State], rank: int, world_size: int) -> State:
+    """A rank's part of what another number of ranks have saved.
+
+    (groups, lanes, ...) tensors of all ranks lie next to each other, and each rank takes an equal part of the lanes;
+    scalars are common to all.
+    """
+    out = {}
+    for name, first in states[0].items():
+        if first.ndim < 2:
+            out[name] = first
+        else:
+            whole = torch.cat([state[name] for state in states], dim=1)
+            out[name] = whole.chunk(world_size, dim=1)[rank]
+    return out
+
+
 class Producer:
     """Makes the pairs of an update when it is asked for them.
 

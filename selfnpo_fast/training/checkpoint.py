@@ -1,4 +1,4 @@
-"""What a run leaves on disk: checkpoints to go on from, and the negative model itself. All safetensors and JSON.
+"""Checkpoints: what a run can continue from, in safetensors and JSON.
 
 A checkpoint is a folder `update-NNNNNNN`:
 
@@ -16,8 +16,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +30,6 @@ from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.folders import remove, why_not_whole, write_manifest
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.runtime.writer import Tensors, Writer
-from selfnpo_fast.training.engine import StudentEngine
-from selfnpo_fast.training.moving_reference import Reference
 
 _NAME = re.compile(r"update-(\d{7,})$")
 _VERSIONS = ("selfnpo-fast", "torch", "deepspeed", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -37,36 +37,89 @@ _FREE = ("updates", "log", "output")
 """Sections of a config that a resumed run may change: its length, its log, its folder."""
 
 
-def save_checkpoint(
-    folder: Path,
-    update: int,
-    *,
-    engine: StudentEngine,
-    reference: Reference,
-    own: dict[str, Tensors],
-    counters: dict,
-    config: TrainConfig,
-    world: World,
-) -> Path:
+class WholePart(Protocol):
+    """State that is the same on any number of ranks: whole tensors by name, in a file of its own."""
+
+    def state_dict(self) -> Iterable[tuple[str, torch.Tensor]] | None:
+        """(name, tensor) pairs, which all ranks have to iterate together; None where there is nothing yet."""
+
+    def load_state_dict(self, state: Tensors) -> None:
+        """Continue from `state_dict()`."""
+
+
+class RankPart(Protocol):
+    """State of each rank: tensors by name."""
+
+    def state_dict(self) -> Tensors:
+        """This rank's tensors."""
+
+    def load_state_dict(self, state: Tensors) -> None:
+        """Continue from `state_dict()`."""
+
+    def reshard(self, states: list[Tensors], world: World) -> Tensors | None:
+        """This rank's state from those that another number of ranks have saved; None leaves it as it is."""
+
+
+class CounterPart(Protocol):
+    """Plain values that are the same on all ranks."""
+
+    def state_dict(self) -> dict:
+        """Values that JSON can hold."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All of a run that a checkpoint holds, by name. Counters are loaded first."""
+
+    whole: Mapping[str, WholePart]
+    by_rank: Mapping[str, RankPart]
+    counters: Mapping[str, CounterPart]
+
+
+class Generators:
+    """torch's random generators. Noise, prompts and timesteps need none (they are functions of the sample id): these
+    serve what a network may draw for itself, such as dropout."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def state_dict(self) -> Tensors:
+        """The generators' states on the CPU and, where there is one, on the GPU."""
+        state = {"cpu": torch.get_rng_state()}
+        cuda = self.world.device.type == "cuda"
+        return state | ({"cuda": torch.cuda.get_rng_state(self.world.device)} if cuda else {})
+
+    def load_state_dict(self, state: Tensors) -> None:
+        """Restore them."""
+        torch.set_rng_state(state["cpu"])
+        if self.world.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.world.device)
+
+    def reshard(self, states: list[Tensors], world: World) -> None:
+        """None: other ranks draw other numbers."""
+
+
+def save_checkpoint(folder: Path, update: int, parts: Parts, config: TrainConfig, world: World) -> Path:
     """Write `folder/update-NNNNNNN` with all ranks taking part, and delete all but the newest `log.keep`.
 
-    `own` is this rank's state by part (rollout, recorder), `counters` plain values that are the same on all ranks.
     Raises RunError on all ranks where it could not be written; older checkpoints are untouched then.
     """
     writer = Writer(folder / f"update-{update:07d}", world)
     main = world.is_main
-    writer.save("student.safetensors", engine.full_weights(), here=main)
-    for key in engine.moments():
-        writer.save(f"{key}.safetensors", engine.full_moments(key), here=main)
-    writer.save("reference.safetensors", reference.saved(), here=main)
-    own = {**own, "rng": _rng_state(world), "optimizer": engine.native_state()}
-    flat = ((f"{part}.{name}", value) for part, tensors in own.items() for name, value in tensors.items())
+    for name, part in parts.whole.items():
+        tensors = part.state_dict()
+        if tensors is not None:
+            writer.save(f"{name}.safetensors", tensors, here=main)
+    mine = {name: part.state_dict() for name, part in parts.by_rank.items()}
+    flat = ((f"{part}.{name}", value) for part, tensors in mine.items() for name, value in tensors.items())
     writer.save(f"rank{world.rank}.safetensors", flat, here=True)
     state = {
         "update": update,
         "world_size": world.size,
-        "engine": engine.counters(),
-        **counters,
+        **{name: part.state_dict() for name, part in parts.counters.items()},
         "config": recipe(config),
         "versions": _versions(),
     }
@@ -84,21 +137,31 @@ def save_checkpoint(
     return target
 
 
+def load_checkpoint(checkpoint: Path, parts: Parts, world: World) -> int:
+    """Restore every part from a checkpoint that `newest_checkpoint` has chosen; returns its update."""
+    state = read_state(checkpoint)
+    other = _differences(_versions(), state.get("versions", {}))
+    if other:
+        logger.warning("the run goes on, but perhaps not in the same bits: version of %s", "; ".join(other))
+    for name, counters in parts.counters.items():
+        counters.load_state_dict(state[name])
+    for name, part in parts.whole.items():
+        file = checkpoint / f"{name}.safetensors"
+        if file.is_file():
+            part.load_state_dict(_read(file))
+    same_ranks = state["world_size"] == world.size
+    ranks = [world.rank] if same_ranks else range(state["world_size"])
+    saved = [_unflatten(_read(checkpoint / f"rank{rank}.safetensors")) for rank in ranks]
+    for name, part in parts.by_rank.items():
+        states = [one.get(name, {}) for one in saved]
+        mine = states[0] if same_ranks else part.reshard(states, world)
+        if mine is not None:
+            part.load_state_dict(mine)
+    return state["update"]
+
+
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONS}
-
-
-def _rng_state(world: World) -> Tensors:
-    """torch's generators. Noise, prompts and timesteps need none (they are functions of the sample id): these serve
-    what a network may draw for itself, such as dropout."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(world.device)} if world.device.type == "cuda" else {})
-
-
-def _restore_rng(state: Tensors, world: World) -> None:
-    torch.set_rng_state(state["cpu"])
-    if world.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -199,56 +262,9 @@ def _read(path: Path) -> Tensors:
         raise UserError(f"--resume: {path} is not readable: {one_line(error)}; delete its folder") from error
 
 
-def load_checkpoint(
-    checkpoint: Path, *, engine: StudentEngine, reference: Reference, rollout, recorder, world: World
-) -> dict:
-    """Restore everything from a checkpoint that `newest_checkpoint` has chosen; returns its counters."""
-    state = read_state(checkpoint)
-    other = _differences(_versions(), state.get("versions", {}))
-    if other:
-        logger.warning("the run goes on, but perhaps not in the same bits: version of %s", "; ".join(other))
-    engine.load_weights(_read(checkpoint / "student.safetensors"))
-    for key in engine.moment_names:
-        if (checkpoint / f"{key}.safetensors").is_file():
-            engine.load_moments(key, _read(checkpoint / f"{key}.safetensors"), state["engine"]["steps"])
-    reference.load_state_dict(_read(checkpoint / "reference.safetensors"))
-    if state["world_size"] == world.size:
-        mine = _unflatten(_read(checkpoint / f"rank{world.rank}.safetensors"))
-        _restore_rng(mine["rng"], world)
-        engine.load_native_state(mine.get("optimizer", {}))
-    else:
-        ranks = [_unflatten(_read(checkpoint / f"rank{rank}.safetensors")) for rank in range(state["world_size"])]
-        mine = {
-            "rollout": _share([parts["rollout"] for parts in ranks], world),
-            "recorder": _first_takes_all([parts["recorder"] for parts in ranks], world),
-        }
-    rollout.load_state_dict(mine["rollout"])
-    recorder.load_state_dict(mine["recorder"])
-    engine.load_counters(state["engine"])
-    return state
-
-
 def _unflatten(tensors: Tensors) -> dict[str, Tensors]:
     parts: dict[str, Tensors] = {}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value
     return parts
-
-
-def _share(states: list[Tensors], world: World) -> Tensors:
-    """This rank's part of what all ranks saved: (groups, lanes, ...) tensors lie side by side, scalars are common."""
-    out = {}
-    for name, first in states[0].items():
-        if first.ndim < 2:
-            out[name] = first
-        else:
-            whole = torch.cat([state[name] for state in states], dim=1)
-            out[name] = whole.chunk(world.size, dim=1)[world.rank]
-    return out
-
-
-def _first_takes_all(states: list[Tensors], world: World) -> Tensors:
-    """Sums over ranks belong to nobody in particular: the first rank carries them on."""
-    total = {name: sum(state[name] for state in states) for name in states[0]}
-    return total if world.is_main else {name: torch.zeros_like(value) for name, value in total.items()}

@@ -28,12 +28,12 @@ class Reference:
     def update(self) -> None:
         """Called once per optimiser update; a frozen reference stays."""
 
-    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of what has to be saved beyond the original weights; all ranks have to iterate together."""
         return iter(())
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `saved()` gave."""
+        """Go on from what `state_dict()` gave."""
 
 
 class Shards:
@@ -130,7 +130,7 @@ class MovingReference(Reference):
                 shadows = [] if own else [self._shadow[name] for name in part]
                 ema_update(masters, live, shadows, self.decay**self.every)
 
-    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The float32 masters by parameter name, from whichever rank has them, and the counters."""
         for name, shadow in self._shadow.items():
             master = self._master.get(name)

@@ -46,7 +46,8 @@ from selfnpo_fast.doctor.tracing import FakeDenoiser, LiveBytes, Network
 from selfnpo_fast.models import DIGITS, load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World, init_world
-from selfnpo_fast.training.trainer import Trainer, load_inputs
+from selfnpo_fast.training.inputs import load_inputs
+from selfnpo_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 DIGITS_PARAMETERS = 1_077_572
@@ -408,7 +409,7 @@ def test_bytes_are_those_of_a_real_trainer(world, tmp_path, sd, optimizer, lora,
     rollout = trainer.producer.rollout
     assert rest["slots"] == storages([rollout.x, rollout.final, rollout.slots, rollout._next_slots])
     tables = rollout.tables
-    held = [tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, trainer.objective.k]
+    held = [tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, trainer.method.objective.k]
     assert rest["coefficient tables"] == storages(held)
 
 

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selfnpo_fast.config import LossConfig, OptimizerConfig
 from selfnpo_fast.models import StableDiffusionAdapter
 from selfnpo_fast.models.conditioning import ConditioningTable
-from selfnpo_fast.rollout import ContinuousRollout, CudaGraphs, GuidedPredictor, OverlappedProducer, Pairs, Producer
+from selfnpo_fast.rollout import ContinuousRollout, GuidedPredictor, OverlappedProducer, Pairs, Producer
+from selfnpo_fast.runtime.capture import CudaGraphs
 from selfnpo_fast.runtime.compiling import compiled
 from selfnpo_fast.training.engine import clip, make_optimizer
 from selfnpo_fast.training.moving_reference import MovingReference

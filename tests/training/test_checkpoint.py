@@ -76,7 +76,7 @@ def test_a_checkpoint_holds_everything(finished, model):
         assert {key: value.shape for key, value in tensors.items()} == shapes, name
         assert all(value.dtype == torch.float32 for value in tensors.values())
     own = load_file(folder / "rank0.safetensors")
-    assert {"rng.cpu", "rollout.ids", "rollout.index", "rollout.x", "recorder.loss"} <= own.keys()
+    assert {"rng.cpu", "method.ids", "method.index", "method.x", "recorder.loss"} <= own.keys()
     state = json.loads((folder / "state.json").read_text())
     assert state["update"] == state["engine"]["steps"] == state["engine"]["lr_steps"] == 12
     assert state["config"]["optimizer"]["lr"] == 1e-2
@@ -197,8 +197,8 @@ def test_another_number_of_ranks_goes_on(zero, ranks, model, tmp_path):
     assert max((expected[key] - found[key]).abs().max() for key in expected) < 1e-5 * scale  # observed: 1.4e-6
     one, other = (load_file(newest(folder) / "rank0.safetensors") for folder in (whole, parts))
     lanes = slice(0, 4 // ranks[1])
-    assert torch.equal(one["rollout.ids"][:, lanes], other["rollout.ids"])
-    torch.testing.assert_close(one["rollout.x"][:, lanes], other["rollout.x"], rtol=1e-3, atol=1e-4)
+    assert torch.equal(one["method.ids"][:, lanes], other["method.ids"])
+    torch.testing.assert_close(one["method.x"][:, lanes], other["method.x"], rtol=1e-3, atol=1e-4)
 
 
 def test_8_bit_moments_are_refused_elsewhere_with_a_reason(model, tmp_path):

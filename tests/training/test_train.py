@@ -167,7 +167,7 @@ def test_the_base_of_a_lora_runs_samples_is_the_base(sd, prompts, tmp_path, monk
     """There it is the trained network without its low-rank weights, otherwise one that is loaded anew."""
     shown = []
     grid = lambda images, *_: shown.append(images) or Image.new("RGB", (1, 1))  # noqa: E731
-    monkeypatch.setattr("selfnpo_fast.training.trainer.image_grid", grid)
+    monkeypatch.setattr("selfnpo_fast.training.samples.image_grid", grid)
     for name in ("lora", "fp32 adamw"):
         words = [*small(sd, 4), "--prompts.source", str(prompts), "--optimizer.lr", "1e-2", *RECIPES["fp32 adamw"]]
         words += ["--log.sample_every", "0", "--log.sample_steps", "2", "--log.sample_prompts", "2", *RECIPES[name]]
