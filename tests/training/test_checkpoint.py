@@ -20,6 +20,7 @@ from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.runtime.folders import why_not_whole, write_manifest
 from selfnpo_fast.training.checkpoint import recipe
 from selfnpo_fast.training.engine import StudentEngine
+from selfnpo_fast.training.engine_state import EngineCounters, loss_scale
 
 PACKAGE = Path(__file__).parents[2] / "selfnpo_fast"
 CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
@@ -268,8 +269,8 @@ def test_the_loss_scale_of_fp16_is_saved():
     for overflow in (False, True, False, False, True):
         first.engine.optimizer.loss_scaler.update_scale(overflow)
     first.lr_scheduler.last_epoch = 3
-    second.load_counters(json.loads(json.dumps(first.counters())))
-    assert second.loss_scale == first.loss_scale < 2.0**16
+    EngineCounters(second).load_state_dict(json.loads(json.dumps(EngineCounters(first).state_dict())))
+    assert loss_scale(second)["cur_scale"] == loss_scale(first)["cur_scale"] < 2.0**16
     assert second.lr == 0.5 / 4
     for overflow in (True, False, True):
         for made in (first, second):
