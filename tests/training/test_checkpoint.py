@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from selfnpo_fast import train
 from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.runtime.folders import why_not_whole, write_manifest
+from selfnpo_fast.runtime.world import init_world
 from selfnpo_fast.training.checkpoint import recipe
-from selfnpo_fast.training.engine import StudentEngine
+from selfnpo_fast.training.engine import StudentEngine, start_deepspeed
 from selfnpo_fast.training.engine_state import EngineCounters, loss_scale
 
 PACKAGE = Path(__file__).parents[2] / "selfnpo_fast"
@@ -254,6 +255,7 @@ def test_nothing_in_the_package_unpickles():
 
 def test_the_loss_scale_of_fp16_is_saved():
     """fp16 needs a GPU; the scaler itself does not."""
+    start_deepspeed(init_world())  # its scaler asks for the rank
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     def engine(scale: float) -> StudentEngine:
