@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 EMPTY_ROW = 0
+
+
+def unique_rows(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The distinct prompts in first-seen order, and for each of `prompts` its index among them.
+
+    Encode the distinct prompts only, then gather the rows of all prompts by their index.
+    """
+    index_of_prompt: dict[str, int] = {}
+    indices = [index_of_prompt.setdefault(prompt, len(index_of_prompt)) for prompt in prompts]
+    return list(index_of_prompt), indices
 
 
 @dataclass(frozen=True)
