@@ -1,6 +1,6 @@
 """Trains and draws recipes of the digits report without scoring them.
 
-Several processes can so share the work:
+So several processes can share the work:
 
 python -m benchmarks.digits_report.make                      # all that is missing
 python -m benchmarks.digits_report.make "w = -5" frozen      # these recipes

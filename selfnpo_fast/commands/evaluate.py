@@ -36,7 +36,7 @@ class EvaluateOptions:
     negative: list[str] = field(default_factory=list)
     """One or more runs' output folders (or their negative/ parts)."""
     negative_prompt: list[Literal["empty", "same"]] = field(default_factory=lambda: ["empty"])
-    """Prompts of the negative branch, empty and/or same; each is an arm of its own."""
+    """Prompts of the negative branch, empty and/or same; each makes another arm."""
     images: int = 96
     """Pictures per arm and scale."""
     guidance_scales: list[float] = field(default_factory=lambda: [1.5, 2.0, 3.0])
@@ -62,7 +62,7 @@ class Arm:
     """A way to make pictures."""
 
     sampler: GuidedSampler
-    """With the arm's negative, or without any."""
+    """Draws with the arm's negative, or without any."""
     negative_prompt: Literal["empty", "same"]
     """Prompt of the unconditional or negative branch."""
 

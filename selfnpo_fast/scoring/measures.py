@@ -73,7 +73,7 @@ class SetMeasure(Protocol):
 class Roles:
     """Which measures a sweep's statements rest on, by name.
 
-    What rests on a role that nobody has is left out.
+    Statements that rest on a role which no measure has are left out of reports.
     """
 
     accuracy: str

@@ -65,6 +65,7 @@ def as_json(results: Results, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _verdict_json(results: Results, arm: str) -> dict[str, Any]:
+    """The verdict without the fields that the sweep cannot fill."""
     verdict = results.verdict(arm)
     record = dataclasses.asdict(verdict) | {"gain": verdict.gain, "statements": statements(results, arm)}
     return {key: value for key, value in record.items() if value is not None}
@@ -96,6 +97,7 @@ def markdown(results: Results, config: Mapping[str, Any]) -> str:
 
 
 def _interval_note(results: Results) -> str:
+    """What the brackets mean, for the head of the page."""
     over_real = " and ".join(map(_title, results.over_real))
     exception = f" ({over_real}: over real pictures)" if over_real else ""
     return (
@@ -211,6 +213,7 @@ def _best_lines(results: Results, verdict: Verdict) -> list[str]:
 
 
 def _wins_text(comparison: Comparison) -> str:
+    """On which compared measures the arm wins, as the end of a sentence."""
     texts = []
     for name, win in comparison.wins.items():
         word = "better" if win.above(0.5) else "worse" if win.below(0.5) else "no difference shown"
@@ -258,10 +261,12 @@ def _brief_cells(results: Results, rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _representative_word(results: Results) -> str:
+    """How `Results.representative` chooses a scale."""
     return "best scale" if results.roles.distance is not None else "most accurate scale"
 
 
 def _rows_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of all rows: accuracy, picture measures, set measures."""
     accuracy = results.roles.accuracy
     others = [name for name in results.rows[0].means if name != accuracy]
     sets = list(results.rows[0].sets)
@@ -277,6 +282,7 @@ def _rows_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _comparison_table(results: Results, arm: str) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of an arm's scales against the baseline's."""
     roles, best = results.roles, results.verdict(arm).best
     differences = {roles.accuracy: "accuracy"}
     if results.has_frontier:
@@ -297,6 +303,7 @@ def _comparison_table(results: Results, arm: str) -> tuple[list[str], list[list[
 
 
 def _frontier_table(results: Results, arm: str) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of who dominates whom, and of recall gained."""
     gains = {gain.guidance_scale: _signed(gain.recall) for gain in results.recall_gains_of(arm)}
     lines = []
     for point in results.frontier(arm):

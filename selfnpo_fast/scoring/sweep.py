@@ -63,6 +63,7 @@ def evaluate(
     measured: dict[_RowKey, _Measured] = {}
     pictures: dict[_RowKey, torch.Tensor] = {}
     prompts = [case.prompt for case in cases]
+    # One row after the other: only scores, terms and the first pictures of a row are kept.
     for arm in arms:
         for scale in guidance_scales:
             images = _generate(generate, arm, scale, cases, batch_size)
@@ -71,6 +72,7 @@ def evaluate(
             measured[arm, scale], pictures[arm, scale] = found, images[:keep].clone()
             if on_row is not None:
                 on_row(rows[-1])
+    # Every row of every other arm is held against every row of the baseline.
     challengers = [key for key in measured if key[0] != baseline]
     groups, roles = np.array(prompts), measures.roles
     return Results(
@@ -129,6 +131,7 @@ def _generate(generate: Generate, arm: str, scale: float, cases: Sequence[Case],
 
 
 def _row(arm: str, scale: float, found: _Measured, cases: Sequence[Case], roles: Roles) -> Row:
+    """One arm at one scale with its intervals."""
     prompts = np.array([case.prompt for case in cases])
     held_out = np.array([case.held_out for case in cases])
     accuracy = found.scores[roles.accuracy].numpy()
@@ -152,6 +155,7 @@ def _with_interval(value: float | Terms, prompts: np.ndarray) -> float | Interva
 
 
 def _over_real(found: _Measured) -> tuple[str, ...]:
+    """Names of the set measures that gave terms of real samples."""
     return tuple(name for name, value in found.sets.items() if isinstance(value, Terms) and value.side == "real")
 
 

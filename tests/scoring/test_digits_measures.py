@@ -1,4 +1,4 @@
-"""Measures of digit pictures: colours by construction, network scores against a plain forward, files."""
+"""Measures of digit pictures: colours by construction, scores against a plain forward, files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selfnpo_fast.scoring.metrics import frechet_distance, knn_samples
 
 
 def stroke(thickness: float) -> torch.Tensor:
-    """Coverage (32, 32) in 0..1 of a slanted antialiased bar, 18 pixels long; thickness in pixels."""
+    """Coverage (32, 32) in 0..1 of a slanted antialiased bar, 18 pixels long."""
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     across = ((x - 16) + 0.3 * (y - 16)).abs() / 1.044
     inside = (thickness / 2 + 0.5 - across).clamp(0, 1)

@@ -30,7 +30,8 @@ def test_agrees_with_scipy():
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
     spread = theirs.high - theirs.low
     assert ours.value == values.mean()
-    # Monte Carlo error of a 2.5% quantile from 2,000 draws is about 2.5% of the spread; observed 1%.
+    # The Monte Carlo error of a 2.5% quantile from 2,000 draws is about 2.5% of the spread; observed
+    # 1%.
     assert ours.low == pytest.approx(theirs.low, abs=0.06 * spread)
     assert ours.high == pytest.approx(theirs.high, abs=0.06 * spread)
 
@@ -38,7 +39,8 @@ def test_agrees_with_scipy():
 def test_clustered_prompts_widen_the_interval_as_theory_says():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(200), 4)
-    values = rng.normal(size=200)[groups]  # four equal pictures per prompt: no more information than one
+    # Four equal pictures per prompt hold no more information than one.
+    values = rng.normal(size=200)[groups]
     spread = [interval.high - interval.low for interval in (mean_interval(values, groups), mean_interval(values))]
     assert spread[0] / spread[1] == pytest.approx(2, rel=0.1)
 
@@ -55,7 +57,8 @@ def test_coverage_is_near_95_percent():
     for seed in range(400):
         interval = mean_interval(np.random.default_rng(seed).normal(size=60))
         hits += interval.low <= 0 <= interval.high
-    # Binomial standard deviation of 400 trials at 95%: 4.4; the percentile bootstrap itself falls short by about 1%.
+    # The binomial standard deviation of 400 trials at 95% is 4.4; the percentile bootstrap itself
+    # falls short by about 1%.
     assert 0.91 <= hits / 400 <= 0.98
 
 

@@ -17,7 +17,7 @@ KNN = ("precision", "density", "recall", "coverage")
 
 
 def with_moments(n: int, mean: torch.Tensor, root: torch.Tensor, seed: int) -> torch.Tensor:
-    """Samples (n, D) float64 whose mean is `mean` and whose unbiased covariance is exactly root^T root."""
+    """Samples (n, D) float64 of mean `mean` and unbiased covariance root^T root, both exact."""
     raw = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     q = torch.linalg.qr(raw - raw.mean(0)).Q
     return q * (n - 1) ** 0.5 @ root + mean

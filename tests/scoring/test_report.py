@@ -66,7 +66,10 @@ def toy_cases(n: int = 120) -> list[Case]:
 
 
 def toy_generate(spread: dict[str, float], lift: dict[str, float]):
-    """Arms that draw around `lift` with `spread`; real pictures have spread 0.2 around 0. Scale narrows the spread."""
+    """Arms that draw around `lift` with `spread`, which the guidance scale narrows.
+
+    Real pictures have spread 0.2 around 0.
+    """
 
     def generate(arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:
         noise = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -220,7 +223,8 @@ def test_an_arm_that_only_moves_along_the_frontier_is_no_gain():
 
 
 def test_a_shift_in_guidance_between_two_scales_is_no_gain():
-    # At scale s the arm is the base at 1.2 s, which the sweep of the base leaves out; it may win pairs, no more.
+    # At scale s the arm is the base at 1.2 s, which the sweep of the base leaves out; the arm may win
+    # pairs, no more.
     generate = toy_generate({"base": 0.6, "negative": 0.5}, {"base": 0.0, "negative": 0.0})
     results = evaluate(generate, toy_cases(), ["base", "negative"], (1.0, 1.5, 2.0, 3.0), toy_measures())
     assert not results.verdict("negative").gain
@@ -244,7 +248,8 @@ def test_report_files_agree_with_the_results(better, tmp_path):
     for name in ("frontier.png", "accuracy.png", "grid.png"):
         with Image.open(paths[name]) as image:
             assert image.width > 300, name
-            assert image.convert("L").getextrema()[0] < 60, name  # something dark is drawn on the page
+            # Something dark is drawn on the page.
+            assert image.convert("L").getextrema()[0] < 60, name
 
 
 def test_tables_have_as_many_cells_as_columns(better, tmp_path):
