@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 EMPTY_ROW = 0
+
+
+def unique_rows(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The distinct prompts in first-seen order, and for each of `prompts` its index among them.
+
+    Encode the distinct prompts only, then gather the rows of all prompts by their index.
+    """
+    index_of_prompt: dict[str, int] = {}
+    indices = [index_of_prompt.setdefault(prompt, len(index_of_prompt)) for prompt in prompts]
+    return list(index_of_prompt), indices
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,11 @@ class ConditioningTable:
     @classmethod
     def encode(cls, adapter, prompts: list[str], device: torch.device, dtype: torch.dtype) -> ConditioningTable:
         """The table of `prompts` (N), by an adapter's text encoders; a repeated prompt is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
+        distinct, index = unique_rows(prompts)
         rows = adapter.encode_prompts(distinct, device)
         if len(distinct) < len(prompts):
-            index_of = {prompt: i for i, prompt in enumerate(distinct)}
-            index = torch.tensor([index_of[prompt] for prompt in prompts], device=device)
-            rows = {name: value[index] for name, value in rows.items()}
+            order = torch.tensor(index, device=device)
+            rows = {name: value[order] for name, value in rows.items()}
         return cls.build(adapter.encode_empty(device), rows, dtype)
 
     @property

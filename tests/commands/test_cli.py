@@ -20,9 +20,10 @@ from selfnpo_fast.commands.sample import SampleOptions
 from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, start_noise
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.scoring.digits.cases import make_cases
 from selfnpo_fast.scoring.digits.domain import DIGITS_DIR
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
-from selfnpo_fast.scoring.sweep import make_cases
+from selfnpo_fast.scoring.digits.measures import digits_measures
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red handwritten seven on a yellow background"
@@ -162,9 +163,9 @@ def test_evaluate_plain_guidance(tmp_path, capsys):
     for row in report["rows"]:
         config = SamplerConfig(steps=2, guidance_scale=row["guidance_scale"])
         images = GuidedSampler(adapter, denoiser).images(rows, empty, [case.seed for case in cases], config)
-        scores = DigitsScorers.load().score(images, [case.label for case in cases])
+        scores = digits_measures(FittedScorer.load()).score(images, [case.prompt for case in cases])
         for measure in ("digit_log_prob", "digit_correct", "colour_match", "realness"):
-            expected = getattr(scores, measure).float().mean().item()
+            expected = scores[measure].float().mean().item()
             assert row["means"][measure]["value"] == pytest.approx(expected, abs=1e-3), measure
 
 

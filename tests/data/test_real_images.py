@@ -24,7 +24,8 @@ from selfnpo_fast.models import load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.scoring.digits.domain import digits_domain
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
+from selfnpo_fast.scoring.digits.measures import digits_measures
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
 from selfnpo_kernels.rng import Draw, NoiseKey, draw_id, normal
 
 
@@ -202,11 +203,12 @@ def test_digits_latents_show_what_their_captions_say():
     assert len(labels) == 64
     assert None not in labels
     assert len(set(labels)) > 40
-    scores = DigitsScorers.load().score(adapter.decode(data.latents), labels)
-    assert scores.digit_correct.float().mean() > 0.95
-    assert scores.colour_match.float().mean() > 0.95
-    wrong = DigitsScorers.load().score(adapter.decode(data.latents), labels[1:] + labels[:1])
-    assert wrong.colour_match.float().mean() < 0.2
+    measures, images = digits_measures(FittedScorer.load()), adapter.decode(data.latents)
+    scores = measures.score(images, data.captions)
+    assert scores["digit_correct"].float().mean() > 0.95
+    assert scores["colour_match"].float().mean() > 0.95
+    wrong = measures.score(images, data.captions[1:] + data.captions[:1])
+    assert wrong["colour_match"].float().mean() < 0.2
 
 
 def test_digits_fit_no_other_model(tmp_path):
