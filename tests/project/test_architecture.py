@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -269,3 +270,20 @@ def test_train_imports_nothing_from_its_own_folder(tmp_path, config_by_script):
     for name in ("torch", "config", "datasets", "evaluate", "utils", "yaml", "jsonargparse", "schedule", "dataclasses"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} came from the folder of the script')\n")
     assert printed_config(sys.executable, script) == config_by_script
+
+
+# --- what only models/ and diffusion/ may name
+
+FAMILY_WORDS = re.compile(r"\b(unet|UNet2DConditionModel|alphas_cumprod|encoder_hid_proj)\b")
+
+
+def test_no_family_is_named_outside_models_and_diffusion():
+    """Everything else asks models/base.py's Family and Adapter (docs/adding_a_model.md)."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in python_files(PACKAGE)
+        if room_of(path) not in ("models", "diffusion")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if FAMILY_WORDS.search(line)
+    ]
+    assert not wrong, "\n".join(wrong)
