@@ -68,7 +68,7 @@ struct TdftStepArgs {
   int64_t* next_slots;
   const float *step, *start, *renoise, *weights;
   const int64_t* timesteps;
-  int64_t items, stride, max_steps;
+  int64_t num_prompts, stride, max_steps;
   uint64_t seed;
   float dropout;
   bool shuffled, naive;

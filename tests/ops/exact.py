@@ -79,11 +79,11 @@ def randint(seed: int, sample: int, draw: int, high: int) -> int:
     return first_word(seed, sample, draw) * high >> 32
 
 
-def item(sample: int, items: int, key: int) -> int:
-    """The prompt of a sample: in each epoch of `items` ids, a four-round Feistel permutation under `key`."""
-    epoch, position = divmod(sample, items)
+def prompt_index(sample: int, num_prompts: int, key: int) -> int:
+    """The prompt of a sample: in each epoch of `num_prompts` ids, a four-round Feistel permutation under `key`."""
+    epoch, position = divmod(sample, num_prompts)
     half = 1
-    while 4**half < items:
+    while 4**half < num_prompts:
         half += 1
     low = 2**half - 1
     while True:
@@ -93,7 +93,7 @@ def item(sample: int, items: int, key: int) -> int:
             mixed = (mixed ^ mixed >> 15) * 0x9E3779B1 & MASK
             left, right = right, left ^ (mixed ^ mixed >> 16) & low
         position = left << half | right
-        if position < items:
+        if position < num_prompts:
             return position
 
 

@@ -31,8 +31,8 @@ class World:
     def top(self) -> int:
         return len(self.tables.timesteps) - 2
 
-    def item(self, sample: int, order: int = 0) -> int:
-        return exact.item(sample, self.rules.items, self.rules.seed + order)
+    def prompt_index(self, sample: int, order: int = 0) -> int:
+        return exact.prompt_index(sample, self.rules.num_prompts, self.rules.seed + order)
 
 
 @dataclass
@@ -68,7 +68,7 @@ def begin(world: World, slot: Slot, sample: int) -> None:
     slot.index = exact.randint(seed, sample, exact.draw_id(Draw.START_INDEX), world.top)  # below the last
     slot.left = min(slot.index + 1, world.rules.max_steps)
     signal, disturbance = world.row("start", slot.index + 1)
-    latent = wide(world.latents[world.item(sample)])
+    latent = wide(world.latents[world.prompt_index(sample)])
     slot.x = exact.linear((signal, latent, np.abs(latent)), (disturbance, value, size))
 
 
@@ -83,7 +83,7 @@ def pair_of(world: World, slot: Slot, x0: tuple[np.ndarray, np.ndarray]) -> Pair
     signal, disturbance = world.row("renoise", index + 1, s)
     x_s = exact.linear((signal, *(target if rules.naive else state)), (disturbance, noise[0][0], noise[1][0]))
     dropped = exact.uniform(rules.seed, sample, exact.draw_id(Draw.PROMPT_DROPOUT, index)) < np.float32(rules.dropout)
-    row = 0 if dropped else world.item(sample, order=int(rules.shuffled)) + 1
+    row = 0 if dropped else world.prompt_index(sample, order=int(rules.shuffled)) + 1
     return Pair(target, x_s, [t, s, sample, row], float(world.row("weight", index + 1)))
 
 
@@ -121,7 +121,7 @@ def make_world(
 
     step = table(steps + 2, 7)  # one row more than the grid has, as lockstep rollouts keep their identity in
     step[:, 6] = w
-    defaults = {"items": 3, "stride": 11, "max_steps": steps, "seed": seed}
+    defaults = {"num_prompts": 3, "stride": 11, "max_steps": steps, "seed": seed}
     rules = TdftRules(**(defaults | rules))
     tables = TdftTables(
         step=step,
@@ -130,5 +130,5 @@ def make_world(
         timesteps=timesteps.to(on),
         weight=table(steps + 1),
     )
-    latents = draw(seed, (rules.items, *shape[1:]), dtype=latent_dtype, on=on)[0] if start == "data" else None
+    latents = draw(seed, (rules.num_prompts, *shape[1:]), dtype=latent_dtype, on=on)[0] if start == "data" else None
     return World(tables, rules, latents)

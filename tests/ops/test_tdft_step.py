@@ -27,7 +27,7 @@ def some_slots(world: lives.World, batch: int, first: int, on: str) -> torch.Ten
     index = low + lane % (top - low + 1)
     left = torch.where(lane % 3 == 1, 0, 1 + lane % 2)
     ids = first + lane * 5
-    rows = torch.tensor([world.item(int(i)) + 1 for i in ids])
+    rows = torch.tensor([world.prompt_index(int(i)) + 1 for i in ids])
     return torch.stack([index, ids, left, rows]).to(on)
 
 
@@ -57,7 +57,7 @@ def check(op, backend, mixture, world, told: dict[int, lives.Slot], pos, neg, x,
         pair = lives.advance(world, slot, *(None if a is None else a[i] for a in arrays))
         assert pairs[:, i].tolist() == pair.numbers
         assert weight[i].item() == pair.weight
-        next_row = world.item(slot.sample) + 1
+        next_row = world.prompt_index(slot.sample) + 1
         assert following[:, i].tolist() == [slot.index, slot.sample, slot.left, next_row]
         expected = [(target, pair.target), (x_s, pair.x_s), (x, slot.x)] + [(final, slot.final)] * (final is not None)
         for tensor, terms in expected:
@@ -101,7 +101,7 @@ RUNS = {  # start, grid steps, w, batch, rules
     "data": ("data", 5, -1.0, 5, {"max_steps": 2, "dropout": 0.3}),
     "data-guided": ("data", 5, -3.0, 7, {"max_steps": 5, "shuffled": True}),
     "data-naive": ("data", 4, 0.0, 3, {"naive": True, "max_steps": 1}),
-    "data-two-steps": ("data", 2, -3.0, 4, {"max_steps": 9, "items": 1}),
+    "data-two-steps": ("data", 2, -3.0, 4, {"max_steps": 9, "num_prompts": 1}),
 }
 
 
@@ -142,11 +142,11 @@ SEEDS = (0, -1, 2**32, 2**63 - 1, -(2**63), 2**63 + 5)
 @pytest.mark.parametrize(("backend", "seed"), cases.some_slow(SEEDS, (-1, 2**63 - 1)), indirect=["backend"])
 @pytest.mark.parametrize("start", STARTS)
 def test_integers(backend, start, seed):
-    """t, s, ids, items, dropout and start index, for seeds and ids of any bits and numbers of items of any size."""
+    """t, s, ids, num_prompts, dropout and start index, for seeds and ids of any bits and numbers of num_prompts of any size."""
     on, shape = cases.device(backend), (8, 1)
-    for items, first in ((1, 2**62), (2, 3), (1000, 2**40), (1024, 2**32 - 20)):
+    for num_prompts, first in ((1, 2**62), (2, 3), (1000, 2**40), (1024, 2**32 - 20)):
         # The op is given a seed's 64 bits; the second item order belongs to the seed after it.
-        rules = {"items": items, "dropout": 0.5, "shuffled": True, "stride": 2**31 - 1}
+        rules = {"num_prompts": num_prompts, "dropout": 0.5, "shuffled": True, "stride": 2**31 - 1}
         world = lives.make_world(1, shape, steps=4, w=0.0, start=start, on=on, **rules)
         world.rules = replace(world.rules, seed=seed)
         x, final, pos = draw(4, shape, shape, shape, on=on)
@@ -159,9 +159,9 @@ def test_integers(backend, start, seed):
 
 
 def test_ids_below_the_stride(backend):
-    """The samples before a run's first have negative ids; their items, too, are items."""
+    """The samples before a run's first have negative ids; their num_prompts, too, are num_prompts."""
     on, shape = cases.device(backend), (4, 6)
-    world = lives.make_world(2, shape, steps=3, w=0.0, start="noise", on=on, stride=4, items=3)
+    world = lives.make_world(2, shape, steps=3, w=0.0, start="noise", on=on, stride=4, num_prompts=3)
     x, final, pos = draw(5, shape, shape, shape, on=on)
     slots = some_slots(world, 4, 0, on)
     slots[0] = world.top
@@ -249,7 +249,7 @@ def test_float64():
     steps=st.integers(2, 9),
     start=st.sampled_from(STARTS),
     first=st.integers(2**31, 2**62),
-    items=st.integers(1, 2**20),
+    num_prompts=st.integers(1, 2**20),
     rules=st.fixed_dictionaries(
         {
             "naive": st.booleans(),
@@ -260,9 +260,9 @@ def test_float64():
         }
     ),
 )
-def test_any_step(name, shape, seed, mixture, steps, start, first, items, rules):
-    items = items if start == "noise" else 1 + items % 5
-    options = {"latent_dtype": mixture.network, "items": items, **rules}
+def test_any_step(name, shape, seed, mixture, steps, start, first, num_prompts, rules):
+    num_prompts = num_prompts if start == "noise" else 1 + num_prompts % 5
+    options = {"latent_dtype": mixture.network, "num_prompts": num_prompts, **rules}
     world = lives.make_world(5, shape, steps=steps, w=-2.0, start=start, **options)
     world.rules = replace(world.rules, seed=seed)
     x, final = draw(9, shape, shape, dtype=mixture.state)

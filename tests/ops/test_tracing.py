@@ -24,6 +24,7 @@ from selfnpo_kernels import (
     tdft_step,
     x0_loss,
 )
+from selfnpo_kernels.schemas import SCHEMAS
 
 SHAPE = (3, 2, 5)
 SLOTS = torch.tensor([[0, 1, 2], [9, 10, 11], [0, 1, 1], [1, 1, 1]])
@@ -45,7 +46,7 @@ def tdft_arguments(start: str, branches: str = "both", dtype=F32) -> tuple:
     return (
         pos if branches != "neg" else None, neg if branches != "pos" else None, x, final if start == "noise" else None,
         SLOTS, torch.zeros_like(SLOTS), t.step, t.start, t.renoise, t.timesteps, t.weight, world.latents,
-        r.items, r.stride, r.max_steps, r.seed, 0.5, start == "noise", start == "data",
+        r.num_prompts, r.stride, r.max_steps, r.seed, 0.5, start == "noise", start == "data",
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ OPCHECKS = [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(op
 
 
 def test_every_op_is_checked():
-    assert {case[0] for case in opcheck_cases()} == set(ops.SCHEMAS)
+    assert {case[0] for case in opcheck_cases()} == set(SCHEMAS)
 
 
 @pytest.mark.parametrize("name", ["cpp", "reference"])

@@ -18,9 +18,9 @@ struct Slot {
   Stream renoise, fresh;
 };
 
-int64_t item_of(const TdftStepArgs& a, int64_t id, uint64_t order) {
-  const int64_t below = id % a.items < 0;  // ids below the first round down, as everywhere
-  return permute(id % a.items + below * a.items, a.items, a.seed + order, id / a.items - below);
+int64_t prompt_index(const TdftStepArgs& a, int64_t id, uint64_t order) {
+  const int64_t below = id % a.num_prompts < 0;  // ids below the first round down, as everywhere
+  return permute(id % a.num_prompts + below * a.num_prompts, a.num_prompts, a.seed + order, id / a.num_prompts - below);
 }
 
 // Decides slot b, and writes its columns of next_slots, pairs and weight.
@@ -44,10 +44,10 @@ Slot decide(const TdftStepArgs& a, int64_t b) {
   a.pairs[b] = t;
   a.pairs[a.B + b] = s;
   a.pairs[2 * a.B + b] = pair_id;
-  a.pairs[3 * a.B + b] = dropped ? 0 : item_of(a, pair_id, a.shuffled) + 1;
+  a.pairs[3 * a.B + b] = dropped ? 0 : prompt_index(a, pair_id, a.shuffled) + 1;
   a.weight[b] = a.weights[at + 1];
 
-  const int64_t new_id = slot.ended ? id + a.stride : id, item = item_of(a, new_id, 0);
+  const int64_t new_id = slot.ended ? id + a.stride : id, item = prompt_index(a, new_id, 0);
   int64_t next_index = index - 1, next_left = left - 1;
   if (slot.ended) {
     slot.fresh = stream(Draw::StartNoise, new_id);
