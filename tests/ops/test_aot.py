@@ -1,6 +1,6 @@
-"""What the Triton kernels compile to, on a machine without a GPU, and that a bad kernel would be noticed.
+"""The machine code of the Triton kernels, without a GPU; and whether a bad kernel is noticed.
 
-Everything that compiles runs in a process of its own: this one may have imported Triton's interpreter.
+Everything that compiles runs in another process: this one may have imported Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check(rows: list[dict]) -> None:
 
 
 def test_every_kernel_compiles_to_its_floor(tmp_path):
-    """One mixture on sm_90: 16-byte accesses, no spills; the interpreter's variable is set and has to be ignored."""
+    """One mixture on sm_90: 16-byte accesses, no spills. The interpreter's variable is ignored."""
     check(compiled(tmp_path / "rows.json", "--quick", "--arch", "90", TRITON_INTERPRET="1"))
 
 
@@ -130,7 +130,7 @@ for kernel, extra, block, options in (
 
 
 def test_bad_kernels_are_caught(tmp_path):
-    """Narrow accesses, spills, needless bytes and wide indices, each in a kernel that has that flaw alone."""
+    """Narrow accesses, spills, needless bytes and wide indices: one kernel has each flaw."""
     (tmp_path / "toys.py").write_text(TOYS)
     done = python(str(tmp_path / "toys.py"))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The ops under torch.library.opcheck, torch.compile and FakeTensorMode: one graph, no question to the host."""
+"""The ops under opcheck, torch.compile and FakeTensorMode: one graph, nothing read by the host."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DRAWN = (-5, torch.arange(3), 0, torch.arange(3))
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Memory as it comes: inductor's own buffers are none of our business."""
+    """No poisoned memory in this file: inductor allocates buffers that it does not fill."""
     yield
 
 
@@ -96,7 +96,7 @@ def test_opcheck(op, arguments, name):
 
 
 def test_fake_shapes_and_dtypes_are_the_real_ones(backend):
-    """What tracing is told of the results, for every case above."""
+    """Traced results have the shapes, dtypes, devices and strides of real ones."""
     for op, arguments in opcheck_cases():
         function = getattr(torch.ops.selfnpo, op)
         arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(cases.device(backend)), arguments)
@@ -108,8 +108,11 @@ def test_fake_shapes_and_dtypes_are_the_real_ones(backend):
             assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
-def test_draws_and_seeds_do_not_compile_anew():
-    """A sampler's step i draws under an id of its own: two graphs at most, the first one's integers taken for fixed."""
+def test_draws_and_seeds_do_not_compile_again():
+    """Each step of a sampler has another draw id, which makes two graphs at most.
+
+    The first graph takes the integers for constants.
+    """
     x, pos, k = *draw(9, SHAPE, SHAPE), torch.ones(1, 7)
     graphs = torch._dynamo.testing.CompileCounter()
 
@@ -200,7 +203,7 @@ def test_a_batch_that_changes_is_no_new_op():
 
 @pytest.mark.parametrize("network", [F32, BF16, F16])
 def test_a_step_on_fake_cuda_tensors_asks_nothing_of_the_host(network):
-    """Any .item(), and any branch on a value, raises here."""
+    """Any .item() and any branch on a value raises in this mode."""
     mode = FakeTensorMode()
 
     def on_cuda(tensor: torch.Tensor) -> torch.Tensor:
