@@ -69,8 +69,7 @@ class TdftRules:
     depends on the seed and the epoch (`rng.permute`).
     """
     stride: int
-    """Number of slots of all ranks. A slot's next sample has the current sample's id plus `stride`.
-    """
+    """Number of slots of all ranks: a slot's next sample id is the current one plus `stride`."""
     max_steps: int
     """Largest number of grid steps of a trajectory that starts from data."""
     seed: int
@@ -198,8 +197,7 @@ def tdft_step(
     slots: (4, B) int64, with the rows grid index (-1 is t = 0), sample id, number of states that
         follow in this trajectory, and conditioning row (prompt index + 1; row 0 is the empty
         prompt).
-    next_slots: (4, B) int64, the slots after the step; written. It must not share memory with
-    slots.
+    next_slots: (4, B) int64, written: the slots after the step. It must not share memory with slots.
     latents: (num_prompts, ...), the scaled latents of trajectories from data; None from noise.
 
     Returns (target, x_s, pairs, weight):
