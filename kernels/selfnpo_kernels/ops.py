@@ -197,7 +197,7 @@ def tdft_step(
     slots: (4, B) int64, with the rows grid index (-1 is t = 0), sample id, number of states that
         follow in this trajectory, and conditioning row (prompt index + 1; row 0 is the empty
         prompt).
-    next_slots: (4, B) int64, written: the slots after the step. It must not share memory with slots.
+    next_slots: (4, B) int64, written: the slots after the step. May not share memory with slots.
     latents: (num_prompts, ...), the scaled latents of trajectories from data; None from noise.
 
     Returns (target, x_s, pairs, weight):

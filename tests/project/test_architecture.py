@@ -119,9 +119,9 @@ def test_kernels_import_only_torch_and_triton():
 def import_graph(top: Path) -> dict[str, set[str]]:
     """The modules of a package, and for each the modules of the package that it imports.
 
-    Late imports count like those at the top of a file; none is exempt. Two things are no import of a
-    module: the package's `__init__`, which Python runs before any of its modules, counts only where a
-    name of its own is imported; and the compiled extension `_cpp` has no imports.
+    Late imports count like those at the top of a file; none is exempt. The package's `__init__`,
+    which Python runs before any module of the package, counts only where a module imports a name
+    that `__init__` defines. The compiled extension `_cpp` imports nothing and is left out.
     """
     files = {}
     for path in python_files(top):
