@@ -37,7 +37,7 @@ class TdftStep(Op):
         self.tables = TdftTables(
             step=grid.step, start=grid.start, renoise=grid.renoise, timesteps=grid.timesteps, weight=weight
         )
-        self.rules = TdftRules(items=ITEMS, stride=self.batch, max_steps=GRID_STEPS, seed=SEED, dropout=DROPOUT)
+        self.rules = TdftRules(num_prompts=ITEMS, stride=self.batch, max_steps=GRID_STEPS, seed=SEED, dropout=DROPOUT)
         self.order = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.begin = self.random(torch.float32), self.random(torch.float32)
 

@@ -162,7 +162,7 @@ class PairMaker:
     def rules(self, stride: int) -> TdftRules:
         """What `tdft_step` needs of this; `stride` is the number of slots of all ranks."""
         return TdftRules(
-            items=self.num_prompts,
+            num_prompts=self.num_prompts,
             stride=stride,
             max_steps=self.config.max_steps,
             seed=self.seed,

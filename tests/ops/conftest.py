@@ -12,8 +12,8 @@ import torch
 from selfnpo_kernels import backends
 
 if not torch.cuda.is_available():
-    # Kernels are compiled or interpreted as the variable stood when they were imported; nothing else shall see it. The
-    # interpreter itself imports gluon when it first runs.
+    # The variable decides at import whether kernels are compiled or interpreted. Nothing else may
+    # see it. The interpreter itself imports gluon when it first runs.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton.experimental.gluon")
@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Fill fresh memory with NaN (integers with their largest value): what an op forgets to write is seen."""
+    """Fills new memory with NaN (integers: the largest value), so that unwritten results show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

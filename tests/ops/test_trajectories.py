@@ -1,4 +1,7 @@
-"""Whole trajectories of diffusers' schedulers by `guided_step` in every backend; test_solvers.py has all options."""
+"""Whole trajectories of diffusers' schedulers by `guided_step`, in every backend.
+
+test_solvers.py tests all options of the schedulers.
+"""
 
 from __future__ import annotations
 

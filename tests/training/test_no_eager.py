@@ -123,7 +123,7 @@ def test_eager_arithmetic_would_be_seen(monkeypatch, tmp_path):
         return reference.tdft_step(
             pos, neg, x, final, slots, next_slots,
             tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, latents,
-            rules.items, rules.stride, rules.max_steps, rules.seed, rules.dropout, rules.shuffled, rules.naive,
+            rules.num_prompts, rules.stride, rules.max_steps, rules.seed, rules.dropout, rules.shuffled, rules.naive,
         )  # fmt: skip
 
     monkeypatch.setattr(continuous, "tdft_step", eager)
