@@ -1,1 +1,1 @@
-"""The doctor room: what a training run will need, computed in advance, and a check of it against a real update."""
+"""The doctor room: what a training run will need, computed, and compared with a real update."""

@@ -1,4 +1,6 @@
-"""What a training run will need: memory of a rank, FLOPs of an update, sizes of files. Computed, not measured.
+"""What a training run will need: memory per rank, FLOPs per update, sizes of files.
+
+Everything is computed and nothing is measured.
 
 Activations and FLOPs come from tracing the networks without their weights (`tracing.py`). What
 DeepSpeed, the optimiser and the reference hold follows from their code in closed form.
@@ -21,9 +23,9 @@ from selfnpo_fast.training.engine import deepspeed_config, zero_stage
 
 GIB = 2**30
 DEEPSPEED_BUCKET = 500_000_000
-"""Elements: DeepSpeed's default reduce_bucket_size, and the bucket of its plain all-reduce (ZeRO 0)."""
+"""Elements of DeepSpeed's default reduce_bucket_size, and of its plain all-reduce (ZeRO 0)."""
 MAX_LIVE = 1_000_000_000
-"""Elements: ZeRO 3's stage3_max_live_parameters and stage3_max_reuse_distance.
+"""Elements of ZeRO 3's stage3_max_live_parameters and stage3_max_reuse_distance.
 
 Up to this number nothing that was gathered is released early.
 """
@@ -47,8 +49,10 @@ class PlannedRun:
     student: StudentTrace
     """Of one micro-batch."""
     reference_peak: int
-    """Peak bytes of the reference's forward on a micro-batch, or on twice as many rows where guidance
-    needs both branches."""
+    """Peak bytes of the reference's forward on a micro-batch.
+
+    Where guidance needs both branches, it has two rows per sample.
+    """
     latent_elements: int
     """Elements of one sample's latents."""
     row_elements: int
@@ -70,7 +74,7 @@ class PlannedRun:
 
 
 class Tracer:
-    """Plans runs of one model; configs that give the networks the same inputs share their traces."""
+    """Plans runs of one model; configs with equal networks and inputs share traces."""
 
     def __init__(self, adapter: StableDiffusionAdapter, prompts: int) -> None:
         self.adapter, self.prompts = adapter, prompts
@@ -134,7 +138,7 @@ def forwards_per_pair(rollout: RolloutConfig) -> float:
 def startup_forwards(run: PlannedRun) -> int:
     """Upper bound on the reference forwards of all ranks that fill a continuous rollout's slots.
 
-    They are made once per run. 0 in lockstep mode, which has no slots.
+    A run fills its slots once. Lockstep mode has none, so it needs 0 forwards.
     """
     rollout = run.config.rollout
     if rollout.mode == "lockstep":
@@ -163,7 +167,7 @@ class UpdateFlops:
 def update_flops(run: PlannedRun) -> UpdateFlops:
     """FLOPs of the networks in one update.
 
-    The fused operations between the networks are left out: they take less than a thousandth of that.
+    The fused operations between the networks are left out: they take less than a thousandth of it.
     """
     batch = run.config.engine.batch_size
     forwards = batch * forwards_per_pair(run.config.rollout)
@@ -193,8 +197,8 @@ class Memory:
 def keeps_gradients(config: TrainConfig) -> bool:
     """Whether the gradients of all parameters gather during a backward pass.
 
-    ZeRO 2 and 3 move each gradient into a bucket when it is complete. With several micro-batches the
-    gradients of the first one stay, and those of the later ones are added to them in place.
+    ZeRO 2 and 3 move each gradient into a bucket when it is complete. With several micro-batches
+    the gradients of the first one stay, and those of the later ones are added to them in place.
     """
     return zero_stage(config) < 2 and config.engine.accumulation == 1
 
@@ -209,7 +213,7 @@ def memory(run: PlannedRun) -> Memory:
     # The reference is a copy of the trained weights. A frozen reference under LoRA is the base
     # network itself, and costs nothing.
     reference = counts.trained_bytes if ema or not config.lora.rank else 0
-    # In float32 the average is its own master; otherwise each float32 master lies on one rank.
+    # A float32 average needs no master; otherwise each rank holds the float32 masters of its shard.
     has_masters = ema and config.engine.precision != "fp32"
     masters = 4 * math.ceil(counts.trained / run.world_size) if has_masters else 0
     resident, phases = _engine_memory(run)
@@ -333,7 +337,7 @@ def checkpoint_bytes(run: PlannedRun) -> int:
 
 
 def negative_bytes(run: PlannedRun) -> int:
-    """Bytes of the negative model on disk: the whole network or its LoRA, in the run's precision."""
+    """Bytes of the negative model on disk: whole network or LoRA, in the run's precision."""
     counts = run.parameter_counts
     elements = counts.trained if run.config.lora.rank else counts.total
     return elements * DTYPES[run.config.engine.precision].itemsize

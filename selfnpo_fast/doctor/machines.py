@@ -1,4 +1,4 @@
-"""How long an update takes on a machine: FLOPs and bytes over the rates of data sheets, or of this machine."""
+"""How long an update takes, from the rates of a GPU's data sheet or those of this machine."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _update_traffic(run: PlannedRun) -> float:
 def measure_this_machine(precision: str) -> Machine | None:
     """Measures this machine's rates in about a second; None for fp16 without a GPU.
 
-    FLOP/s are those of a 3x3 convolution of 320 channels, a layer of SD1.5; the bandwidth is that of
-    a copy.
+    FLOP/s are those of a 3x3 convolution of 320 channels, a layer of SD1.5; the bandwidth is that
+    of a copy.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "fp16" and device.type == "cpu":

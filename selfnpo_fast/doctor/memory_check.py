@@ -1,4 +1,6 @@
-"""Compares the memory model of `costs.py` with a real update, by the allocation records of torch.profiler.
+"""Compares the memory model of `costs.py` with the allocation records of a real update.
+
+The records are those of torch.profiler.
 
 The network has its real class and size but random weights, the text embeddings are random, and
 everything else is the trainer's code: no weights are read. The second update is measured, because
@@ -76,23 +78,23 @@ def compare(predicted: Memory, measured: dict[str, int]) -> Comparison:
 def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, world: World) -> dict[str, int]:
     """Runs two updates and returns the memory of the second one, in bytes by name.
 
-    "at rest" is what lives before the update, "peak" the most that lives during it; the other names
-    are those of the phases, with what each adds to the bytes at rest.
+    "at rest" is what lives before the update and "peak" the most that lives during it. The other
+    names are those of the phases, with what each of them adds to the bytes at rest.
     """
     config = replace(config, log=LogConfig(sample_every=-1))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])
     # Objects of an earlier profile that are freed during this one would be subtracted from it.
     gc.collect()
-    # The profile covers the trainer's set-up, because the profiler knows the size of a block only if
+    # The profile covers the trainer's set-up: the profiler knows the size of a freed block only if
     # it saw the allocation. DeepSpeed starts before the profile does.
     records, local = profile(activities=activities, profile_memory=True), _local_communication(world)
     with records, local, tempfile.TemporaryDirectory() as output:
         trainer = Trainer(config, _random_inputs(config, adapter, prompts, world), world, Path(output))
         recorder = Recorder(config, world, adapter.schedule.num_train_timesteps)
-        # The first update, with all slots filled, makes the second a steady one, as the model has it.
+        # The model describes a steady update: slots are filled and the optimiser has its moments.
         trainer.producer.rollout.fill()
         trainer.train_update(recorder)
-        # From here on the profiler's records say which phase an allocation belongs to.
+        # In the measured update each phase marks its allocations in the profiler's records.
         trainer.producer.take = _marked(REFERENCE_FORWARD, trainer.producer.take)
         trainer.pair_loss = _marked(STUDENT_PASSES, trainer.pair_loss)
         trainer.engine.backward = _marked(STUDENT_PASSES, trainer.engine.backward)
@@ -102,10 +104,11 @@ def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, 
 
 
 def _local_communication(world: World) -> AbstractContextManager[None]:
-    """Starts DeepSpeed; in the returned context its collectives of one rank are done at once, in this thread.
+    """Starts DeepSpeed; inside the returned context its collectives run at once, in this thread.
 
-    gloo runs them in a thread of its own, which copies tensors, or is the last to release one. The
-    profiler keeps no records of what that thread frees.
+    The world has one rank, so every collective keeps or copies its tensor. gloo would run them
+    in another thread, which may be the last one to release a tensor, and the profiler keeps no
+    records of what that thread frees.
     """
     start_deepspeed(world)
     from deepspeed.comm import comm
@@ -178,7 +181,7 @@ def _random_inputs(config: TrainConfig, adapter: StableDiffusionAdapter, prompts
 
 
 def _memory_by_phase(records: profile, device_type: str) -> dict[str, int]:
-    """Bytes at rest, added by each phase, and at the peak, from the profiler's allocation records."""
+    """What `measure` returns, from the profiler's records of allocations and marks."""
     kind = torch.autograd.DeviceType.CUDA if device_type == "cuda" else torch.autograd.DeviceType.CPU
     events = records.profiler.kineto_results.events()
     # Every allocation is a record of its size, every release one of its negative size; the running

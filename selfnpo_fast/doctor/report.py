@@ -20,7 +20,7 @@ from selfnpo_fast.training.engine import zero_stage
 CARDS = (16.0, 24.0, 40.0, 80.0)
 """Memory of common GPUs in GiB."""
 USABLE = 0.92
-"""Share of a card that an update may need; CUDA's context, workspaces and fragmentation take the other part."""
+"""Share of a card that an update may need; CUDA, workspaces and fragmentation take what is left."""
 LEAST_SAVING = 0.01
 """Share of the peak that a change has to save to be suggested."""
 VERIFIED = (
@@ -32,11 +32,11 @@ VERIFIED = (
         engine=EngineConfig(batch_size=2),
     ),
 )
-"""The configs that `--verify` runs when none is named: the networks of benchmarks/nets.py."""
+"""What `--verify` runs when no config is named: the networks of benchmarks/nets.py."""
 
 
 def examine(config: TrainConfig, *, memory_gib: float | None = None, world_size: int = 1) -> str:
-    """The report on a config with `world_size` ranks, for cards of `memory_gib` GiB or of usual sizes.
+    """The report on a config with `world_size` ranks, for cards of `memory_gib` GiB or of CARDS.
 
     Raises UserError for every mistake in the config or the model that shows without weights.
     """
@@ -117,7 +117,7 @@ def _run_section(run: PlannedRun) -> str:
 
 
 def _memory_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Iterable[float]) -> str:
-    """Resident memory, what each phase adds, the peak, activations, and which cards are large enough."""
+    """Resident memory, what each phase adds, the peak, activations, and which cards suffice."""
     config = run.config
     lines = ["memory of a rank"]
     lines += _table_lines((name, format_bytes(size)) for name, size in memory.resident.items())
@@ -159,7 +159,7 @@ def _time_section(run: PlannedRun, machines: Iterable[Machine]) -> str:
 
 
 def _savings_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Iterable[float]) -> str:
-    """What each change saves by itself, and for each card that is too small the changes that make the run fit."""
+    """What each change saves by itself, and the changes that make the run fit each small card."""
     lines = ["what each change alone takes off the peak"]
     savings = []
     for option, changed in costs.memory_saving_changes(run.config, run.world_size):
@@ -182,7 +182,7 @@ def _savings_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Ite
 
 
 def changes_to_fit(tracer: Tracer, run: PlannedRun, card: float) -> tuple[list[str], Memory]:
-    """Command-line options that make an update fit into `card` GiB, and the memory it needs with them.
+    """Options that make an update fit into `card` GiB, and the memory that it needs with them.
 
     Changes are applied one after another, in the order of `memory_saving_changes`, until the update
     fits or no change saves LEAST_SAVING of the peak; then the update does not fit.
@@ -202,7 +202,7 @@ def changes_to_fit(tracer: Tracer, run: PlannedRun, card: float) -> tuple[list[s
 
 
 def _assumptions_section(machines: Iterable[Machine]) -> str:
-    """The rates that the times rest on, and what times and memory leave out."""
+    """The rates behind the times, and what times and memory leave out."""
     lines = ["assumed"]
     for machine in machines:
         rates = ", ".join(f"{name} {_format_si(rate)}FLOP/s" for name, rate in machine.flops.items())

@@ -46,8 +46,8 @@ class LiveBytes(TorchDispatchMode):
     """Follows the bytes of the tensor storages that operations allocate inside the context.
 
     `now` is what lives at present, `peak` the most that has lived. An operation's internal scratch
-    memory is not seen. The caller keeps `gradients` up to date; `peak_gradients` is its value at the
-    peak. Storages of the tensors in `known`, such as weights, are not counted.
+    memory is not seen. The caller keeps `gradients` up to date; `peak_gradients` is its value at
+    the peak. Storages of the tensors in `known`, such as weights, are not counted.
     """
 
     def __init__(self, known: list[torch.Tensor]) -> None:
@@ -115,7 +115,7 @@ class ParameterCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentTrace:
-    """Memory of the student's forward and backward pass over one micro-batch, without its weights."""
+    """Memory of the student's passes over one micro-batch, in addition to its weights."""
 
     kept: int
     """Bytes of activations and inputs that live between the forward and the backward pass."""
@@ -142,8 +142,8 @@ class FakeDenoiser:
                 add_lora(self.module, lora, seed=0)
             else:
                 self.module.requires_grad_(True)
-        # Fake tensors on the CPU dispatch to the CPU's kernels. Meta tensors do not: their attention
-        # would keep the whole matrix of scores.
+        # Fake tensors on the CPU dispatch to the CPU's kernels. Meta tensors do not: their
+        # attention would keep the whole matrix of scores.
         with self._fake_mode:
             _replace_tensors(self.module, dtype)
         if checkpointing:

@@ -1,4 +1,4 @@
-"""`selfnpo doctor`: its figures against closed form, against real objects, and against a real update."""
+"""`selfnpo doctor`: its figures against closed form, real objects and a real update."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class OneLayer:
 
 
 def test_flops_and_bytes_of_one_convolution():
-    """A 3x3 convolution of 3 to 6 channels on 8x8 has a multiply-add per weight and output position.
+    """A 3x3 convolution of 3 to 6 channels on 8x8: a multiply-add per weight and output position.
 
     Its backward pass, for the weights, has as many again.
     """
@@ -178,7 +178,7 @@ def test_live_bytes_follow_storages():
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_traced_peak_is_that_of_a_real_backward(checkpointing):
-    """Against the profiler's allocation records of the same network, with real tensors and random weights."""
+    """Against the profiler's records of the same network with real tensors and random weights."""
     adapter = load_adapter("digits")
     traced = FakeDenoiser(adapter, torch.float32, FULL, checkpointing=checkpointing).trace_student(8)
     network = adapter.new_denoiser(torch.float32).train()
@@ -258,7 +258,7 @@ def test_full_size_networks_from_their_configs(tmp_path, family, count):
     denoiser = FakeDenoiser(load_adapter(str(tmp_path)), torch.bfloat16, FULL)
     assert denoiser.parameter_counts.total == count
     assert denoiser.parameter_counts.weight_bytes == 2 * count
-    assert denoiser.forward_peak(1) < count, "activations of a forward are small beside such weights"
+    assert denoiser.forward_peak(1) < count, "activations of a forward are small next to such weights"
 
 
 # Closed form
@@ -298,7 +298,7 @@ def test_bytes_of_each_engine_against_the_arithmetic():
 
 
 def test_moments_of_eight_bits():
-    """8-bit moments take two bytes per element and two float32 scales per 256 elements.
+    """8-bit moments take two bytes per element, and two float32 scales per 256 elements.
 
     Small tensors keep float32 moments, unless ZeRO has joined all tensors into one.
     """
@@ -568,7 +568,7 @@ ENGINES = {
 
 
 def near(config: TrainConfig, error: float = 0.01) -> None:
-    """Asserts that the peak is within 1%, and then that every part of it is within 2% or a mebibyte.
+    """Asserts that the peak is within 1%, and then that every part is within 2% or a mebibyte.
 
     The largest error of the peak that was seen is 0.4%. In bf16 with ZeRO 3 the model is 6% too
     high: DeepSpeed holds 2 MiB less at rest than the model says.
