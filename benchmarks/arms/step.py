@@ -16,7 +16,7 @@ from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.training.engine import make_optimizer
 from selfnpo_fast.training.moving_reference import MovingReference
 from selfnpo_fast.training.objective import Objective
-from selfnpo_kernels import affine_noise, guided_step
+from selfnpo_kernels import Draw, affine_noise, guided_step
 
 SEED = 0
 ITEMS = 64
@@ -61,7 +61,17 @@ class ReleasedRollout(LockstepRollout):
         # One more evaluation gives the target.
         pos, neg = predictor(x, grid.timestep(index), rows)
         _, target = guided_step(pos, neg, x, grid.step, index=index + 1)
-        return maker.finish(x, index, target, ids)
+        # Eq. 16 from the last state, with the draws of our lockstep mode.
+        s = maker.draw_s(ids, index)
+        return Pairs(
+            x_s=grid.noised(x, target, index, s, maker.key(Draw.RENOISE, ids, index)),
+            s=s,
+            target=target,
+            t=grid.timestep(index),
+            rows=maker.student_rows(ids, index),
+            weight=torch.ones(self.batch, device=maker.device),
+            sample_ids=ids,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +90,7 @@ class Arm:
     """Reference forwards per update of a floor."""
 
     @property
-    def calls(self) -> int:
+    def forwards_per_state(self) -> int:
         """Rows that the reference forwards to evaluate one sample: 1, or 2 for both branches."""
         both = issubclass(self.predictor, UnbatchedPredictor) or self.config.w not in (-1, 0)
         return 2 if both else 1
@@ -182,9 +192,9 @@ def expected_forwards(arm: Arm, rollout: LockstepRollout | ContinuousRollout) ->
     """
     batch, k = rollout.batch, arm.config.max_steps
     if arm.config.mode == "continuous":
-        return batch * arm.calls
+        return batch * arm.forwards_per_state
     steps = batch * k
     if not isinstance(rollout, ReleasedRollout):
         start = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + batch)).start_index
         steps = int((start + 1).clamp(max=k).sum())
-    return (steps + batch) * arm.calls
+    return (steps + batch) * arm.forwards_per_state
