@@ -6,9 +6,10 @@
 
 The arms (`arms/ops.py`, `arms/tdft.py`, `arms/floor.py`):
 
-- ours: the fused op - eager: PyTorch as diffusers and the authors write it; `tdft_step` has a
-second way, `eager_by_rows` - compiled: the same arithmetic under torch.compile, compiled before the
-timing - floor: plain copies of as many bytes as the op has to move
+- ours: the fused op
+- eager: PyTorch as diffusers and the authors write it; `tdft_step` also has `eager_by_rows`
+- compiled: the same arithmetic under torch.compile, compiled before the timing
+- floor: plain copies of as many bytes as the op has to move
 
 Every round times each arm once, with so many calls that they take SAMPLE_SECONDS; ratios are taken
 within a round.
