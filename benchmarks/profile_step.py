@@ -3,7 +3,7 @@
     python -m benchmarks.profile_step                                        # configs/digits.yaml
     python -m benchmarks.profile_step --updates 10 -- --config configs/sd15_fast.yaml --model.path FOLDER
 
-Words after -- are those of `selfnpo train`. The run's own parts are timed (`world.region`), each without those inside
+Words after -- are those of `selfnpo train`. The run's own parts are timed (`region`), each without those inside
 it; `kernels` are the fused ops wherever they run. With `rollout.overlap` the rollout runs beside the rest, so the parts
 add up to more than the update, and `waiting` is what the update waits for it. Times are the host's; on
 a GPU the trace holds the device's as well. It opens in chrome://tracing or Perfetto.

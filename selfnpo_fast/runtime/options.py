@@ -1,4 +1,4 @@
-"""The one parser of all commands: `--name value` words, and for some commands a YAML config, fill dataclasses.
+"""The one parser of all commands: words, and for some commands a YAML config, fill dataclasses.
 
 Each field of such a dataclass is an option. The docstring below the field is the option's help.
 """
@@ -34,12 +34,13 @@ class Parsed(Generic[OptionsT, ConfigT]):
 
 
 def parse_options(cls: type[OptionsT], argv: Sequence[str], prog: str) -> OptionsT:
-    """An instance of the options dataclass `cls` from `--name value` words; all its fields have defaults.
+    """An instance of the options dataclass `cls` from `--name value` words.
 
-    `--several-words` and `--several_words` name the same field. A bool is a flag that takes no value,
-    and a list takes several words: `--brief`, `--negative runs/a runs/b`. `prog` is the command's name
-    in the help. With `--help` the help is printed, and SystemExit is raised. Raises UserError, in one
-    line, for unknown options and for values that do not fit.
+    All fields of `cls` have defaults. `--several-words` and `--several_words` name the same field.
+    A bool is a flag without a value, and a list takes several words: `--brief`,
+    `--negative runs/a runs/b`. `prog` is the command's name in the help. `--help` prints the help
+    and raises SystemExit. Raises UserError, of one line, for unknown options and values that do
+    not fit.
     """
     parser = _parser(prog, cls)
     _add_options(parser, cls)
@@ -50,11 +51,12 @@ def parse_options(cls: type[OptionsT], argv: Sequence[str], prog: str) -> Option
 def parse_with_config(
     cls: type[OptionsT], config_cls: type[ConfigT], argv: Sequence[str], prog: str, default: Path
 ) -> Parsed[OptionsT, ConfigT]:
-    """The options `cls` as in `parse_options`, and a `config_cls` from a YAML file and dotted words.
+    """The options `cls` as in `parse_options`, and a `config_cls` from YAML and dotted words.
 
-    `--config FILE` reads a file, and `--section.field value` sets one field; the later word wins. Without
-    `--config` the file `default` is read, and the log names it. A field of `config_cls` that holds a
-    dataclass is a section: only the section's fields have values. Raises like `parse_options`.
+    `--config FILE` reads a file, and `--section.field value` sets one field; the later word wins.
+    Without `--config` the file `default` is read, and the log names it. A field of `config_cls`
+    that holds a dataclass is a section: only the section's fields have values. Raises like
+    `parse_options`.
     """
     import yaml
     from jsonargparse import set_loader
@@ -79,7 +81,8 @@ def parse_with_config(
         values.pop("config")
         options = {field.name: values.pop(field.name) for field in fields(cls)}
         for name, kind in get_type_hints(cls).items():
-            if kind is bool and not isinstance(options[name], bool):  # a config file may hold the key
+            # A config file may hold the key, too, and jsonargparse takes any value of a flag there.
+            if kind is bool and not isinstance(options[name], bool):
                 raise UserError(f"--{name}: it takes no value, not {one_line(options[name], 80)!r}")
         return Parsed(
             options=cls(**options),
@@ -95,7 +98,7 @@ def section_names(config_cls: type) -> frozenset[str]:
 
 
 def _underscored(argv: Sequence[str], cls: type) -> list[str]:
-    """The words of `argv`, with `--several-words` as `--several_words` where `cls` has such a field."""
+    """The words of `argv`; `--several-words` becomes `--several_words` if `cls` has that field."""
     option_names = {f"--{field.name}" for field in fields(cls)}
     words = []
     for word in argv:
@@ -107,7 +110,7 @@ def _underscored(argv: Sequence[str], cls: type) -> list[str]:
 
 
 def _parser(prog: str, cls: type, **settings):
-    """A jsonargparse.ArgumentParser without options; the docstring of `cls` describes the command."""
+    """A jsonargparse.ArgumentParser without options, described by the docstring of `cls`."""
     from jsonargparse import ArgumentParser
 
     return ArgumentParser(prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False, **settings)
@@ -130,7 +133,8 @@ def _add_options(parser, cls: type) -> None:
 def _add_config(parser, cls: type, section: str = "") -> None:
     """Add an option for each field of the config dataclass `cls` or of its sections, in order.
 
-    jsonargparse is not told the classes of the sections. It would import any class that a value names.
+    jsonargparse is not told the classes of the sections: it would import any class that a value
+    names instead.
     """
     kinds, helps, defaults = get_type_hints(cls), _field_docs(cls), cls()
     group = parser.add_argument_group(section, cls.__doc__) if section else parser
@@ -151,7 +155,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def _instance(cls: type[ConfigT], values) -> ConfigT:
-    """A config dataclass filled from a jsonargparse.Namespace, in which each section is a Namespace."""
+    """A config dataclass from a jsonargparse.Namespace that holds a Namespace per section."""
     kinds = get_type_hints(cls)
     return cls(**{k: _instance(kinds[k], v) if is_dataclass(kinds[k]) else v for k, v in vars(values).items()})
 

@@ -55,13 +55,13 @@ def save_checkpoint(
     """
     writer = Writer(folder / f"update-{update:07d}", world)
     main = world.is_main
-    writer.save("student.safetensors", engine.full_weights(), here=main)
+    writer.save("student.safetensors", engine.full_weights(), write=main)
     for key in engine.moments():
-        writer.save(f"{key}.safetensors", engine.full_moments(key), here=main)
-    writer.save("reference.safetensors", reference.saved(), here=main)
+        writer.save(f"{key}.safetensors", engine.full_moments(key), write=main)
+    writer.save("reference.safetensors", reference.saved(), write=main)
     own = {**own, "rng": _rng_state(world), "optimizer": engine.native_state()}
     flat = ((f"{part}.{name}", value) for part, tensors in own.items() for name, value in tensors.items())
-    writer.save(f"rank{world.rank}.safetensors", flat, here=True)
+    writer.save(f"rank{world.rank}.safetensors", flat, write=True)
     state = {
         "update": update,
         "world_size": world.size,

@@ -37,7 +37,8 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError
 from selfnpo_fast.runtime.images import image_grid
-from selfnpo_fast.runtime.world import World, region
+from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.checkpoint import load_checkpoint, newest_whole, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
 from selfnpo_fast.training.lifecycle import StopRequest

@@ -249,7 +249,7 @@ def test_options_may_stand_in_the_file_but_flags_are_flags(default):
 
 @pytest.mark.parametrize("words", [["--heat", "pathlib.Path"], ["--heat={watts: 3}"], ["--heat"]])
 def test_a_section_has_no_value_on_the_command_line(default, words):
-    with pytest.raises(UserError, match="^--heat: it has no value of its own; give its fields, as --heat"):
+    with pytest.raises(UserError, match=r"^--heat: it has no value of its own; give its fields, as --heat"):
         parsed(default, *words)
 
 
