@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -9,6 +12,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfnpo_fast import diffusion
 from selfnpo_fast.diffusion.schedule import (
     NoiseSchedule,
     ddim_coefficients,
@@ -19,6 +23,7 @@ from selfnpo_fast.diffusion.schedule import (
 )
 from selfnpo_fast.runtime.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -102,3 +107,13 @@ def test_epsilon_at_zero_terminal_snr_is_refused():
 def test_unknown_prediction_type_is_refused():
     with pytest.raises(UserError, match="flow"):
         NoiseSchedule(torch.linspace(0.99, 0.01, 10), "flow")
+
+
+def test_the_legend_of_equations_names_code_that_is_there():
+    """Each `file: name` in the docstring of the package is a file that defines the name."""
+    entries = re.findall(r"(\S+\.py)(?:: ([\w.]+))?$", diffusion.__doc__, re.MULTILINE)
+    assert len(entries) >= 10
+    for file, name in entries:
+        text = (ROOT / file).read_text()
+        for part in filter(None, name.split(".")):
+            assert re.search(rf"\b(def|class) {part}\b", text), f"{file}: {name}"
