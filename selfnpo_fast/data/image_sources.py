@@ -251,7 +251,7 @@ def _tar_source(source: str, name: str, shards: list[Path], limit: int) -> Image
             if len(found) == limit:
                 return found
         if not found:
-            raise UserError(f"data.source: {source} holds no images with captions (key.jpg beside key.txt or key.json)")
+            raise UserError(f"data.source: {source} holds no images with captions (key.jpg with key.txt or key.json)")
         return found
 
     return ImageSource(name, _stamp(facts), pictures)

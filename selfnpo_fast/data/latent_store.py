@@ -162,6 +162,7 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
     """
     from tqdm import tqdm
 
+    # What an earlier run has left is kept.
     done = world.on_main(lambda: _resume(store, pictures, 4 * math.prod(adapter.latent_shape)))
     resumed = f", going on after {done:,}" if done else ""
     logger.info("data: encoding %s images into %s%s", f"{len(pictures):,}", store.folder, resumed)
@@ -185,6 +186,7 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
             raise UserError(f"data.source: the model's autoencoder gives no finite latent of {label}")
         return latents
 
+    # The rounds; `ahead` is the reading of the next one.
     with (
         ThreadPoolExecutor(1) as reader,
         tqdm(total=len(pictures), initial=done, unit="image", dynamic_ncols=True, disable=not world.is_main) as bar,

@@ -40,14 +40,15 @@ def image_grid(
         raise ValueError(f"columns: {columns} for {len(tiles)} images is not possible; give at least one of each")
     if captions is not None and len(captions) != len(tiles):
         raise ValueError(f"captions: {len(captions)} of them for {len(tiles)} images; give one per image")
+    # Sizes: all cells get the room that the longest caption needs.
     font = ImageFont.load_default(CAPTION_SIZE)
     line_height = round(1.3 * CAPTION_SIZE)
     width, height = tiles[0].size
     texts = [_wrap(caption, font, width) for caption in captions or [""] * len(tiles)]
-    # All cells get the room that the longest caption needs.
     text_height = line_height * max(len(text) for text in texts)
     from diffusers.utils import make_image_grid
 
+    # A cell per image with its caption below it; blank cells fill the last row.
     cells = []
     for tile, text in zip(tiles, texts, strict=True):
         cell = Image.new("RGB", (width + 2 * MARGIN, height + text_height + 2 * MARGIN), "white")
@@ -56,10 +57,10 @@ def image_grid(
         for i, line in enumerate(text):
             draw.text((MARGIN, MARGIN + height + 2 + i * line_height), line, fill="black", font=font)
         cells.append(cell)
-    # Blank cells fill the last row.
     blank = Image.new("RGB", cells[0].size, "white")
     cells += [blank] * (-len(cells) % columns)
     page = make_image_grid(cells, len(cells) // columns, columns)
+    # The title above the page.
     if title is None:
         return page
     heading = _wrap(title, font, page.width - 2 * MARGIN)

@@ -61,6 +61,7 @@ def parse_with_config(
     import yaml
     from jsonargparse import set_loader
 
+    # What the words name: sections are refused, and without a config the default one is taken.
     sections = section_names(config_cls)
     words = _underscored(argv, cls)
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -71,11 +72,13 @@ def parse_with_config(
         logger.info("no --config given: running %s", default)
         words = ["--config", str(default), *words]
 
+    # The parser, with a loader of YAML that imports nothing.
     set_loader("plain_yaml", lambda text: load_yaml(text, sections), exceptions=(yaml.YAMLError, UserError))
     parser = _parser(prog, cls, parser_mode="plain_yaml")
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     _add_config(parser, config_cls)
     _add_options(parser, cls)
+    # The values: those of the command's options, and what remains is the config.
     with _user_errors():
         values = parser.parse_args(words)
         values.pop("config")
