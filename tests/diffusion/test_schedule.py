@@ -57,7 +57,7 @@ def test_ddim_steps_match_diffusers(prediction_type):
 
 
 def exact_output(schedule: NoiseSchedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What a perfect network would say at x_t made of x0 and noise."""
+    """The output of a perfect network for x_t = alpha_t x0 + sigma_t noise."""
     alpha, sigma = schedule.alpha_sigma(t)
     return {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}[schedule.prediction_type]
 
@@ -65,7 +65,7 @@ def exact_output(schedule: NoiseSchedule, x0: torch.Tensor, noise: torch.Tensor,
 @pytest.mark.parametrize("prediction_type", TYPES)
 @given(t=st.integers(1, 999), back=st.integers(1, 999), seed=st.integers(0, 2**32))
 def test_exact_outputs_give_exact_states(prediction_type, t, back, seed):
-    """x0 and the DDIM step recover the point on the line between x0 and noise, whatever the network predicts."""
+    """For all prediction types x0 and the DDIM step recover x0 and x_{t_prev} of the same noise."""
     schedule = NoiseSchedule.from_scheduler(scheduler(prediction_type))
     x0, noise = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     step, previous = torch.tensor([t]), torch.tensor([max(t - back, 0)])
