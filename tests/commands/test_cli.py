@@ -273,6 +273,7 @@ def test_help(capsys):
     assert main(["--help"]) == 0
     assert "usage: selfnpo COMMAND" in capsys.readouterr().out
     assert main([]) == 2
+    assert "usage: selfnpo COMMAND" in capsys.readouterr().out
     with pytest.raises(SystemExit) as caught:
         main(["sample", "--help"])
     assert caught.value.code == 0

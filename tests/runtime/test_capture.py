@@ -229,7 +229,7 @@ def test_a_whole_update_on_fake_cuda_is_one_graph_and_asks_nothing_of_the_host(w
 @pytest.mark.slow
 @pytest.mark.parametrize("w", [-1.0, -3.0])
 def test_a_whole_update_is_one_graph(w):
-    """With fullgraph=True over rollout and loss, with backward: the results of the plain functions."""
+    """With fullgraph=True over rollout, loss and backward: the results of the plain functions."""
     torch.compiler.reset()
     results = []
     graph = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
