@@ -49,7 +49,7 @@ def save_negative(
         writer.run("LoRA", lambda: write_lora(writer.folder, network, weights, adapter, base))
     else:
         name = f"{adapter.denoiser_name}/{WEIGHTS}.safetensors"
-        writer.save(name, chain(trained, frozen), here=world.is_main, dtype=dtype, metadata={"format": "pt"})
+        writer.save(name, chain(trained, frozen), write=world.is_main, dtype=dtype, metadata={"format": "pt"})
         writer.run("config.json", lambda: network.save_config(writer.folder / adapter.denoiser_name))
         writer.run(RECORD, lambda: (writer.folder / RECORD).write_text(json.dumps(base, indent=1), encoding="utf-8"))
     return writer.finish()

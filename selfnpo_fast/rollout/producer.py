@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 import torch
 
 from selfnpo_fast.rollout.pairs import GuidedPredictor, Pairs, UpdatePairs
-from selfnpo_fast.runtime.world import region
+from selfnpo_fast.runtime.profiling import region
 
 State = dict[str, torch.Tensor]
 _FIELDS = [field.name for field in fields(Pairs)]

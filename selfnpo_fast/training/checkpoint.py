@@ -112,10 +112,10 @@ def save_checkpoint(folder: Path, update: int, parts: Parts, config: TrainConfig
     for name, part in parts.whole.items():
         tensors = part.state_dict()
         if tensors is not None:
-            writer.save(f"{name}.safetensors", tensors, here=main)
+            writer.save(f"{name}.safetensors", tensors, write=main)
     mine = {name: part.state_dict() for name, part in parts.by_rank.items()}
     flat = ((f"{part}.{name}", value) for part, tensors in mine.items() for name, value in tensors.items())
-    writer.save(f"rank{world.rank}.safetensors", flat, here=True)
+    writer.save(f"rank{world.rank}.safetensors", flat, write=True)
     state = {
         "update": update,
         "world_size": world.size,

@@ -16,7 +16,8 @@ from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError
-from selfnpo_fast.runtime.world import World, region
+from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, newest_whole, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
 from selfnpo_fast.training.engine_state import (
