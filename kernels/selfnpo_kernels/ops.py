@@ -152,7 +152,7 @@ def guided_step(
     x0_prev: torch.Tensor | None = None,
     noise: torch.Tensor | NoiseKey | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One solver step under classifier-free guidance (Eq. 6), all in one pass.
+    """One solver step under classifier-free guidance (Eq. 1), all in one pass.
 
         p = scale (pos + w (pos - neg))
         x0 = k0 x + k1 p

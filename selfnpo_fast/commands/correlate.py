@@ -59,7 +59,7 @@ def correlate(options: CorrelateOptions) -> None:
     texts = read_prompts(options.prompts, limit=options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapter = load_adapter(options.model)
-    _check_steps(adapter, options.steps)
+    adapter.check_steps(options.steps)
     positive = adapter.load_denoiser(torch.float32).to(device)
     shared = {"beta": options.beta}
     negative = load_negative(positive, options.negative, alpha=options.alpha, base=options.base, **shared)
@@ -77,10 +77,3 @@ def correlate(options: CorrelateOptions) -> None:
         print(
             "alpha has no effect: the positive is the base" if options.base else "alpha: give --base for a choice of it"
         )
-
-
-def _check_steps(adapter, steps: int) -> None:
-    """Raise UserError for a number of timesteps that the model does not have."""
-    most = adapter.schedule.num_train_timesteps
-    if not 1 <= steps < most:
-        raise UserError(f"steps: {steps} is not possible; expected 1 to {most - 1}")

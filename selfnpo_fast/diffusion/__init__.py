@@ -2,7 +2,8 @@
 
 Equation numbers without a source, here and in all of the project, are those of the paper
 "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning" (Fu-Yun Wang,
-Keqiang Sun, Yao Teng, Xihui Liu, Jiale Yuan, Jiaming Song, Hongsheng Li). They are coded in:
+Keqiang Sun, Yao Teng, Xihui Liu, Jiale Yuan, Jiaming Song, Hongsheng Li; AAAI 2026,
+https://arxiv.org/abs/2505.11777, numbering of its second version). They are coded in:
 
     Eq. 1, 4    guidance              kernels/selfnpo_kernels/ops.py: guided_step
                 its variance          selfnpo_fast/guidance/correlation.py

@@ -256,8 +256,9 @@ class Adapter:
     def check_steps(self, steps: int, field: str = "steps") -> None:
         """UserError that names `field` where the model has too few timesteps for `steps` solver steps."""
         most = self.schedule.num_train_timesteps
-        if steps >= most:
-            raise UserError(f"{field}: {steps} is not possible; the model has {most} timesteps, give fewer")
+        if not 1 <= steps < most:
+            expected = f"expected 1 to {most - 1} of the model's {most} timesteps"
+            raise UserError(f"{field}: {steps} is not possible; {expected}")
 
     # Sizes
 

@@ -467,7 +467,7 @@ def test_changes_lead_to_a_config_that_fits(sd):
 
 MISTAKES = {
     "memory": (["--memory_gib", "0"], "memory_gib: 0 is not possible"),
-    "memory, no number": (["--memory_gib", "big"], "argument --memory_gib"),
+    "memory, no number": (["--memory_gib", "big"], 'Parser key "memory_gib": '),
     "ranks": (["--world_size", "0"], "world_size: 0 is not possible"),
     "batch": (["--world_size", "3"], "engine.batch_size: 64 cannot be shared by 3 ranks"),
     "lora": (["--lora.rank", "4", "--lora.targets", "[nowhere]"], r"lora.targets: \['nowhere'\] match no layer"),

@@ -110,7 +110,7 @@ def column(k: np.ndarray, j: int, rank: int) -> np.ndarray:
 
 
 def guided(pos, neg, k: np.ndarray, scale=None) -> tuple[np.ndarray, np.ndarray]:
-    """(p, size of its terms) of classifier-free guidance, Eq. 6."""
+    """(p, size of its terms) of classifier-free guidance, Eq. 1."""
     if pos is None or neg is None:
         p = neg if pos is None else pos
         size = np.abs(p)

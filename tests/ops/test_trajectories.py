@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import cases
 import pytest
-import test_solvers as solvers
+import solver_cases as solvers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 

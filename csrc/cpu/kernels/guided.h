@@ -1,4 +1,4 @@
-// Classifier-free guidance of one element or vector (Eq. 6).
+// Classifier-free guidance of one element or vector (Eq. 1).
 #pragma once
 
 #include "vec.h"

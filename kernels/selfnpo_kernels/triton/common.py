@@ -209,7 +209,7 @@ def load_or_none(pointer, row, block, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def guided(pos, neg, w):
-    """p = pos + w (pos - neg), or the given one of pos and neg (Eq. 6); w is a pointer."""
+    """p = pos + w (pos - neg), or the given one of pos and neg (Eq. 1); w is a pointer."""
     if pos is None:
         p = neg
     elif neg is None:
