@@ -192,7 +192,7 @@ class GuidedSampler:
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
-        base: str | None = None,
+        base: str | Path | None = None,
         **options,
     ) -> GuidedSampler:
         """A sampler over the networks of a diffusers pipeline, which are neither moved nor changed.
