@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from selfnpo_fast.models import Family, guided_family_of
@@ -53,7 +54,7 @@ def calling_pipeline() -> DiffusionPipeline | None:
     """
     from diffusers import DiffusionPipeline
 
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and isinstance(caller := frame.f_locals.get("self"), DiffusionPipeline):
             return caller
