@@ -82,7 +82,8 @@ class RolloutConfig:
     from noise always run to the end.
     """
     omega: float = -1.0
-    """Guidance of the rollouts, as in the paper: p = p_cond + omega (p_cond - p_uncond); guidance_scale - 1."""
+    """Guidance of the rollouts, as in the paper: p = p_cond + omega (p_cond - p_uncond);
+    guidance_scale - 1."""
     stop: Literal["uniform", "fixed"] = "uniform"
     """Lockstep from noise: stop after a number of steps that is uniform in 1..k for each sample, or
     always after k."""
@@ -91,9 +92,9 @@ class RolloutConfig:
     pool: int = 4
     """Continuous: slots per training pair of an update. 1/pool of the slots advance per update."""
     branches: Literal["auto", "batched", "split"] = "auto"
-    """Where omega needs both outputs: conditional and unconditional as one batch, as two, or as a short
-    measurement finds faster. The two ways differ in the last bits, so name one of them where two
-    runs have to be equal."""
+    """Where omega needs both outputs: conditional and unconditional as one batch, as two, or as a
+    short measurement finds faster. The two ways differ in the last bits, so name one of them where
+    two runs have to be equal."""
     overlap: bool = False
     """Make the pairs of the next update while the student learns from those of the present one.
     The reference is then one update older; a frozen reference makes the same pairs either way."""
@@ -353,7 +354,8 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
     method: str = "self_npo"
-    """How pairs are made and what the student learns from them: the name of a method in training/methods."""
+    """How pairs are made and what the student learns from them: the name of a method in
+    training/methods."""
     updates: int = 1000
     """Optimiser updates."""
     seed: int = 0

@@ -1,4 +1,5 @@
-"""Which diffusers pipelines a negative can be attached to, and which one is calling; the families name the classes."""
+"""Which diffusers pipelines a negative can be attached to, and which one is calling; the families
+name the classes."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ _SUPPORTED = (
 
 
 def guided_family(pipe: object) -> Family:
-    """The family that guides pipelines of this class; UserError with the reason where there is none.
+    """The family that guides pipelines of this class; UserError with the reason where there is
+    none.
 
     A subclass of a listed class is not listed: it may order its rows in another way.
     """
@@ -49,8 +51,8 @@ def guided_family(pipe: object) -> Family:
 def calling_pipeline() -> DiffusionPipeline | None:
     """The pipeline in whose call this thread is, read off the stack; None where there is none.
 
-    Pipelines share denoisers (`from_pipe`, `components`), and each keeps its last call's guidance scale: only the one
-    that is being called can say whether these rows are guided.
+    Pipelines share denoisers (`from_pipe`, `components`), and each keeps its last call's guidance
+    scale: only the one that is being called can say whether these rows are guided.
     """
     from diffusers import DiffusionPipeline
 

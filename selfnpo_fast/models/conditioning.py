@@ -22,7 +22,8 @@ def unique_rows(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
 
 @dataclass(frozen=True)
 class ConditioningTable:
-    """Named rows (N + 1, ...) of the denoiser's conditioning; row 0 is the empty prompt, row i + 1 is prompt i."""
+    """Named rows (N + 1, ...) of the denoiser's conditioning; row 0 is the empty prompt, row i + 1
+    is prompt i."""
 
     rows: dict[str, torch.Tensor]
 
@@ -30,12 +31,14 @@ class ConditioningTable:
     def build(
         cls, empty: dict[str, torch.Tensor], prompts: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
     ) -> ConditioningTable:
-        """Joins the unconditional row (1, ...) and the prompts' rows (N, ...), kept in the network's `dtype`."""
+        """Joins the unconditional row (1, ...) and the prompts' rows (N, ...), kept in the
+        network's `dtype`."""
         return cls({name: torch.cat([empty[name].to(dtype), prompts[name].to(dtype)]) for name in empty})
 
     @classmethod
     def encode(cls, adapter, prompts: list[str], device: torch.device, dtype: torch.dtype) -> ConditioningTable:
-        """The table of `prompts` (N), by an adapter's text encoders; a repeated prompt is encoded once."""
+        """The table of `prompts` (N), by an adapter's text encoders; a repeated prompt is encoded
+        once."""
         distinct, index = unique_rows(prompts)
         rows = adapter.encode_prompts(distinct, device)
         if len(distinct) < len(prompts):
