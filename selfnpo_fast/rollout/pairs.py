@@ -175,7 +175,7 @@ class PairMaker:
         return t + 1 + randint(self.key(Draw.RENOISE_TIME, sample_ids, index), choices)
 
     def student_rows(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The prompts' table rows (B,), with a share `dropout` of them replaced by the empty row."""
+        """The prompts' table rows (B,), with a share `dropout` replaced by the empty row."""
         dropped = uniform(self.key(Draw.PROMPT_DROPOUT, sample_ids, index)) < self.dropout
         rows = self.prompt_index(sample_ids, order=1) + 1 if self.shuffled else self.rows(sample_ids)
         return torch.where(dropped, EMPTY_ROW, rows)
