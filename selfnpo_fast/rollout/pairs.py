@@ -103,6 +103,7 @@ class GuidedPredictor:
         return self.branches.run(lambda batched: self._both(x, t, rows, batched), x.device)
 
     def _both(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, batched: bool) -> Branches:
+        """Both outputs, from one forward of 2B samples or from two forwards of B."""
         if not batched:
             return self.predict(x, t, self.table.gather(rows)), self.predict(x, t, self.table.empty(len(x)))
         both = self.table.gather(torch.cat([rows, torch.full_like(rows, EMPTY_ROW)]))

@@ -52,6 +52,7 @@ class Producer:
         self.rollout, self.predictor, self.accumulation, self.version = rollout, predictor, accumulation, version
 
     def _make(self) -> UpdatePairs:
+        """Run the rollout for one update."""
         before, version = self.predictor.forwards, self.version()
         with region("reference"):
             pairs = tuple(self.rollout.next_pairs() for _ in range(self.accumulation))

@@ -187,6 +187,7 @@ def load_checkpoint(checkpoint: Path, parts: Parts, world: World) -> int:
 
 
 def _versions() -> dict[str, str]:
+    """The installed version of each of these packages."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 

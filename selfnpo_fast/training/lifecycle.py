@@ -44,6 +44,7 @@ class StopRequest:
         self._restore()
 
     def _restore(self) -> None:
+        """Put the replaced handlers back."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}

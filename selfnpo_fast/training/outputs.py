@@ -66,6 +66,7 @@ class RunOutputs:
         self._try(self.writer.close)
 
     def _try(self, action: Callable[[], None]) -> None:
+        """Run `action`; an OSError becomes a warning."""
         try:
             action()
         except OSError as error:

@@ -57,6 +57,7 @@ def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant
 
 
 def _to_channels_last(parameters: Iterable[nn.Parameter]) -> None:
+    """Give the weights of 2D convolutions the channels_last memory format."""
     for p in parameters:
         if p.ndim == 4:
             p.data = p.data.to(memory_format=torch.channels_last)
@@ -136,7 +137,7 @@ class Trainer:
                 norm, applied = self.engine.step()
             recorder.add(pairs, per_pair)
         # The reference moves once it has made the pairs in flight. It also moves after a skipped
-        # update, so that nobody needs to know here whether the update was skipped.
+        # update: to tell one, the host would have to wait for the device.
         with region("waiting"):
             self.producer.settle()
         with region("EMA"):

@@ -197,12 +197,12 @@ def metrics(folder: Path) -> list[dict]:
 
 def assert_equal(expected: Path, found: Path) -> None:
     """Bit-identical weights, optimiser, reference, slots and metrics."""
-    theirs, ours = files(expected), files(found)
-    assert theirs.keys() == ours.keys()
-    for name, tensors in theirs.items():
-        assert tensors.keys() == ours[name].keys(), name
+    expected_files, found_files = files(expected), files(found)
+    assert expected_files.keys() == found_files.keys()
+    for name, tensors in expected_files.items():
+        assert tensors.keys() == found_files[name].keys(), name
         for key, value in tensors.items():
-            assert torch.equal(value, ours[name][key]), f"{name}: {key} differs"
+            assert torch.equal(value, found_files[name][key]), f"{name}: {key} differs"
     assert metrics(expected) == metrics(found)
 
 

@@ -83,6 +83,7 @@ class SelfNPO(Method):
         return self.producer
 
     def _pair_maker(self, predictor: GuidedPredictor, latents: torch.Tensor | None) -> PairMaker:
+        """The grid and the keyed draws of the config."""
         config, device = self.config, self.world.device
         grid = Grid.build(
             self.adapter.schedule,
