@@ -1,4 +1,7 @@
-"""The rollout engine: a reference model walks down a DDIM grid and leaves training pairs (x_s, s, target)."""
+"""The rollout room: a reference model walks down a DDIM grid, and its states give training pairs.
+
+A pair is (x_s, s, target): the student's input, its timestep, and what the student's x0 should be.
+"""
 
 from selfnpo_fast.rollout.continuous import ContinuousRollout
 from selfnpo_fast.rollout.grid import Grid, continuous_frequencies, life_states, lockstep_frequencies

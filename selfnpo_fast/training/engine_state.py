@@ -1,6 +1,8 @@
-"""What a checkpoint holds of the student's engine, by parameter name, so that any number of ranks can continue from it.
+"""What a checkpoint holds of the student's engine.
 
-Ranks have to call the members of these classes, and iterate over what they give, together.
+Weights and moments are saved by parameter name, so that any number of ranks can continue from them.
+All ranks have to call the methods of these classes together, and iterate together over what they
+return.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import nn
 from selfnpo_fast.training.engine import StudentEngine
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
-"""(parameter name, whole float32 tensor), which all ranks have to iterate together."""
+"""(parameter name, whole float32 tensor); all ranks have to iterate together."""
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's dynamic loss scaler."""
 
@@ -55,23 +57,27 @@ class EngineCounters:
             "loss_scale": loss_scale(self.engine),
         }
 
-    def load_state_dict(self, saved: dict) -> None:
-        """Restore the learning rate and the loss scale; the optimiser's steps come with its moments."""
-        scheduler, steps = self.engine.lr_scheduler, saved["lr_steps"]
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the learning rate and the loss scale.
+
+        The optimiser's own step counts are restored with its moments.
+        """
+        scheduler, steps = self.engine.lr_scheduler, state["lr_steps"]
         scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
         rates = [base * rule(steps) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler._last_lr = rates
         for group, rate in zip(self.engine.engine.basic_optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for name, value in (saved["loss_scale"] or {}).items():
+        for name, value in (state["loss_scale"] or {}).items():
             setattr(self.engine.engine.optimizer.loss_scaler, name, value)
-        self.steps = saved["steps"]
+        self.steps = state["steps"]
 
 
 class Moment:
-    """One of Adam's moments; the first step that is not skipped makes it."""
+    """One of Adam's two moments. It exists after the first step that is not skipped."""
 
     def __init__(self, engine: StudentEngine, key: str, counters: EngineCounters) -> None:
+        """`key` names the moment in the optimiser's state; `counters` hold its number of steps."""
         self.engine, self.key, self.counters = engine, key, counters
 
     def state_dict(self) -> NamedTensors | None:
@@ -89,13 +95,14 @@ class Moment:
                 yield name, safe_get_full_optimizer_state(param, self.key)
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set the moment; the optimiser's steps are those of the counters, which are loaded before."""
+        """Set the moment, and the optimiser's steps from the counters, which are loaded first."""
         engine, state = self.engine.engine, self.engine.engine.basic_optimizer.state
+        # Make the state that the optimiser's first step would make.
         for p in _native_params(self.engine):
             if not state[p]:
                 state[p] = {"step": torch.tensor(float(self.counters.steps), device=p.device)}
                 state[p] |= {name: torch.zeros_like(p, dtype=torch.float32) for name in moment_names(self.engine)}
-        # DeepSpeed ties the moments to the parameters' names after its first step; these have come another way.
+        # DeepSpeed ties moments to parameter names after its first step; none has been made here.
         link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
@@ -104,13 +111,13 @@ class Moment:
 
 
 class NativeMoments:
-    """The 8-bit optimiser's state on one rank; empty where `Moment` parts hold all."""
+    """The 8-bit optimiser's state on one rank; empty for AdamW, whose moments `Moment` saves."""
 
     def __init__(self, engine: StudentEngine) -> None:
         self.engine = engine
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """By the number of the parameter and the name of the value."""
+        """Tensors by `<index of the parameter>.<name of the value>`."""
         if moment_names(self.engine):
             return {}
         state = self.engine.engine.basic_optimizer.state
@@ -120,21 +127,25 @@ class NativeMoments:
             for key, value in state[p].items()
         }
 
-    def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the state on the same rank of a world of the same size."""
-        state = self.engine.engine.basic_optimizer.state
+        by_param: dict[str, dict[str, torch.Tensor]] = {}
+        for name, value in state.items():
+            index, _, key = name.partition(".")
+            by_param.setdefault(index, {})[key] = value
+        optimizer_state = self.engine.engine.basic_optimizer.state
         for i, p in enumerate(_native_params(self.engine)):
-            mine = {key.split(".", 1)[1]: value for key, value in saved.items() if key.split(".", 1)[0] == str(i)}
-            if mine:
-                step = int(mine.pop("step"))  # bitsandbytes keeps an int
-                state[p] = {"step": step, **{key: value.to(p.device) for key, value in mine.items()}}
+            values = by_param.get(str(i))
+            if values:
+                step = int(values.pop("step"))  # bitsandbytes keeps an int
+                optimizer_state[p] = {"step": step, **{key: value.to(p.device) for key, value in values.items()}}
 
     def reshard(self, states: list, world) -> None:
-        """None: 8-bit moments belong to each rank's share, and another number of ranks is refused before."""
+        """None: a run with 8-bit moments and another number of ranks is refused before this."""
 
 
 def moment_names(engine: StudentEngine) -> tuple[str, ...]:
-    """The moments that are saved by parameter name; 8-bit ones cannot be."""
+    """The moments that are saved by parameter name; none of the 8-bit optimiser's can be."""
     return ("exp_avg", "exp_avg_sq") if isinstance(engine.engine.basic_optimizer, torch.optim.AdamW) else ()
 
 
@@ -147,26 +158,31 @@ def loss_scale(engine: StudentEngine) -> dict | None:
 
 
 def _set(engine: StudentEngine, param: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
-    """Put a whole tensor into the fp32 master, or a moment, of a parameter."""
+    """Copy a whole tensor into the fp32 master of a parameter, or into one of its moments."""
     from deepspeed import utils
 
     if engine.stage == 0:
+        # A float32 parameter is its own master, and the caller sets it.
         if moment is not None:
             engine.engine.basic_optimizer.state[param][moment].copy_(value)
     elif engine.stage < 3:
-        where = (param, value) if moment is None else (param, value, moment)
-        (utils.safe_set_full_fp32_param if moment is None else utils.safe_set_full_optimizer_state)(*where)
+        if moment is None:
+            utils.safe_set_full_fp32_param(param, value)
+        else:
+            utils.safe_set_full_optimizer_state(param, value, moment)
     else:
         # Shards are padded to one size, which DeepSpeed's setter for whole tensors does not expect.
         size = param.ds_tensor.ds_numel
         flat = nn.functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
-        part = flat.narrow(0, size * torch.distributed.get_rank(), size)
-        where = (param, part) if moment is None else (param, part, moment)
-        (utils.safe_set_local_fp32_param if moment is None else utils.safe_set_local_optimizer_state)(*where)
+        shard = flat.narrow(0, size * torch.distributed.get_rank(), size)
+        if moment is None:
+            utils.safe_set_local_fp32_param(param, shard)
+        else:
+            utils.safe_set_local_optimizer_state(param, shard, moment)
 
 
 def _native_params(engine: StudentEngine) -> list[torch.Tensor]:
-    """This rank's optimiser parameters in their own order (flat partitions under ZeRO)."""
+    """The optimiser's own parameters on this rank, in its order: flat partitions under ZeRO."""
     if engine.stage == 3:  # which empties the parameter groups between steps
         return list(engine.engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in engine.engine.basic_optimizer.param_groups for p in group["params"]]

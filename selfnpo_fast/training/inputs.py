@@ -1,4 +1,7 @@
-"""All that a run reads; made and checked before anything is written."""
+"""All that a run reads: its model, prompts and data, checked before anything is written.
+
+Shape letter: N prompts.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from selfnpo_fast.training.methods import find_method
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a trainer is made of."""
+    """What a trainer is built from."""
 
     adapter: Adapter
+    """Loads and calls the parts of the model."""
     table: ConditioningTable
     """The conditioning of the empty prompt and of all prompts."""
     prompts: list[str]
@@ -29,8 +33,9 @@ class Inputs:
     latents: torch.Tensor | None
     """(N, ...) float32 scaled latents of real data; None without data."""
     student: nn.Module
+    """The base model's denoiser on this rank's device, in the precision of training."""
     base: dict
-    """What the negative model's files say of the base (`negatives.fingerprint`)."""
+    """The record of the base for the negative model's files (`negatives.fingerprint`)."""
 
 
 def load_inputs(config: TrainConfig, world: World) -> Inputs:
@@ -41,9 +46,9 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
     if config.log.sample_every >= 0:
         adapter.check_steps(config.log.sample_steps, "log.sample_steps")
-    read = method.read_inputs(config, adapter, world)
+    inputs = method.read_inputs(config, adapter, world)
     dtype = DTYPES[config.engine.precision]
-    table = ConditioningTable.encode(adapter, read.prompts, world.device, dtype)
+    table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
     base = base_record(model.path, model.revision, module_weights(student, model.path))
-    return Inputs(adapter, table, read.prompts, read.latents, student, base)
+    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base)

@@ -1,4 +1,4 @@
-"""What a person can look at while a run goes on, on rank 0: progress bar, metrics.jsonl, TensorBoard, pictures."""
+"""What a person can look at during a run: progress bar, metrics.jsonl, TensorBoard, pictures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from selfnpo_fast.runtime.folders import write_file
 
 
 class RunOutputs:
-    """The files and the bar of one run in its folder. What cannot be written costs a warning, not the run."""
+    """The files and the progress bar of one run, on rank 0.
+
+    Once the run has begun, a file that cannot be written costs a warning, not the run.
+    """
 
     def __init__(self, folder: Path, update: int, updates: int) -> None:
-        """Start writing after update `update` of `updates`; what an earlier run recorded beyond it is dropped."""
+        """Continue the record in `folder` after update `update` of `updates`.
+
+        What an earlier run recorded beyond that update is dropped. Raises OSError.
+        """
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
@@ -28,11 +34,12 @@ class RunOutputs:
         self.bar = tqdm(total=updates, initial=update, unit="update", dynamic_ncols=True)
 
     def write(self, update: int, row: dict[str, float]) -> None:
-        """Add a line of metrics."""
+        """Add a row of metrics to metrics.jsonl, to TensorBoard and to the progress bar."""
         self._try(lambda: self._write(update, row))
 
     def _write(self, update: int, row: dict[str, float]) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            # JSON knows neither NaN nor infinity.
             file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
         for key, value in row.items():
             if key != "update":
@@ -40,7 +47,7 @@ class RunOutputs:
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['pairs_per_second']:.1f} pairs/s")
 
     def picture(self, update: int, name: str, grid: Image.Image) -> None:
-        """Save a grid as PNG under samples/ and into TensorBoard."""
+        """Save a grid as `samples/NAME-NNNNNN.png` and in TensorBoard."""
         import numpy as np
 
         path = self.folder / "samples" / f"{name}-{update:06d}.png"
@@ -54,11 +61,12 @@ class RunOutputs:
         self._try(write)
 
     def close(self) -> None:
-        """Finish the bar and the event file."""
+        """Finish the progress bar and TensorBoard's event file."""
         self.bar.close()
         self._try(self.writer.close)
 
     def _try(self, action: Callable[[], None]) -> None:
+        """Run `action`; an OSError becomes a warning."""
         try:
             action()
         except OSError as error:
@@ -66,7 +74,10 @@ class RunOutputs:
 
 
 def _drop_rows_after(path: Path, update: int) -> None:
-    """Keep the rows of metrics.jsonl up to `update`: the run that wrote the others was killed before it saved them."""
+    """Keep the rows of metrics.jsonl up to `update`.
+
+    The run that wrote the later rows was killed before it saved a checkpoint.
+    """
     if not path.exists():
         return
     kept = []
@@ -75,5 +86,5 @@ def _drop_rows_after(path: Path, update: int) -> None:
             if json.loads(line)["update"] <= update:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # half a line, cut off by the kill
+            continue  # half a row, cut off when the run was killed
     write_file(path, "".join(kept))

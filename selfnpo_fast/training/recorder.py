@@ -1,4 +1,7 @@
-"""The record of a run: sums, spikes and skips of all ranks, written by rank 0."""
+"""The record of a run: sums, spikes and skips of all ranks, written by rank 0.
+
+Shape letter: B pairs of one micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,20 @@ from selfnpo_fast.training.spikes import Skips, Spikes
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory: of the device on CUDA, of the process on CPU."""
+    """Peak memory in GiB: of the device on CUDA, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 class Recorder:
-    """Notes each update on the device and writes at each flush; before `open` nothing is written."""
+    """Keeps each update's numbers on the device, and writes them at each flush.
+
+    Nothing is written before `open`.
+    """
 
     def __init__(self, config: TrainConfig, world: World, timesteps: int) -> None:
+        """An empty record; `timesteps` are those of the model's training."""
         self.config, self.world = config, world
         self.metrics = Metrics(config, world, timesteps)
         self.spikes, self.skips = Spikes(config, world), Skips()
@@ -34,25 +41,35 @@ class Recorder:
         self.outputs: RunOutputs | None = None
 
     def open(self, output: Path, update: int) -> None:
-        """Start writing after update `update`; what an earlier run recorded beyond it is dropped."""
+        """Continue the record in the folder `output` after update `update`.
+
+        What an earlier run recorded beyond that update is dropped.
+        """
         self.metrics.restart_clock()
         if self.world.is_main:
             self.outputs = RunOutputs(output, update, self.config.updates)
 
     def add(self, pairs: Pairs, per_pair: torch.Tensor) -> None:
-        """Note the losses (B,) of one micro-batch of the present update."""
+        """Add the losses `per_pair` (B,) of one micro-batch of the present update."""
         self.metrics.add(pairs, per_pair)
         self.spikes.add(self.metrics.pending, pairs, per_pair)
 
     def close_update(self, norm: torch.Tensor, applied: torch.Tensor, forwards: int) -> None:
-        """Note the end of an update: its gradient norm and whether weights moved (scalar tensors), and this rank's
-        reference forwards."""
+        """End the present update.
+
+        norm        scalar, its gradient norm
+        applied     scalar, whether it moved the weights
+        forwards    samples that this rank's reference forwarded for it
+        """
         self.metrics.close_update(norm, applied, forwards)
         if self.outputs is not None:
             self.outputs.bar.update(1)
 
     def flush(self, update: int, lr: float) -> dict[str, float]:
-        """Write one line of metrics up to `update`, and a word about every spike of the loss; count the skips."""
+        """Write one row of metrics of the updates since the last flush, up to `update`.
+
+        Warns of spikes of the loss, and counts skipped updates. All ranks call this together.
+        """
         metrics, totals = self.metrics, self.metrics.totals()
         pairs = metrics.pending * self.config.engine.batch_size
         first = update - metrics.pending + 1
@@ -69,40 +86,40 @@ class Recorder:
         }
         for i in range(NOISE_BINS):
             row[f"loss_s_quarter_{i + 1}"] = totals.quarter_loss(i)
-        self.spikes.look(first, totals.update_loss[: metrics.pending].tolist())
+        self.spikes.warn(first, totals.update_loss[: metrics.pending].tolist())
         self.discard()
         if self.outputs is not None:
             self.outputs.write(update, row)
         return row
 
     def discard(self) -> None:
-        """Drop what was noted since the last flush."""
+        """Forget all numbers since the last flush."""
         self.metrics.reset()
         self.spikes.reset()
 
     def restart_clock(self) -> None:
-        """Leave what came since the last flush (drawing, saving) out of the rates."""
+        """Leave the time since the last flush (of drawing or saving) out of the rates."""
         self.metrics.restart_clock()
 
     def picture(self, update: int, name: str, grid: Image.Image) -> None:
-        """Save a grid as PNG under samples/ and into TensorBoard."""
+        """Save a grid as `samples/NAME-NNNNNN.png` and in TensorBoard."""
         if self.outputs is not None:
             self.outputs.picture(update, name, grid)
 
     def close(self) -> None:
-        """Finish the bar and the event file."""
+        """Finish the progress bar and TensorBoard's event file."""
         if self.outputs is not None:
             self.outputs.close()
 
 
 class RecorderCounters:
-    """What of the record is the same on all ranks, as plain values for a checkpoint."""
+    """The part of the record that is the same on all ranks, as plain values for a checkpoint."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
     def state_dict(self) -> dict:
-        """Read from the device where need be."""
+        """Values that JSON can hold; some are read from the device."""
         metrics, skips = self.recorder.metrics, self.recorder.skips
         return {
             "every": metrics.every,
@@ -115,13 +132,14 @@ class RecorderCounters:
             "recent": list(self.recorder.spikes.recent),
         }
 
-    def load_state_dict(self, saved: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()`. With another `log.every` the sums start from zero."""
-        metrics, skips = self.recorder.metrics, self.recorder.skips
-        if saved["every"] == metrics.every:
-            metrics.norm.fill_(saved["norm"])
-            metrics.finite.fill_(saved["finite"])
-            metrics.applied.copy_(torch.tensor(saved["applied"]))
-            metrics.pending = saved["pending"]
-        skips.in_all, skips.in_a_row = saved["skipped"], saved["skipped_in_a_row"]
-        self.recorder.spikes.recent.extend(saved["recent"])
+        metrics, skips, recent = self.recorder.metrics, self.recorder.skips, self.recorder.spikes.recent
+        if state["every"] == metrics.every:
+            metrics.norm.fill_(state["norm"])
+            metrics.finite.fill_(state["finite"])
+            metrics.applied.copy_(torch.tensor(state["applied"]))
+            metrics.pending = state["pending"]
+        skips.in_all, skips.in_a_row = state["skipped"], state["skipped_in_a_row"]
+        recent.clear()
+        recent.extend(state["recent"])

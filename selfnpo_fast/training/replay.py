@@ -1,6 +1,7 @@
-"""The pairs of one update of a past run, made again for a look: `selfnpo train --replay-step N`.
+"""The pairs of one update of a past run, made again: `selfnpo train --replay-step N`.
 
-The run continues from the newest checkpoint before N, in memory only, so that reference and slots are what they were.
+The run continues from the newest checkpoint before update N, in memory only, so that the reference
+and the rollout are what they were.
 """
 
 from __future__ import annotations
@@ -17,53 +18,74 @@ from selfnpo_fast.runtime.images import image_grid
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.trainer import Trainer
 
-PICTURES = 12
+COLUMNS = 12
+"""Pairs in the picture."""
+LOGGED = 8
+"""Pairs in the log."""
 
 
 def replay(trainer: Trainer, recorder: Recorder, step: int) -> None:
-    """Write `replay/update-NNNNNNN` in the run's folder: pairs.safetensors, pairs.jsonl (worst first) and grid.png.
+    """Write the pairs of update `step` to `replay/update-NNNNNNN` in the run's folder.
+
+    pairs.safetensors    the fields of the pairs, by name, worst loss first
+    pairs.jsonl          one line per pair, worst loss first
+    grid.png             the worst pairs, decoded
 
     Nothing else in the folder changes. All ranks take part; rank 0 writes.
     """
     logger.info("making updates %d to %d again, without recording them", trainer.update + 1, step)
     while trainer.update < step - 1:
         trainer.train_update(recorder)
-        recorder.discard()  # sums that nobody will read
-    micro_batches = [trainer.method.inspect(trainer.predict, pairs) for pairs in trainer.producer.take().micro_batches]
-    mine = {name: torch.cat([part[name] for part in micro_batches]).cpu() for name in micro_batches[0]}
-    everyones = trainer.world.gather(mine)
-    if not trainer.world.is_main:
+        recorder.discard()
+    pairs = _pairs_of_all_ranks(trainer)
+    if pairs is None:
         return
-    pairs = {name: torch.cat([part[name] for part in everyones]) for name in mine}
-    order = pairs["loss"].nan_to_num(nan=torch.inf).argsort(descending=True)
-    pairs = {name: value[order].contiguous() for name, value in pairs.items()}
-    rows = [
-        {
-            "sample_id": int(pairs["sample_ids"][i]),
-            "t": int(pairs["t"][i]),
-            "s": int(pairs["s"][i]),
-            "loss": float(pairs["loss"][i]),
-            "weight": float(pairs["weight"][i]),
-            "prompt": trainer.prompts[row - 1] if (row := int(pairs["rows"][i])) else "",
-        }
-        for i in range(len(order))
-    ]
+    rows = _rows(pairs, trainer.prompts)
     target = trainer.output / "replay" / f"update-{step:07d}"
     aside = begin_aside(target)
     save_file(pairs, aside / "pairs.safetensors")
     (aside / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     _grid(trainer, pairs, rows).save(aside / "grid.png")
     finish_aside(aside, target)
-    for row in rows[:8]:
+    for row in rows[:LOGGED]:
         logger.info("loss %(loss).4g  s %(s)d  t %(t)d  sample %(sample_id)d  %(prompt)r", row)
     logger.info("all %d pairs of update %d, worst first: %s", len(rows), step, target)
 
 
+def _pairs_of_all_ranks(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """The next update's pairs and losses by name, on the host, worst first; None above rank 0."""
+    micro_batches = [trainer.method.inspect(trainer.predict, pairs) for pairs in trainer.producer.take().micro_batches]
+    of_rank = {name: torch.cat([part[name] for part in micro_batches]).cpu() for name in micro_batches[0]}
+    by_rank = trainer.world.gather(of_rank)
+    if not trainer.world.is_main:
+        return None
+    pairs = {name: torch.cat([part[name] for part in by_rank]) for name in of_rank}
+    order = pairs["loss"].nan_to_num(nan=torch.inf).argsort(descending=True)
+    return {name: value[order].contiguous() for name, value in pairs.items()}
+
+
+def _rows(pairs: dict[str, torch.Tensor], prompts: list[str]) -> list[dict]:
+    """The lines of pairs.jsonl."""
+    return [
+        {
+            "sample_id": int(pairs["sample_ids"][i]),
+            "t": int(pairs["t"][i]),
+            "s": int(pairs["s"][i]),
+            "loss": float(pairs["loss"][i]),
+            "weight": float(pairs["weight"][i]),
+            "prompt": prompts[row - 1] if (row := int(pairs["rows"][i])) else "",
+        }
+        for i in range(len(pairs["loss"]))
+    ]
+
+
 def _grid(trainer: Trainer, pairs: dict[str, torch.Tensor], rows: list[dict]) -> Image.Image:
-    """Student's input, student's x0 (where the method gives it) and target of the worst pairs, decoded."""
-    columns = min(PICTURES, len(rows))
-    facts = [f"sample {row['sample_id']}, t {row['t']}, s {row['s']}, loss {row['loss']:.3g}" for row in rows[:columns]]
-    captions = {"x_s": facts, "student_x0": ["student's x0"] * columns, "target": ["target"] * columns}
+    """The worst pairs, decoded: the student's input, its x0 if the method gives it, the target."""
+    columns = min(COLUMNS, len(rows))
+    labels = [
+        f"sample {row['sample_id']}, t {row['t']}, s {row['s']}, loss {row['loss']:.3g}" for row in rows[:columns]
+    ]
+    captions = {"x_s": labels, "student_x0": ["student's x0"] * columns, "target": ["target"] * columns}
     shown = [name for name in captions if name in pairs]
     stacks = [pairs[name][:columns].to(trainer.world.device) for name in shown]
     finite = [stack.nan_to_num(nan=0, posinf=0, neginf=0) for stack in stacks]

@@ -1,4 +1,4 @@
-"""Sample grids of a run: the base above base + negative, on the first prompts."""
+"""Sample grids of a run: pictures of the base above pictures of base + negative."""
 
 from __future__ import annotations
 
@@ -24,24 +24,28 @@ def sample_grid(
     prompts: list[str],
     log: LogConfig,
 ) -> Image.Image:
-    """A grid of base above base + negative; all ranks draw, since ZeRO 3 needs them all.
+    """A grid of pictures on prompts spread evenly over all prompts.
 
-    `base` is the network that was to be made worse, `engine` holds the negative as it is now.
+    base       the network as it was before training
+    engine     the student, which is the negative
+    prompts    prompt i belongs to row i + 1 of `table`
+
+    All ranks draw the grid together, since ZeRO 3 needs all of them.
     """
-    # Prompts spread evenly over the table; row 0 is the empty one.
-    index = torch.arange(min(log.sample_prompts, table.prompts), device=engine.device)
-    index = index * (table.prompts // len(index)) + 1
+    # Row 0 of the table is the empty prompt.
+    count = min(log.sample_prompts, table.prompts)
+    index = torch.arange(count, device=engine.device) * (table.prompts // count) + 1
+    rows, empty = table.gather(index), table.empty(1)
+    texts = [prompts[i - 1] for i in index.tolist()]
     settings = SamplerConfig(
         steps=log.sample_steps, guidance_scale=log.sample_guidance_scale, negative_prompt=log.negative_prompt
     )
-    rows, empty = table.gather(index), table.empty(1)
-    texts = [prompts[i - 1] for i in index.tolist()]
-    student = Negative("the student", network=engine)
+    negatives = [None, Negative("the student", network=engine)]
     network = engine.module
     training = network.training
     network.eval()
-    samplers = [GuidedSampler(adapter, base, negative) for negative in (None, student)]
-    arms = [sampler.images(rows, empty, range(len(index)), settings) for sampler in samplers]
+    samplers = [GuidedSampler(adapter, base, negative) for negative in negatives]
+    pictures = [sampler.images(rows, empty, range(count), settings) for sampler in samplers]
     network.train(training)
     captions = [f"{name}: {text}" for name in ("base", "base + negative") for text in texts]
-    return image_grid(torch.cat(arms), len(index), captions)
+    return image_grid(torch.cat(pictures), count, captions)

@@ -1,4 +1,4 @@
-"""One training run: pairs from the reference, the student's update, the reference's move, and the record of it."""
+"""One training run: pairs of the reference, updates of the student, and moves of the reference."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ from selfnpo_fast.training.samples import sample_grid
 def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
     """Make `student` trainable, and make the reference.
 
-    Returns the reference, and its parameters by the names of those that they follow (None: the same names). With full
-    weights the reference is a copy. With LoRA it is the same network, called with other low-rank weights or with none;
-    dropout would act on it too, and stays off.
+    With full weights the reference is a copy of the student. With LoRA it is the same network,
+    called with other low-rank weights or with none. Dropout would act on the reference too, and
+    stays off.
+
+    Returns the reference, and the parameters that follow the student's, by the names of those; None
+    where both have the same names.
     """
     if not config.lora.rank:
         reference = copy.deepcopy(student).requires_grad_(False).eval()
@@ -55,34 +58,42 @@ def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant
 
 
 def _to_channels_last(parameters: Iterable[nn.Parameter]) -> None:
+    """Give the weights of 2D convolutions the channels_last memory format."""
     for p in parameters:
         if p.ndim == 4:
             p.data = p.data.to(memory_format=torch.channels_last)
 
 
 class Trainer:
-    """Holds the parts of a run; `run` is the loop. The method makes pairs and knows their loss."""
+    """The parts of a run, and its loop `run`. The method makes the pairs and knows their loss."""
 
     def __init__(self, config: TrainConfig, inputs: Inputs, world: World, output: Path) -> None:
+        """All parts of a run that writes to the folder `output`; all ranks take part."""
         self.config, self.world, self.output = config, world, output
         self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
         self.base = inputs.base
+        self.update = 0  # updates made so far
         student, family = inputs.student, self.adapter.family
-        reference, average = _split(student, config)  # before DeepSpeed touches the student
+        # Split off the reference before DeepSpeed touches the student.
+        reference, average = _split(student, config)
+        # Prepare the student's blocks, and hand the student to DeepSpeed.
         if config.engine.gradient_checkpointing:
             checkpoint_gradients(student, family)
         compile_blocks(student, family.repeated_blocks, config.engine.compile, training=True)
         self.engine = StudentEngine(config, student, world)
-        if config.engine.channels_last:  # not before: DeepSpeed broadcasts row-major parameters only
+        # Only now, since DeepSpeed broadcasts no other parameters than row-major ones. The trained
+        # parameters stay row-major where ZeRO keeps them in flat buffers.
+        if config.engine.channels_last:
             trained = {id(p) for p in student.parameters() if p.requires_grad}
             flat = trained if self.engine.stage else set()
             _to_channels_last(p for p in (*student.parameters(), *reference.parameters()) if id(p) not in flat)
+        # Build the reference, the method and its producer of pairs.
         self.reference = self._make_reference(reference, average)
         self.method = find_method(config.method)(config, self.adapter, self.table, world)
         self.producer = self.method.make_producer(self.reference, inputs.latents)
-        self.update = 0
 
     def _make_reference(self, network: nn.Module | Variant, average: dict[str, nn.Parameter] | None) -> Reference:
+        """The frozen or moving reference of the config over what `_split` has returned."""
         config = self.config.reference
         if config.kind == "frozen":
             return Reference(network)
@@ -97,19 +108,27 @@ class Trainer:
         )
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The student's raw output (B, ...) at states x (B, ...), timesteps t (B,) and conditioning rows (B, ...)."""
+        """The student's raw output (B, ...).
+
+        x       (B, ...), states
+        t       (B,), their timesteps
+        cond    their conditioning rows, (B, ...) by name
+        """
         return self.adapter.predict(self.engine, x, t, cond)
 
     def pair_loss(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of one micro-batch (scalar with gradient) and per pair (B,)."""
+        """The loss of one micro-batch, a scalar with gradient, and the loss of each pair (B,)."""
         loss, per_pair = self.method.pair_loss(self.predict, pairs)
-        # A loss that is not finite may still have finite gradients: poison them, and every ZeRO stage skips the update.
+        # A loss that is not finite may have finite gradients. They become NaN here, so that every
+        # ZeRO stage skips the update.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan), per_pair
 
     def train_update(self, recorder: Recorder) -> None:
-        """One optimiser update: pairs, loss, backward, step for every micro-batch, then the reference moves."""
+        """One optimiser update, and one move of the reference. The device is asked for no value."""
+        # The pairs of all micro-batches.
         with region("waiting"):
             update_pairs = self.producer.take()
+        # Loss and gradients of each micro-batch; the last step also moves the weights.
         for pairs in update_pairs.micro_batches:
             with region("student forward"):
                 loss, per_pair = self.pair_loss(pairs)
@@ -118,40 +137,54 @@ class Trainer:
             with region("optimiser"):
                 norm, applied = self.engine.step()
             recorder.add(pairs, per_pair)
+        # The reference moves once it has made the pairs in flight. It also moves after a skipped
+        # update: to tell one, the host would have to wait for the device.
         with region("waiting"):
             self.producer.settle()
-        with region("EMA"):  # also after a skipped update: whether it was one need not be known here
+        with region("EMA"):
             self.reference.update()
+        # The record of the update.
         self.update += 1
         recorder.close_update(norm, applied, update_pairs.forwards)
 
     def run(self, recorder: Recorder, stop: StopRequest) -> Path | None:
-        """Train to the configured number of updates, then write a checkpoint and the negative model.
+        """Train up to the configured number of updates, then write the negative model.
 
-        Returns the negative's folder. A request to stop is honoured after the present update, with a checkpoint; the
-        result is None then.
+        Returns the folder of the negative model. A request to stop is honoured after the present
+        update: the run writes a checkpoint, and returns None.
+
+        Raises RunError where too many updates in a row were skipped, and where the negative model
+        or, with `log.on_save_error: stop`, a checkpoint could not be written.
         """
         log = self.config.log
         while self.update < self.config.updates:
+            # Stop, where any rank was asked to.
             if self.world.any(stop.signal is not None):
                 return self._stop_early(recorder, stop)
+            # One update.
             self.train_update(recorder)
             last = self.update == self.config.updates
+            # Metrics.
             if self.update % log.every == 0 or last:
                 recorder.flush(self.update, self.engine.lr)
                 self._report_skips(recorder)
+            # A checkpoint.
             if last or (log.checkpoint_every and self.update % log.checkpoint_every == 0):
                 self._try_to_save(recorder)
+            # Pictures.
             if not last and log.sample_every > 0 and self.update % log.sample_every == 0:
                 self.draw_samples(recorder)
-        # Weights first: a grid that does not fit into memory must not cost the run its result.
+        # The result comes first: a grid that does not fit into memory must not cost it.
         folder = self.save_negative()
         if log.sample_every >= 0:
             self.draw_samples(recorder)
         return folder
 
     def save_negative(self) -> Path:
-        """Write the student as the negative model; all ranks take part. Returns its folder."""
+        """Write the student as the negative model; all ranks take part. Returns its folder.
+
+        Raises RunError on all ranks where it could not be written.
+        """
         return save_negative(
             self.output / "negative",
             self.engine.module,
@@ -165,12 +198,17 @@ class Trainer:
         )
 
     def _stop_early(self, recorder: Recorder, stop: StopRequest) -> None:
+        """Write a checkpoint, and log where the run has stopped."""
         saved = "nothing to save yet"
         if self.update:
             saved = f"checkpoint {self.save_checkpoint(recorder)}"
         logger.warning("%s: stopped after update %d; %s; go on with --resume", stop.signal, self.update, saved)
 
     def _report_skips(self, recorder: Recorder) -> None:
+        """Warn of the skipped updates of the last flush.
+
+        Raises RunError where `optimizer.max_skipped` of them came in a row.
+        """
         for skip in recorder.skips.last:
             scaler = loss_scale(self.engine)
             scale = f"; the loss scale is {scaler['cur_scale']:g} now" if scaler else ""
@@ -187,6 +225,7 @@ class Trainer:
                 )
 
     def _try_to_save(self, recorder: Recorder) -> None:
+        """Write a checkpoint; a failure is a warning or an error, as `log.on_save_error` says."""
         try:
             self.save_checkpoint(recorder)
         except RunError as error:
@@ -195,14 +234,16 @@ class Trainer:
             logger.warning("%s; older checkpoints are untouched, training goes on (log.on_save_error)", error)
 
     def draw_samples(self, recorder: Recorder) -> None:
-        """Record a grid of base above base + negative; all ranks take part."""
+        """Record a grid of pictures, base above base + negative; all ranks take part."""
         grid = sample_grid(self.adapter, self._base(), self.engine, self.table, self.prompts, self.config.log)
         recorder.picture(self.update, "samples", grid)
         recorder.restart_clock()
 
     def _base(self) -> nn.Module | Variant:
-        """What was to be made worse: the network without its low-rank weights, or one that is loaded again, since
-        every network here has moved."""
+        """The base model: with LoRA the network without low-rank weights.
+
+        With full weights it is loaded again, since every network of the run has moved.
+        """
         if self.config.lora.rank:
             return Variant(self.engine.module, LoraWeights.OFF)
         return self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
@@ -223,13 +264,19 @@ class Trainer:
         )
 
     def save_checkpoint(self, recorder: Recorder) -> Path:
-        """Write a checkpoint of the present state; all ranks take part. Raises RunError on all of them."""
+        """Write a checkpoint of the present state; all ranks take part. Returns its folder.
+
+        Raises RunError on all ranks where it could not be written.
+        """
         folder = self.output / "checkpoints"
         path = save_checkpoint(folder, self.update, self._parts(recorder), self.config, self.world)
         recorder.restart_clock()
         return path
 
     def resume(self, path: Path, recorder: Recorder) -> None:
-        """Continue from a checkpoint of the same recipe (`newest_checkpoint` has compared them)."""
+        """Continue from a checkpoint of the same recipe, as `newest_checkpoint` has found it.
+
+        Raises UserError where it cannot be read.
+        """
         self.update = load_checkpoint(path, self._parts(recorder), self.world)
         logger.info("resumed from %s", path)

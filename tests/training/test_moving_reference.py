@@ -1,4 +1,4 @@
-"""The reference against a float64 recurrence: moving in full precision whatever the network's dtype, or not at all."""
+"""The reference against a float64 recurrence: moving in full precision in any dtype, or frozen."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_only_the_named_parameters_move():
 
 
 def test_every_parameter_is_read_while_it_is_whole():
-    """Under ZeRO 3 a parameter holds its values inside `gather` alone."""
+    """Under ZeRO 3 a parameter holds its values only inside `gather`."""
     student, module = network(), network()
     drift(student, torch.Generator().manual_seed(3))
     exact = [parameter.detach().double() for parameter in student.parameters()]
@@ -196,7 +196,7 @@ def test_the_rest_of_a_period_is_saved():
 
 
 def some_updates(world: World) -> tuple[MovingReference, int]:
-    """Five updates of a bf16 average; and the elements of the masters that this rank keeps."""
+    """A bf16 average after five updates, and the number of master elements that this rank keeps."""
     student, module = network(torch.bfloat16), network(torch.bfloat16)
     reference = MovingReference(module, student.named_parameters(), 0.9, world=world)
     generator = torch.Generator().manual_seed(1)
@@ -221,7 +221,10 @@ def rank_of_two(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_masters_are_shared_out_among_ranks(tmp_path: Path):
-    """Two ranks hold every master once between them, and masters and shadows are bit for bit those of one rank."""
+    """Two ranks hold every master once between them.
+
+    Masters and shadows are bit for bit those of one rank.
+    """
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=rank_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in ranks:
@@ -229,14 +232,14 @@ def test_masters_are_shared_out_among_ranks(tmp_path: Path):
     for process in ranks:
         process.join(120)
         assert process.exitcode == 0
-    alone, whole = some_updates(World(0, 1, torch.device("cpu")))
+    single, whole = some_updates(World(0, 1, torch.device("cpu")))
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     kept = [int(tensors["kept"]) for tensors in found]
     assert sum(kept) == whole
     assert max(kept) < whole
-    shadows = dict(alone.module.named_parameters())
+    shadows = dict(single.module.named_parameters())
     for tensors in found:
-        for name, value in alone.state_dict():
+        for name, value in single.state_dict():
             assert torch.equal(tensors[name], value), name
         for name, shadow in shadows.items():
             assert torch.equal(tensors[f"shadow.{name}"], shadow), name

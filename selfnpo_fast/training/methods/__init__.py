@@ -1,4 +1,4 @@
-"""The training methods that the product knows."""
+"""The training methods, by the name that configs use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from selfnpo_fast.training.methods.base import Method, MethodInputs
 from selfnpo_fast.training.methods.self_npo import SelfNPO
 
 METHODS: dict[str, type[Method]] = {}
-"""By the name that configs use."""
+"""All registered methods by name."""
 
 
 def register(method: type[Method]) -> None:
-    """Make a method known to the trainer."""
+    """Make a method known under its `name`."""
     METHODS[method.name] = method
 
 

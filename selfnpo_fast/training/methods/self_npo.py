@@ -1,4 +1,7 @@
-"""Self-NPO: the student learns from truncated rollouts of the reference (truncated diffusion fine-tuning)."""
+"""Self-NPO: the student learns from truncated rollouts of the reference.
+
+The paper calls this truncated diffusion fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from selfnpo_kernels import guided_step
 
 
 class SelfNPO(Method):
-    """Pairs (x_s, x_{t->0}) of the reference's rollouts, and the distance of the student's x0 to the target."""
+    """Pairs (x_s, x_{t->0}) of the reference's rollouts, whose targets the student's x0 learns."""
 
     name = "self_npo"
 
@@ -40,7 +43,10 @@ class SelfNPO(Method):
 
     @classmethod
     def read_inputs(cls, config: TrainConfig, adapter: Adapter, world: World) -> MethodInputs:
-        """Prompts (Eq. 13), or real images with captions (Eq. 14)."""
+        """Prompts (Eq. 13), or real images with captions (Eq. 14).
+
+        Raises UserError for every mistake that a user can make in them.
+        """
         Grid.check(adapter.schedule, config.rollout.grid_steps)
         if config.rollout.start == "data":
             data = load_real_data(config, adapter, world)
@@ -49,14 +55,16 @@ class SelfNPO(Method):
         return MethodInputs(read_prompts(source.source, column=source.column, limit=source.limit))
 
     def make_producer(self, reference: Reference, latents: torch.Tensor | None) -> Producer:
-        """Lockstep or continuous rollouts, at the start of an update or while the one before it runs."""
+        """Lockstep or continuous rollouts, at an update's start or during the update before it."""
         config, world = self.config, self.world
+        # The reference under rollout guidance.
         predictor = GuidedPredictor(
             lambda x, t, cond: self.adapter.predict(reference.module, x, t, cond),
             self.table,
             config.rollout.omega,
             config.rollout.branches,
         )
+        # The rollout: this rank's share of the samples.
         maker = self._pair_maker(predictor, latents)
         shard = {"batch": config.engine.micro_batch(world.size), "rank": world.rank, "world_size": world.size}
         if config.rollout.mode == "lockstep":
@@ -66,14 +74,16 @@ class SelfNPO(Method):
             graphs = compile != "off" and world.device.type == "cuda"
             capture = CudaGraphs(world.device) if graphs else no_capture
             rollout = ContinuousRollout(maker, groups=groups, compile=compile, capture=capture, **shard)
-        parts = rollout, predictor, config.engine.accumulation, lambda: reference.version
+        # The producer: when the rollout runs.
+        arguments = rollout, predictor, config.engine.accumulation, lambda: reference.version
         if config.rollout.overlap:
-            self.producer = OverlappedProducer(*parts, device=world.device)
+            self.producer = OverlappedProducer(*arguments, device=world.device)
         else:
-            self.producer = Producer(*parts)
+            self.producer = Producer(*arguments)
         return self.producer
 
     def _pair_maker(self, predictor: GuidedPredictor, latents: torch.Tensor | None) -> PairMaker:
+        """The grid and the keyed draws of the config."""
         config, device = self.config, self.world.device
         grid = Grid.build(
             self.adapter.schedule,
@@ -102,8 +112,8 @@ class SelfNPO(Method):
 
     @torch.no_grad()
     def inspect(self, predict: Predict, pairs: Pairs) -> dict[str, torch.Tensor]:
-        """As in the base, and the student's x0 (B, ...) as `student_x0`."""
+        """The fields of the pairs, their losses, and the student's x0 (B, ...) as `student_x0`."""
         pred = predict(pairs.x_s, pairs.s, self.table.gather(pairs.rows))
-        k = nn.functional.pad(self.objective.k, (0, 5))  # x0 only; the step that the op makes leads nowhere
+        k = nn.functional.pad(self.objective.k, (0, 5))  # for the op's x0; its next state is not used
         _, x0 = guided_step(pred, None, pairs.x_s, k, index=pairs.s)
         return super().inspect(lambda *_: pred, pairs) | {"student_x0": x0}
