@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides between its compiler and its interpreter when triton and our kernels are imported, and diffusers
+    # imports triton: so both are imported here, before any test module. Only these imports see the variable; the
+    # interpreter itself imports gluon when it first runs.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.experimental.gluon")
+        importlib.import_module("selfnpo_kernels.triton")
 
 THREADS = 1  # the models under test are tiny: a second thread costs more than it brings
 
