@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_collection_finish() -> None:
+    # DeepSpeed collects garbage several times in every run: a second each where all that was imported is looked through.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def logger_as_imported() -> None:
+    """The log as importing the package leaves it: a command of an earlier test has bound it to that test's output."""
+    logger = logging.getLogger("selfnpo")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
