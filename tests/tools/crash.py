@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import itertools
 import json
 import multiprocessing
@@ -88,6 +89,7 @@ def run_child(argv: list[str], env: dict[str, str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()  # `finish` asks a process that hangs where
+    gc.freeze()  # DeepSpeed collects garbage often, and all that the server has imported would be looked through
     from selfnpo_fast import train
 
     sys.exit(train.main(argv))
