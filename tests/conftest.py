@@ -15,9 +15,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton decides between its compiler and its interpreter when triton and our kernels are imported, and diffusers
-    # imports triton: so both are imported here, before any test module. Only these imports see the variable; the
-    # interpreter itself imports gluon when it first runs.
+    # Triton chooses between its compiler and its interpreter when it is imported, and diffusers
+    # imports it: so triton and our kernels are imported here, before any test module. No other
+    # code sees the variable. The interpreter imports gluon at its first run.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton.experimental.gluon")
@@ -35,14 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # DeepSpeed collects garbage several times in every run: a second each where all that was imported is looked through.
+    # DeepSpeed collects garbage several times in every run: half a second each time, if it looks
+    # through all that was imported.
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def logger_as_imported() -> None:
-    """The log as importing the package leaves it: a command of an earlier test has bound it to that test's output."""
+    """The log is as importing the package leaves it.
+
+    A command of an earlier test has bound it to the standard error of that test.
+    """
     logger = logging.getLogger("selfnpo")
     logger.handlers.clear()
     logger.propagate = True

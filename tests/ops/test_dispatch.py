@@ -34,8 +34,8 @@ print(affine_noise(x, torch.ones(1, 2), x).sum().item(), backends.backend_of("cp
 """
 
 
-# Runs each line's code in a fork of a process that has imported torch and nothing of ours: importing torch costs more
-# than all that the tests ask of such a process.
+# Runs the code of each line in a fork of a process that has imported torch and nothing of ours:
+# importing torch takes longer than all that the tests ask of such a process.
 FORKS = """
 import json, os, sys, traceback
 import torch
@@ -72,7 +72,10 @@ def forks() -> subprocess.Popen:
 
 
 def child(code: str, *, without: tuple[str, ...] = (), fresh: bool = False, **environment: str):
-    """Run code in a process of its own, in which some modules cannot be imported; if `fresh`, torch is not there yet."""
+    """Run code in a process of its own, in which some modules cannot be imported.
+
+    The process has imported torch, except if `fresh`.
+    """
     names = ("SELFNPO_BACKEND", "SELFNPO_REQUIRE_CPP", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY")
     clean = {k: v for k, v in os.environ.items() if k not in names} | environment
     clean["PYTHONPATH"] = str(KERNELS)
