@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +13,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton chooses between its compiler and its interpreter when it is imported, and diffusers
+    # imports it: so triton and our kernels are imported here, before any test module. No other
+    # code sees the variable. The interpreter imports gluon at its first run.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton.experimental.gluon")
+        importlib.import_module("selfnpo_kernels.triton")
 
 THREADS = 1  # the models under test are tiny: a second thread costs more than it brings
 
@@ -20,6 +32,25 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def pytest_collection_finish() -> None:
+    # DeepSpeed collects garbage several times in every run: half a second each time, if it looks
+    # through all that was imported.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def logger_as_imported() -> None:
+    """The log is as importing the package leaves it.
+
+    A command of an earlier test has bound it to the standard error of that test.
+    """
+    logger = logging.getLogger("selfnpo")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 
 import cases
@@ -10,14 +9,6 @@ import pytest
 import torch
 
 from selfnpo_kernels import backends
-
-if not torch.cuda.is_available():
-    # The variable decides at import whether kernels are compiled or interpreted. Nothing else may
-    # see it. The interpreter itself imports gluon when it first runs.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("triton.experimental.gluon")
-        importlib.import_module("selfnpo_kernels.triton")
 
 
 @pytest.fixture(autouse=True)

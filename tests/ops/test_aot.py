@@ -120,7 +120,7 @@ def starved(out, x, N: tl.constexpr, BLOCK: tl.constexpr):
 x = torch.empty(1 << 20, device="meta")
 for kernel, extra, block, options in (
     (copy, (), 1024, {}), (masked_copy, (1000,), 1024, {}), (copy_read_twice, (), 1024, {}),
-    (copy_at_64_bits, (), 1024, {}), (starved, (), 4096, {"num_warps": 1, "maxnreg": 32}),
+    (copy_at_64_bits, (), 1024, {}), (starved, (), 1024, {"num_warps": 1, "maxnreg": 32}),
 ):
     row = aot.Row(kernel.__name__, kernel.__name__, "fp32", "common", 90, floor=(8.0, 0.0))
     options = {"N": 12288, "BLOCK": block} | options

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cases
@@ -31,13 +34,61 @@ print(affine_noise(x, torch.ones(1, 2), x).sum().item(), backends.backend_of("cp
 """
 
 
-def child(code: str, *, without: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a new interpreter, in which the modules in `without` cannot be imported."""
+# Runs the code of each line in a fork of a process that has imported torch and nothing of ours:
+# importing torch takes longer than all that the tests ask of such a process.
+FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    code, environment, folder = json.loads(line)
+    if os.fork():
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+        continue
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    status = 0
+    try:
+        exec(code, {"__name__": "__main__"})
+    except SystemExit as asked:
+        status = asked.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+"""
+
+
+@functools.cache
+def forks() -> subprocess.Popen:
+    """The process that forks; it ends with this one, which closes its standard input."""
+    environment = os.environ | {"PYTHONPATH": str(KERNELS)}
+    return subprocess.Popen(
+        [sys.executable, "-c", FORKS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def child(code: str, *, without: tuple[str, ...] = (), fresh: bool = False, **environment: str):
+    """Run code in a process of its own, in which some modules cannot be imported.
+
+    The process has imported torch, except if `fresh`.
+    """
     names = ("SELFNPO_BACKEND", "SELFNPO_REQUIRE_CPP", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY")
     clean = {k: v for k, v in os.environ.items() if k not in names} | environment
     clean["PYTHONPATH"] = str(KERNELS)
     code = (BLOCK.format(names=without) if without else "") + code
-    return subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=False)
+    if fresh:
+        return subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        server = forks()
+        server.stdin.write(json.dumps([code, clean, folder]) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        out, err = (Path(folder, name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess([sys.executable, "-c", code], status, out, err)
 
 
 def stdout(done: subprocess.CompletedProcess) -> str:
@@ -179,7 +230,8 @@ print([name for name in ("triton", "diffusers", "selfnpo_fast") if name in sys.m
 )
 def test_import_order(first):
     """Every op is registered once, in any order of imports."""
-    assert stdout(child(first + "\n" + ONE_CALL)) == "12.0 cpp"
+    fresh = not first.startswith("import torch")
+    assert stdout(child(first + "\n" + ONE_CALL, fresh=fresh)) == "12.0 cpp"
 
 
 @pytest.mark.slow
@@ -194,7 +246,7 @@ from selfnpo_kernels import cpp
 assert cpp.capability() == {capability.upper()!r}
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, {str(Path(__file__).parent)!r}]))
 """
-    line = stdout(child(code, ATEN_CPU_CAPABILITY=capability)).splitlines()[-1]
+    line = stdout(child(code, fresh=True, ATEN_CPU_CAPABILITY=capability)).splitlines()[-1]
     assert int(line.split(" passed")[0].split()[-1]) > 150, line
 
 

@@ -187,6 +187,7 @@ def test_with_a_frozen_reference_overlap_changes_nothing(name, tmp_path):
         output = tmp_path / overlap
         words = ["--updates", "4", "--engine.batch_size", "8", "--prompts.limit", "20", "--reference.kind", "frozen"]
         words += ["--log.every", "1", "--log.sample_every", "-1", "--rollout.overlap", overlap, "--rollout.pool", "2"]
+        words += ["--rollout.grid_steps", "5"]
         assert train.main(["--config", str(CONFIG), "--output", str(output), *words, *RECIPES[name]]) == 0
         (weights,) = (output / "negative").rglob("*.safetensors")
         rows = (output / "metrics.jsonl").read_text().replace("}", ",}").splitlines()
@@ -213,6 +214,7 @@ def test_lora_learns_as_two_networks_with_peft_layers_do(reference, tmp_path, mo
     for name in ("ours", "two"):
         words = ["--updates", "6", "--engine.batch_size", "8", "--prompts.limit", "20", "--lora.rank", "2"]
         words += ["--reference.kind", reference, "--reference.decay", "0.5", "--optimizer.lr", "1e-2"]
+        words += ["--rollout.grid_steps", "5"]
         words += ["--log.every", "1", "--log.sample_every", "-1", "--output", str(tmp_path / name)]
         if name == "two":
             monkeypatch.setattr(trainer, "_split", two_networks)

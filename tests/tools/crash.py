@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import itertools
 import json
 import multiprocessing
@@ -89,6 +90,7 @@ def run_child(argv: list[str], env: dict[str, str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.enable()  # `finish` makes a process that hangs say where
+    gc.freeze()  # DeepSpeed collects garbage often, and would look through all that the server has imported
     from selfnpo_fast import train
 
     sys.exit(train.main(argv))

@@ -23,6 +23,7 @@ from selfnpo_kernels import reference
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 BATCH, LATENT = 7, 4 * 8 * 8  # no parameter of the model has as many elements
 SHORT = ["--engine.batch_size", str(BATCH), "--prompts.limit", "20", "--log.sample_every", "-1", "--log.every", "1"]
+SHORT += ["--rollout.grid_steps", "5"]
 
 
 class WholeUpdate:
