@@ -13,6 +13,7 @@ from benchmarks import profile_step
 from benchmarks.profile_step import PARTS, WHOLE
 
 SHORT = ["--config", "configs/digits.yaml", "--engine.batch_size", "8", "--prompts.limit", "20"]
+SHORT += ["--rollout.grid_steps", "5"]
 
 
 class Event:

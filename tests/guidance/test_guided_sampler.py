@@ -321,7 +321,8 @@ def test_a_second_network_is_brought_to_the_positives_precision(sd, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_compiled_blocks_draw_the_same(sd, kind):
+def test_compiled_blocks_draw_the_same(tmp_path, kind):
+    sd = pipeline(tiny.write_sd(tmp_path, **tiny.SHALLOW))
     negative = negatives(sd.unet)[kind]
     compiled = GuidedSampler.from_pipeline(sd, negative, compile="default")
     assert_same(draw(compiled), draw(GuidedSampler.from_pipeline(sd, negative)), 5e-5)

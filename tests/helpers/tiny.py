@@ -20,6 +20,15 @@ from transformers import (
 )
 
 WIDTH = 16
+SHALLOW = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+"""Changes of `unet` for tests that compile: one resolution, and attention in the middle only.
+
+Such a network compiles in less than half the time.
+"""
 
 
 def tokenizer() -> CLIPTokenizer:

@@ -30,13 +30,13 @@ from selfnpo_fast.training.trainer import _split
 DEVICE = "cpu"
 
 
-def unet(seed: int = 0) -> nn.Module:
+def unet(seed: int = 0, **changes) -> nn.Module:
     torch.manual_seed(seed)
-    return tiny.unet()
+    return tiny.unet(**changes)
 
 
-def student(**changes) -> nn.Module:
-    network = unet()
+def student(network: nn.Module | None = None, **changes) -> nn.Module:
+    network = network or unet()
     add_lora(network, LoraConfig(**({"rank": 2} | changes)), seed=3)
     return network
 
@@ -202,7 +202,7 @@ def test_threads_choose_each_for_itself():
 
 
 def test_a_call_compiles_as_one_graph_with_its_choice():
-    network = student(targets=["to_q", "conv1"])
+    network = student(unet(**tiny.SHALLOW), targets=["to_q", "conv1"])
     apart(network)
     expected, given = outputs(network), inputs()
 
