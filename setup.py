@@ -1,8 +1,9 @@
-"""Which folders are packages, and how the C++ extension is built; everything else is in pyproject.toml.
+"""Which folders are packages, and how the C++ extension is built; everything else is in
+pyproject.toml.
 
-`kernels/` is mapped rather than packaged: a top-level package of that name would be taken for Hugging Face's.
-SELFNPO_BUILD_CPP=0 leaves the extension out. Without torch or a compiler the project installs without it, and says so;
-SELFNPO_REQUIRE_CPP=1 makes that a failure.
+`kernels/` is mapped rather than packaged: a top-level package of that name would be taken for
+Hugging Face's. SELFNPO_BUILD_CPP=0 leaves the extension out. Without torch or a compiler the
+project installs without it, and says so; SELFNPO_REQUIRE_CPP=1 makes that a failure.
 """
 
 import os
@@ -18,8 +19,8 @@ COMPILE = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contrac
 COMPILE += ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 # One set of objects for each instruction set; csrc/cpu/dispatch.cpp chooses at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
-# With AVX-512 the noise is made in wider registers; all else waits for memory, and stays as it is. GCC 12's own headers
-# leave a register uninitialised on purpose.
+# With AVX-512 the noise is made in wider registers; all else waits for memory, and stays as it is.
+# GCC 12's own headers leave a register uninitialised on purpose.
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-DSELFNPO_AVX512", "-Wno-uninitialized"]
 SETS = {"DEFAULT": [], "AVX2": AVX2, "AVX512": AVX512}
 

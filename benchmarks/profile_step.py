@@ -3,11 +3,12 @@
     python -m benchmarks.profile_step                                   # configs/digits.yaml
     python -m benchmarks.profile_step --updates 10 -- --config FILE --model.path FOLDER
 
-Arguments after -- are those of `selfnpo train`. Each part of an update (`runtime.profiling.region`) is timed
-without the parts inside it; `kernels` are the fused operations in all parts. With `rollout.overlap`
-the rollout runs at the same time as the other parts, so the parts add up to more than the update;
-`waiting` is the time in which the update waits for the rollout. Times are those of the host. The
-trace opens in chrome://tracing or Perfetto, and on a GPU it contains the device's times as well.
+Arguments after -- are those of `selfnpo train`. Each part of an update (`runtime.profiling.region`)
+is timed without the parts inside it; `kernels` are the fused operations in all parts. With
+`rollout.overlap` the rollout runs at the same time as the other parts, so the parts add up to more
+than the update; `waiting` is the time in which the update waits for the rollout. Times are those of
+the host. The trace opens in chrome://tracing or Perfetto, and on a GPU it contains the device's
+times as well.
 """
 
 from __future__ import annotations

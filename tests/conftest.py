@@ -1,4 +1,5 @@
-"""Set up before any test module is imported: no network, few threads, a loud word about GPU tests that did not run."""
+"""Set up before any test module is imported: no network, few threads, a loud word about GPU tests
+that did not run."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ THREADS = 1  # the models under test are tiny: a second thread costs more than i
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
-    # For the processes that tests start; DeepSpeed looks for an accelerator and warns on standard output otherwise.
+    # For the processes that tests start; DeepSpeed looks for an accelerator and warns on standard
+    # output otherwise.
     os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,5 @@
-"""Random configs: valid ones train, broken ones give one line and leave no folder, hostile ones run nothing."""
+"""Random configs: valid ones train, broken ones give one line and leave no folder, hostile ones run
+nothing."""
 
 from __future__ import annotations
 
@@ -141,7 +142,8 @@ def valid_configs(draw) -> dict:
 
 
 def run_valid(base: Path, config: dict) -> None:
-    """Two updates: exit code 0, finite metrics, and a negative model that loads and answers with finite numbers."""
+    """Two updates: exit code 0, finite metrics, and a negative model that loads and answers with
+    finite numbers."""
     output = fresh(base)
     path = output.with_suffix(".yaml")
     model = base / "model"
@@ -272,7 +274,8 @@ OUT_OF_RANGE = {
 
 @pytest.mark.parametrize("name", [".".join(path) for path in FIELDS])
 def test_no_field_takes_a_broken_value_from_a_file(base, name):
-    """Every field against every broken value of its type; all but what fits no float at all name the field."""
+    """Every field against every broken value of its type; all but what fits no float at all name
+    the field."""
     path = tuple(name.split("."))
     file = fresh(base).with_suffix(".yaml")
     for value in broken_values(FIELDS[path]) + OUT_OF_RANGE.get(name, []):
@@ -345,7 +348,7 @@ WHOLE = yaml.safe_dump(yaml.safe_load((train.CONFIGS / "sd15.yaml").read_text())
 @fuzz(80)
 @given(cut=st.integers(0, len(WHOLE)), place=st.integers(0, 8 * len(WHOLE) - 1), junk=st.binary(max_size=8))
 def test_damaged_config_files(base, cut, place, junk):
-    """A flipped bit and bytes put in between: whatever is left, one line."""
+    """A flipped bit and bytes put in between: one line names what is wrong."""
     damaged = bytearray(WHOLE)
     damaged[place // 8] ^= 1 << place % 8
     refuse(base, bytes(damaged[:cut]) + junk + bytes(damaged[cut:]))

@@ -99,7 +99,8 @@ def read_lora(source: str | Path | StateDict, denoiser: nn.Module, field: str = 
 def _read(path: Path, field: str) -> tuple[StateDict, dict, dict | None]:
     """(tensors, PEFT's config from the metadata, adapter_config.json) of a LoRA file.
 
-    The config in the metadata is diffusers': its keys begin with the part's name, as in `unet.r`.
+    The config in the metadata is diffusers': its keys begin with the part's name, as in
+    `<denoiser>.r`.
     """
     refuse_pickle(path, field)
     tensor_names(path, field)

@@ -1,4 +1,5 @@
-"""A trajectory of a diffusers scheduler by its own `step`, and the same by `guided_step` and coefficient tables."""
+"""A trajectory of a diffusers scheduler by its own `step`, and the same by `guided_step` and
+coefficient tables."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """How far an op may be from its float64 formula, in one table.
 
-The unit is one float32 rounding (2^-24; 2^-53 in float64) of the sum of the absolute values of a formula's terms. For
-results of lower precision it counts beyond the rounding to their dtype (two for gradients: the slope is kept in that
-dtype). All backends and mixtures share that arithmetic, so most ops have one row. `pytest tests/ops -v` prints what is
-seen.
+The unit is one float32 rounding (2^-24; 2^-53 in float64) of the sum of the absolute values of a
+formula's terms. For results of lower precision it counts beyond the rounding to their dtype (two
+for gradients: the slope is kept in that dtype). All backends and mixtures share that arithmetic, so
+most ops have one row. `pytest tests/ops -v` prints what is seen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The embedded digits model: stock files, a domain it can spell, and pictures that show what was asked for."""
+"""The embedded digits model: stock files, a domain it can spell, and pictures that show what was
+asked for."""
 
 from __future__ import annotations
 
@@ -126,7 +127,8 @@ def test_the_scorer_is_good_on_the_test_split():
     assert float(scorer.quality["test_digit_accuracy"]) >= 0.98
     assert scorer.real_features.shape == (1000, 64)
     assert scorer.real_features.isfinite().all()
-    # The features come from the committed network: its heads read ten digits off them, and find them real.
+    # The features come from the committed network: its heads read ten digits off them, and find
+    # them real.
     with torch.no_grad():
         counts = scorer.network.digit(scorer.real_features).argmax(1).bincount(minlength=10)
         real = (scorer.network.realness(scorer.real_features) > 0).float().mean()

@@ -1,8 +1,10 @@
-"""A model family that the product does not know, defined here by the steps of docs/adding_a_model.md.
+"""A model family that the product does not know, defined here by the steps of
+docs/adding_a_model.md.
 
-It differs wherever families can: its denoiser is another class at another attribute of the pipeline, its latents are
-packed tokens (L, C) instead of a grid of channels, and a prompt has two conditioning tensors. It trains, resumes,
-samples, attaches, merges and passes doctor, and not a line of selfnpo_fast/ knows of it.
+It differs wherever families can: its denoiser is another class at another attribute of the
+pipeline, its latents are packed tokens (L, C) instead of a grid of channels, and a prompt has two
+conditioning tensors. It trains, resumes, samples, attaches, merges and passes doctor, and not a
+line of selfnpo_fast/ knows of it.
 """
 
 from __future__ import annotations

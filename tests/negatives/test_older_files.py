@@ -1,7 +1,7 @@
 """Files that an earlier state of the code wrote, before its modules moved: they load bit for bit.
 
-tests/data/written_before_rooms holds a negative with full weights, one as a LoRA, both trained for two updates from
-`tiny.write_sd`, and a latent store of three pictures.
+tests/data/written_before_rooms holds a negative with full weights, one as a LoRA, both trained for
+two updates from `tiny.write_sd`, and a latent store of three pictures.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class NeverEncodes:
 
 
 def test_a_latent_store(adapter, tmp_path):
-    """The store is named after its source's path and times, which are this machine's: those are written anew."""
+    """The store is named after its source's path and times, which are this machine's: those are
+    written anew."""
     shutil.copytree(OLD / "images", tmp_path / "images")
     (old,) = (OLD / "store").iterdir()
     facts = json.loads((old / "store.json").read_text())

@@ -1,4 +1,5 @@
-"""The shape of the project: who may import whom, names that must not be taken, and the ways to start training."""
+"""The shape of the project: who may import whom, names that must not be taken, and the ways to
+start training."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ KERNELS = ROOT / "kernels" / "selfnpo_kernels"
 TRAIN = PACKAGE / "train.py"
 CONFIG = ROOT / "configs" / "digits.yaml"
 
-# A room is a module or folder directly in selfnpo_fast; it imports from lower floors only. `__init__` is what
-# `from selfnpo_fast import <name>` sees: its imports are made late, and no room goes through it.
+# A room is a module or folder directly in selfnpo_fast; it imports from lower floors only.
+# `__init__` is what `from selfnpo_fast import <name>` sees: its imports are made late, and no room
+# goes through it.
 FLOORS = {
     1: {"runtime"},
     2: {"diffusion", "config", "scoring"},
@@ -37,7 +39,8 @@ FLOORS = {
     9: {"cli", "__init__"},
 }
 
-# Names that would hide somebody else's top-level module when a script in selfnpo_fast/ runs, its folder on sys.path.
+# Names that would hide somebody else's top-level module when a script in selfnpo_fast/ runs, its
+# folder on sys.path.
 TAKEN = set(sys.stdlib_module_names) | {
     *("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors"),
     *("datasets", "evaluate", "kernels", "tokenizers", "utils", "jsonargparse", "tensorboard", "tqdm", "yaml", "ninja"),
@@ -199,7 +202,8 @@ def test_importing_the_package_is_light():
     assert done.stdout.strip() == "[]"
 
 
-# What transformers' integration reads off the Hugging Face package when its release is one that it accepts.
+# What transformers' integration reads off the Hugging Face package when its release is one that it
+# accepts.
 STAND_IN = """
 class _Any:
     def __init__(self, *args, **kwargs): pass
@@ -241,7 +245,8 @@ def install_stand_in(site: Path, version: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", ["none", "accepted by transformers", "refused by transformers"])
 def test_hugging_face_libraries_import_from_the_repository_root(installed, tmp_path):
-    """Our folder `kernels` must be taken for nobody's package: not found without theirs, not in its way with it."""
+    """Our folder `kernels` must be taken for nobody's package: not found without theirs, not in its
+    way with it."""
     present = {dist.metadata["Name"] for dist in importlib.metadata.distributions()}
     assert "kernels" not in present, "this environment holds the Hugging Face package `kernels`: uninstall it"
     env, origin, accepted = {}, None, installed.startswith("accepted")
@@ -255,7 +260,8 @@ def test_hugging_face_libraries_import_from_the_repository_root(installed, tmp_p
 
 
 def printed_config(*command: str | Path, **kwargs) -> dict:
-    """The YAML on standard output, and nothing else there, of a command that ends in `--print_config`."""
+    """The YAML on standard output, and nothing else there, of a command that ends in
+    `--print_config`."""
     values = yaml.safe_load(run(*command, "--config", CONFIG, "--print_config", **kwargs).stdout)
     assert isinstance(values, dict)
     assert "rollout" in values
@@ -293,7 +299,8 @@ def test_training_starts_every_way_with_one_config(start, config_by_script, tmp_
 
 
 def test_train_takes_its_folder_off_the_path_first():
-    """Until it has, every import is a chance for config.py or models/ to be taken for somebody's top-level module.
+    """Until it has, every import is a chance for config.py or models/ to be taken for somebody's
+    top-level module.
 
     The standard library is safe: no module of ours has a name of its.
     """

@@ -1,4 +1,5 @@
-"""What the pages tell people: links lead somewhere, commands and configs exist, and the README is short.
+"""What the pages tell people: links lead somewhere, commands and configs exist, and the README is
+short.
 
 No torch is imported: the commands' names are read out of `cli.py`.
 """
@@ -34,7 +35,8 @@ def page_id(path: Path) -> str:
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives the headings of a page.
 
-    They are the headings in lower case without punctuation, with hyphens for spaces and numbers for repeats.
+    They are the headings in lower case without punctuation, with hyphens for spaces and numbers for
+    repeats.
     """
     found: list[str] = []
     for title in HEADING.findall(FENCE.sub("", text)):
@@ -51,7 +53,8 @@ def links(text: str) -> list[str]:
 
 
 def broken_links(path: Path, root: Path = ROOT) -> list[str]:
-    """The links and images of a page that lead to no file below `root`, or to no heading; web addresses are skipped."""
+    """The links and images of a page that lead to no file below `root`, or to no heading; web
+    addresses are skipped."""
     text = path.read_text(encoding="utf-8")
     broken = []
     for link in links(text):
@@ -110,7 +113,8 @@ def test_pages_show_every_command():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_config_says_what_it_is(path):
-    """FAMILY.yaml is the recommended recipe, FAMILY_paper.yaml the authors', and FAMILY_lora.yaml names its card."""
+    """FAMILY.yaml is the recommended recipe, FAMILY_paper.yaml the authors', and FAMILY_lora.yaml
+    names its card."""
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert re.match(r"# \w", first)
     family, _, kind = path.stem.partition("_")

@@ -30,8 +30,8 @@ def test_agrees_with_scipy():
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
     spread = theirs.high - theirs.low
     assert ours.value == values.mean()
-    # The Monte Carlo error of a 2.5% quantile from 2,000 draws is about 2.5% of the spread; observed
-    # 1%.
+    # The Monte Carlo error of a 2.5% quantile from 2,000 draws is about 2.5% of the spread;
+    # observed 1%.
     assert ours.low == pytest.approx(theirs.low, abs=0.06 * spread)
     assert ours.high == pytest.approx(theirs.high, abs=0.06 * spread)
 

@@ -223,8 +223,8 @@ def test_an_arm_that_only_moves_along_the_frontier_is_no_gain():
 
 
 def test_a_shift_in_guidance_between_two_scales_is_no_gain():
-    # At scale s the arm is the base at 1.2 s, which the sweep of the base leaves out; the arm may win
-    # pairs, no more.
+    # At scale s the arm is the base at 1.2 s, which the sweep of the base leaves out; the arm may
+    # win pairs, no more.
     generate = toy_generate({"base": 0.6, "negative": 0.5}, {"base": 0.0, "negative": 0.0})
     results = evaluate(generate, toy_cases(), ["base", "negative"], (1.0, 1.5, 2.0, 3.0), toy_measures())
     assert not results.verdict("negative").gain

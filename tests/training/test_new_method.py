@@ -1,7 +1,9 @@
-"""A training method that the product does not know, defined here by the steps of docs/adding_a_method.md.
+"""A training method that the product does not know, defined here by the steps of
+docs/adding_a_method.md.
 
-Its pairs are noise and the reference's prediction at the noisiest timestep; the student learns a multiple of it.
-It trains, resumes and can be looked at, and not a line of selfnpo_fast/ knows of it.
+Its pairs are noise and the reference's prediction at the noisiest timestep; the student learns a
+multiple of it. It trains, resumes and can be looked at, and not a line of selfnpo_fast/ knows of
+it.
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ def test_the_product_does_not_know_it(model, tmp_path, capsys):
 
 
 def test_it_trains(model, whole):
-    """The first loss is that of the untrained student, computed here; on the same pairs the trained one has less."""
+    """The first loss is that of the untrained student, computed here; on the same pairs the trained
+    one has less."""
     adapter = load_adapter(str(model))
     network = adapter.load_denoiser(torch.float32)
     rows = adapter.encode_prompts(read_prompts("shipped", limit=6)[:BATCH], CPU)

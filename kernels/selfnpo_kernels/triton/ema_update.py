@@ -12,7 +12,8 @@ from selfnpo_kernels.triton.common import launch, rounded
 
 # Elements of a program, by whether the tensors begin at multiples of 16 bytes. If they do, a thread
 # has sixteen elements, in two to four accesses of 16 bytes. A view into a flat buffer may begin at
-# any address; a thread then has four elements, in one access each (with sixteen, registers spilled).
+# any address; a thread then has four elements, in one access each (with sixteen, registers
+# spilled).
 _CHUNK = {True: 2048, False: 512}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
