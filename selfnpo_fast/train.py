@@ -133,7 +133,7 @@ def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
     """Log one line about what is trained and how."""
     trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainer.engine.trainable)
     logger.info(
-        "%s: %d prompts, %.2f M trained parameters (%s), %s on %d x %s, ZeRO %d, %s rollouts from %s with w = %g, "
+        "%s: %d prompts, %.2f M trained parameters (%s), %s on %d x %s, ZeRO %d, %s rollouts from %s with omega = %g, "
         "%s reference, kernels: %s",
         config.model.path,
         trainer.table.prompts,

@@ -107,7 +107,7 @@ def _run_section(run: PlannedRun) -> str:
         f"{engine.accumulation} x {run.micro_batch}); {engine.precision}, ZeRO {zero_stage(config)}, "
         f"{config.optimizer.name}, gradient checkpointing {'on' if engine.gradient_checkpointing else 'off'}",
         f"forwards  {costs.forwards_per_pair(config.rollout):.3g} of the reference per pair "
-        f"({config.rollout.mode} from {config.rollout.start}, w = {config.rollout.omega:g})"
+        f"({config.rollout.mode} from {config.rollout.start}, omega = {config.rollout.omega:g})"
         + (f"; at most {startup:,} once, to fill the slots" if startup else ""),
         f"FLOPs     {_format_si(flops.total)} per update: reference {_format_si(flops.reference)}, "
         f"student {_format_si(flops.student)}",
