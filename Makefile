@@ -27,11 +27,15 @@ demo: setup
 report: setup
 	@$(BIN)/python -m benchmarks.digits_report.report $(if $(FRESH),--fresh)
 
+# Two processes of one thread each, which keep the tests of a file together.
+WORKERS ?= 2
+PYTEST := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # On a machine with a GPU. Tests that need one say so when they are skipped; the benchmarks fail without.
 test-gpu: setup
@@ -41,6 +45,8 @@ test-gpu: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Leaves runs/ and build/digits (trained models) alone.
 clean:

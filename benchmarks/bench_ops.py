@@ -1,38 +1,44 @@
-"""How fast each fused op is: against eager PyTorch, against torch.compile, and against copies of the same bytes.
+"""How fast each fused op is next to eager PyTorch, torch.compile and copies of as many bytes.
 
-    python -m benchmarks.bench_ops                                  # everything; an idle machine, please
+    python -m benchmarks.bench_ops                  # everything; needs an idle machine
     python -m benchmarks.bench_ops --op tdft_step --shape sd15 --dtype fp32
-    python -m benchmarks.bench_ops --quick                          # tiny latents
+    python -m benchmarks.bench_ops --quick          # tiny latents
 
-Arms (`arms/ops.py`, `arms/tdft.py`): ours; eager, PyTorch as diffusers and the authors write it; compiled, the same
-arithmetic under torch.compile, warmed up beforehand; floor, plain copies of as many bytes as the op must move
-(`arms/floor.py`). Every round times each arm once, looped past `SAMPLE_SECONDS`; a ratio is taken within its round.
-`tdft_step` has a further arm, `eager_by_rows`, and its bar is judged against both.
+The arms (`arms/ops.py`, `arms/tdft.py`, `arms/floor.py`):
 
-Before any timing every op has to agree with eager PyTorch and with the reference backend, on small batches of every
-shape; then, before its own timing, every case once more at full size, compiled arm included. Otherwise nothing is
-written and the exit status is 1.
+- ours: the fused op
+- eager: PyTorch as diffusers and the authors write it; `tdft_step` also has `eager_by_rows`
+- compiled: the same arithmetic under torch.compile, compiled before the timing
+- floor: plain copies of as many bytes as the op has to move
 
-Reading the figures: torch.randn fills serially on a CPU whatever the number of threads. Fresh memory costs page faults,
-the same for all arms; glibc's MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ decide how many, and the JSON records
-them. Copies are a yardstick, no strict bound: a processor reads memory before it writes to it, so an op that reads more
-than it writes, or updates in place, may pass its floor. On CUDA a sample lies between two events.
+Every round times each arm once, with so many calls that they take SAMPLE_SECONDS; ratios are taken
+within a round.
+
+Before any timing the results of every op are compared with eager PyTorch and with the reference
+backend, on small batches of every shape. Before each case is timed they are compared again at full
+size, together with those of the compiled arm. If they differ, nothing is written and the exit
+status is 1.
+
+Some notes on the figures. On a CPU torch.randn fills a tensor serially, with any number of threads.
+New memory costs page faults, the same in all arms; glibc's MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_ decide how many, and the JSON records both. The floor is no strict bound: a
+processor reads memory before it writes to it, so an op that reads more than it writes, or updates
+in place, may be faster than its floor. On CUDA a sample is timed between two events.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a script: Python put this folder on the path, not the one above
+if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
 
 import numpy as np  # noqa: E402
@@ -42,12 +48,10 @@ from benchmarks.arms import ops as op_arms  # noqa: E402
 from benchmarks.arms.floor import TRAFFIC, Traffic, floor_arm  # noqa: E402
 from benchmarks.arms.ops import DTYPES, Comparison, Op  # noqa: E402
 from benchmarks.arms.tdft import TdftStep  # noqa: E402
-from benchmarks.environment import RESULTS, describe, pick_device, spread  # noqa: E402
+from benchmarks.environment import RESULTS, describe, pick_device, spread, write_result  # noqa: E402
+from benchmarks.ops_report import chart, table  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_kernels import backends  # noqa: E402
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 OPS: dict[str, type[Op]] = {
     "normal": op_arms.Normal,
@@ -66,6 +70,7 @@ LATENTS = {
     "cogvideox": (1, 13, 16, 60, 90),
     "uncached": (320, 4, 128, 128),
 }
+"""Shapes of latents; the last one is larger than the caches of CPUs."""
 QUICK_LATENTS = {
     "sd15": (8, 4, 16, 16),
     "sdxl": (2, 4, 32, 32),
@@ -73,30 +78,38 @@ QUICK_LATENTS = {
     "uncached": (12, 4, 32, 32),
 }
 NETWORK, QUICK_NETWORK = "sd15_small", "digits"
-"""Whose parameters `ema_update` moves, as if it were its shape: 80 M in 400 tensors, and 1 M."""
+"""Networks whose parameters `ema_update` moves, 80 M in 400 tensors and 1 M: its "shapes"."""
 GATE_BATCH = 4
+"""Samples per batch before any timing."""
 SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.002
+"""Least duration of a sample, the timing of one arm in one round."""
 SPARE = 1.3
-"""What calibration adds to the calls that took so long."""
+"""Factor on the number of calls that took SAMPLE_SECONDS during calibration."""
 ROUNDS, QUICK_ROUNDS = 7, 2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
-"""By dtype of the result, largest |found - truth| / (|truth| + rms of the truth). Seen at full size: 2.7e-6 and, after
-one or two roundings to bfloat16, 3.1e-3."""
+"""Largest |found - truth| / (|truth| + rms of the truth), by dtype of the result.
+
+At full size 2.7e-6 was seen, and 3.1e-3 after one or two roundings to bfloat16.
+"""
 COARSE = {"fp32": 1e-5, "bf16": 0.5}
-"""By mixture, for eager and compiled arms, which round to bfloat16 on the way and then cancel. Seen: 2.7e-6 and 0.22;
-with noise or a whole term missing it is 1 or more."""
+"""The same by mixture, for eager and compiled arms, which round intermediate results to bfloat16.
+
+Cancellation makes those roundings large: 2.7e-6 and 0.22 were seen. Where the noise or a whole term
+is missing, the error is 1 or more.
+"""
 
 
 @dataclass
 class Gate:
-    """What the correctness gate found; no failures means that the ops may be timed."""
+    """What the correctness gate has found; the ops may be timed if there are no failures."""
 
     largest_error: dict[str, float] = field(default_factory=dict)
-    """By dtype of the result; `coarse` comparisons apart."""
+    """By dtype of the result, without `coarse` comparisons."""
     failures: list[str] = field(default_factory=list)
+    """One line per failure."""
 
     def compare(self, case: str, dtype: str, comparisons: Iterable[Comparison]) -> None:
-        """Integers exactly, other tensors to their tolerance, all of equal shapes."""
+        """Compares integers exactly, other tensors to their tolerance; shapes have to be equal."""
         for what, found, truth, coarse in comparisons:
             if found.shape != truth.shape:
                 self.failures.append(f"{case}: {what} has shape {tuple(found.shape)}, expected {tuple(truth.shape)}")
@@ -117,38 +130,43 @@ class Gate:
 
 
 class Case(NamedTuple):
-    """One op on one latent shape in one mixture; `dims` is the shape, or the network of `ema_update`."""
+    """One op on latents of one shape in one mixture of dtypes."""
 
     op: str
     shape: str
+    """Name of the shape, or of the network of `ema_update`."""
     dtype: str
+    """Name of the mixture: "fp32" or "bf16"."""
     dims: tuple[int, ...] | str
+    """The shape itself, or the name of the network of `ema_update`."""
 
     @property
     def name(self) -> str:
+        """Op, shape and mixture, for messages."""
         return f"{self.op} {self.shape} {self.dtype}"
 
     def build(self, device: torch.device) -> Op:
+        """The op with its inputs on the device."""
         return OPS[self.op](self.dims, self.dtype, device)
 
     def small(self) -> Case:
-        """The same with few samples, or few parameters."""
+        """The same case with few samples, or few parameters."""
         small = QUICK_NETWORK if isinstance(self.dims, str) else (min(self.dims[0], GATE_BATCH), *self.dims[1:])
         return self._replace(dims=small)
 
 
 def cases(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], quick: bool) -> list[Case]:
-    """All combinations; `ema_update` has its network for a shape."""
+    """All combinations of ops, shapes and mixtures; `ema_update` has one network for a shape."""
     latents, network = (QUICK_LATENTS, QUICK_NETWORK) if quick else (LATENTS, NETWORK)
     found = []
     for op in ops:
-        places = [(network, network)] if op == "ema_update" else [(shape, latents[shape]) for shape in shapes]
-        found += [Case(op, shape, dtype, dims) for shape, dims in places for dtype in dtypes]
+        named = [(network, network)] if op == "ema_update" else [(shape, latents[shape]) for shape in shapes]
+        found += [Case(op, shape, dtype, dims) for shape, dims in named for dtype in dtypes]
     return found
 
 
 def check_small(chosen: Sequence[Case], device: torch.device) -> Gate:
-    """The gate before any timing: every op in every mixture, on few samples of every shape."""
+    """The gate before any timing: all chosen cases with few samples."""
     gate = Gate()
     for case in chosen:
         small = case.small()
@@ -157,7 +175,7 @@ def check_small(chosen: Sequence[Case], device: torch.device) -> Gate:
 
 
 def seconds_of(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds that `calls` calls take, on the device's own clock."""
+    """Seconds that `calls` calls take, by events on a GPU and by the host's clock on a CPU."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -173,23 +191,29 @@ def seconds_of(call: Callable[[], object], calls: int, device: torch.device) -> 
 
 
 def calibrate(time_calls: Callable[[int], float], least: float, cycle: int = 1) -> int:
-    """The number of calls that takes `least` seconds or more, in whole cycles; `time_calls` times so many calls."""
+    """A number of calls, in whole cycles, that takes at least `least` seconds.
+
+    `time_calls` makes the given number of calls and returns their seconds.
+    """
     calls = cycle
     while (seconds := time_calls(calls)) < least:
-        # A little more than the last timing asks for, so that noise seldom needs another round; at most tenfold.
+        # A tenth more than the last timing asks for, so that noise seldom needs another round; at
+        # most ten times as many.
         needed = calls * min(10.0, 1.1 * least / max(seconds, 1e-9))
         calls = max(calls + cycle, -(-int(needed) // cycle) * cycle)
-    # The first calls are slower than those to come, whose samples shall not fall short of `least`.
+    # The first calls are slower than later ones, which have to take `least` seconds as well.
     return -(-int(calls * SPARE) // cycle) * cycle
 
 
 def measure(
     arms: Mapping[str, Callable[[], object]], rounds: int, least: float, cycle: int, device: torch.device
 ) -> tuple[dict[str, int], np.ndarray]:
-    """Time every arm once per round: calls per sample of each, and seconds per call (rounds, arms).
+    """Times every arm once per round.
 
-    The calibration, in which every arm runs for `least` seconds, is the warm-up. Each round begins with another arm, so
-    that none always follows the same one.
+    Returns the calls per sample by arm, and the seconds per call as an array (rounds, arms).
+
+    The calibration, in which every arm runs for `least` seconds, is the warm-up. Each round starts
+    with another arm, so that no arm always runs after the same one.
     """
     calls = {
         name: calibrate(lambda n, call=call: seconds_of(call, n, device), least, cycle) for name, call in arms.items()
@@ -197,14 +221,18 @@ def measure(
     names, seconds = list(arms), np.empty((rounds, len(arms)))
     for number in range(rounds):
         for turn in range(len(names)):
-            at = (number + turn) % len(names)
-            seconds[number, at] = seconds_of(arms[names[at]], calls[names[at]], device) / calls[names[at]]
+            column = (number + turn) % len(names)
+            name = names[column]
+            seconds[number, column] = seconds_of(arms[name], calls[name], device) / calls[name]
     return calls, seconds
 
 
 def run_case(case: Case, rounds: int, least: float, device: torch.device, gate: Gate, arms: Sequence[str]) -> dict:
-    """Gate at full size, then time. The gate collects the failures; the record is empty if there are any."""
-    torch._dynamo.reset()  # else the eighth shape of a function is refused
+    """Runs the gate at full size, then times the arms; returns the case's record.
+
+    The gate collects the failures; the record is empty if there are any.
+    """
+    torch._dynamo.reset()  # without it the eighth shape of a function is refused
     op = case.build(device)
     gate.compare(case.name, case.dtype, op.check())
     if "compiled" in arms:
@@ -223,22 +251,28 @@ def run_case(case: Case, rounds: int, least: float, device: torch.device, gate: 
 
 
 def summarise(case: Case, elements: int, traffic: Traffic, calls: Mapping[str, int], seconds: np.ndarray) -> dict:
-    """The record of one case from seconds per call (rounds, arms), arms as in `calls`; ratios are taken in rounds."""
+    """The record of one case, from seconds per call (rounds, arms).
+
+    The arms are in the order of `calls`. Ratios are taken within each round.
+    """
     by_arm = dict(zip(calls, seconds.T, strict=True))
-    ours, moved = by_arm["ours"], elements * traffic.total / 1e9
-    fixed = ("ours", "floor")
+    ours, gigabytes = by_arm["ours"], elements * traffic.total / 1e9
+    moving_all = ("ours", "floor")  # the arms that move exactly the counted bytes
     record = {"op": case.op, "shape": case.shape, "dims": case.dims, "dtype": case.dtype, "elements": elements}
     record |= {"bytes_per_element": traffic.total, "calls": dict(calls), "seconds": {}, "rounds_seconds": {}}
     for name, values in by_arm.items():
         record["seconds"][name], record["rounds_seconds"][name] = spread(values), values.tolist()
-    record["gigabytes_per_second"] = {name: spread(moved / by_arm[name]) for name in fixed if name in by_arm}
-    record["ratio_to"] = {name: spread(values / ours) for name, values in by_arm.items() if name not in fixed}
+    record["gigabytes_per_second"] = {name: spread(gigabytes / by_arm[name]) for name in moving_all if name in by_arm}
+    record["ratio_to"] = {name: spread(values / ours) for name, values in by_arm.items() if name not in moving_all}
     record["fraction_of_floor"] = spread(by_arm["floor"] / ours) if "floor" in by_arm else None
     return record
 
 
 def bars(records: Sequence[dict]) -> list[dict]:
-    """The project's bars on a CPU in float32 against what was measured; medians decide."""
+    """Compares the medians of float32 cases with the speed-ups that the project asks for on a CPU.
+
+    A bar is the least ratio to another arm, or the least fraction of the floor.
+    """
     found = []
     for record in records:
         if record["dtype"] != "fp32":
@@ -251,128 +285,47 @@ def bars(records: Sequence[dict]) -> list[dict]:
         for against, least in asked:
             value = record["fraction_of_floor"] if against == "floor" else record["ratio_to"].get(against)
             if value:
-                place = {"op": record["op"], "shape": record["shape"], "against": against, "least": least}
-                found.append(place | {"value": value, "met": value["median"] >= least})
+                bar = {"op": record["op"], "shape": record["shape"], "against": against, "least": least}
+                found.append(bar | {"value": value, "met": value["median"] >= least})
     return found
 
 
-def cell(value: dict | None, digits: str = ".2f") -> str:
-    """A spread as `median [low, high]`."""
-    return "-" if not value else f"{value['median']:{digits}} [{value['low']:{digits}}, {value['high']:{digits}}]"
-
-
-HEADER = ("op", "shape", "dtype", "ms ours [least, most]", "GB/s", "eager/ours", "compiled/ours", "of the floor")
-
-
-def line(record: dict) -> list[str]:
-    """One row of the printed table."""
-    milliseconds = {key: 1e3 * value for key, value in record["seconds"]["ours"].items()}
-    ratios = [cell(record["ratio_to"].get(name)) for name in ("eager", "compiled")]
-    bandwidth = f"{record['gigabytes_per_second']['ours']['median']:.1f}"
-    place = [record[key] for key in ("op", "shape", "dtype")]
-    return [*place, cell(milliseconds, ".3g"), bandwidth, *ratios, cell(record["fraction_of_floor"])]
-
-
-def table(records: Sequence[dict], judged: Sequence[dict]) -> str:
-    """The printed table, in brackets the smallest and the largest round; below it the bars."""
-    lines = [HEADER, *map(line, records)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    rows = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in lines]
-    for record in records:
-        if by_rows := record["ratio_to"].get("eager_by_rows"):
-            rows.append(f"{record['op']} {record['shape']} {record['dtype']}: eager_by_rows/ours {cell(by_rows)}")
-            parts = (f"{name} {cell(value)}" for name, value in record["ratio_to"].items() if name[:5] == "ours_")
-            rows.append(f"{record['op']} {record['shape']} {record['dtype']}: of our time {', '.join(parts)}")
-    for bar in judged:
-        what = f"{bar['op']} {bar['shape']}: {bar['least']:g} x {bar['against']}"
-        rows.append(f"{'met   ' if bar['met'] else 'MISSED'}  {what}: {cell(bar['value'])}")
-    return "\n".join(rows)
-
-
-def chart(result: dict) -> Figure:
-    """A row of panels per op: eager and compiled over ours, and the fraction of the floor; bars per shape."""
-    # A Figure of its own, not pyplot: no global state, and no display is ever looked for.
-    from matplotlib.figure import Figure
-
-    records = result["cases"]
-    ops = list(dict.fromkeys(record["op"] for record in records))
-    heights = [len({record["shape"] for record in records if record["op"] == op}) + 1.4 for op in ops]
-    figure = Figure(figsize=(11, 0.36 * sum(heights) + 1), dpi=140, layout="constrained")
-    grid = figure.subplots(len(ops), 3, squeeze=False, height_ratios=heights)
-    columns = ("eager / ours", "torch.compile / ours", "fraction of the copy floor")
-    for op, row in zip(ops, grid, strict=True):
-        for axes, title in zip(row, columns, strict=True):
-            panel(axes, [record for record in records if record["op"] == op], title)
-            if op == ops[0]:
-                axes.set_title(title, fontsize=10)
-        row[0].set_title(op, fontsize=9, fontweight="bold", loc="left")
-        for axes in row[1:]:
-            axes.set_yticklabels([])
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    place = f"{result['environment']['device']}, {result['environment']['threads']} CPU threads"
-    figure.suptitle(f"backend {result['backend']} ({result['serves']}) on {place}", fontsize=10)
-    return figure
-
-
-def panel(axes, records: Sequence[dict], title: str) -> None:
-    """Horizontal bars of one op and one ratio: shapes downwards, mixtures side by side, a line at 1."""
-    shapes = list(dict.fromkeys(record["shape"] for record in records))
-    for offset, (dtype, colour) in enumerate(zip(DTYPES, ("#1f5a92", "#8fb8de"), strict=True)):
-        for record in records:
-            known = record["ratio_to"]
-            value = {"eager / ours": known.get("eager"), "torch.compile / ours": known.get("compiled")}
-            value = value.get(title, record["fraction_of_floor"])
-            if record["dtype"] != dtype or value is None:
-                continue
-            at = shapes.index(record["shape"]) + 0.38 * offset
-            ends = [[value["median"] - value["low"]], [value["high"] - value["median"]]]
-            axes.barh(at, value["median"], height=0.36, color=colour, xerr=ends, error_kw={"lw": 0.8})
-            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-            axes.annotate(f"{value['median']:.2g}", (value["high"], at), **place)
-        axes.barh(0, 0, color=colour, label=dtype)
-    axes.set_yticks([n + 0.19 for n in range(len(shapes))], shapes, fontsize=8)
-    axes.set_ylim(len(shapes) - 0.3, -0.5)
-    axes.axvline(1, color="#888888", lw=0.8, ls=":")
-    axes.margins(x=0.14)
-    axes.set_xlim(left=0)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=list(OPS), action="append", help="may be repeated; all by default")
     parser.add_argument("--shape", choices=list(LATENTS), action="append", help="all by default, sd15 with --quick")
     parser.add_argument("--dtype", choices=list(DTYPES), action="append", help="both by default, fp32 with --quick")
-    parser.add_argument("--rounds", type=int, help="samples per arm")
+    parser.add_argument("--rounds", type=int, help=f"samples per arm; {ROUNDS} by default, {QUICK_ROUNDS} with --quick")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--quick", action="store_true", help="a smoke run on tiny latents, whose figures mean nothing")
-    parser.add_argument("--output", type=Path, help="JSON; the chart beside it")
+    parser.add_argument("--output", type=Path, help="JSON file; the chart is next to it")
     return parser
 
 
 def target_of(args: argparse.Namespace) -> Path:
-    """Where results go: those of a whole run beside the others, those of a part of it into build/."""
-    whole = not (args.quick or args.op or args.shape or args.dtype)
-    return args.output or (RESULTS if whole else ROOT / "build" / "benchmarks") / "bench_ops.json"
+    """The file of results: in benchmarks/results for a complete run, else in build/benchmarks."""
+    complete = not (args.quick or args.op or args.shape or args.dtype)
+    return args.output or (RESULTS if complete else ROOT / "build" / "benchmarks") / "bench_ops.json"
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None, arms: Sequence[str] = ARMS) -> int:
-    """Run the benchmark; 1 where the gate failed, and then nothing is written."""
+    """Runs the benchmark; returns 1, and writes nothing, where the gate failed."""
     args = build_parser().parse_args(argv)
     quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
     device, quick = pick_device(args.device), args.quick
     backend, environment = backends.backend_of(device.type), describe(device)
+    # What to run: by default everything, with --quick one shape in one mixture.
     shapes = args.shape or (["sd15"] if quick else list(LATENTS))
     chosen = cases(args.op or list(OPS), shapes, args.dtype or (["fp32"] if quick else list(DTYPES)), quick)
     rounds, least = (QUICK_ROUNDS, QUICK_SAMPLE_SECONDS) if quick else (ROUNDS, SAMPLE_SECONDS)
     rounds = args.rounds or rounds
     print(f"ours: backend {backend} ({backends.available(backend)[1]})", file=sys.stderr, flush=True)
+    # The gate on small batches; then each case, with a second gate before its timing.
     gate, records = check_small(chosen, device), []
     for case in chosen:
         if gate.failures:
@@ -383,6 +336,7 @@ def main(argv: Sequence[str] | None = None, arms: Sequence[str] = ARMS) -> int:
         reasons = "\n  ".join(gate.failures)
         print(f"the correctness gate failed and nothing is reported:\n  {reasons}", file=sys.stderr)
         return 1
+    # Table, JSON and chart.
     judged = bars(records) if device.type == "cpu" and not quick else []
     print(table(records, judged), flush=True)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -391,11 +345,7 @@ def main(argv: Sequence[str] | None = None, arms: Sequence[str] = ARMS) -> int:
     malloc = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
     result |= {"malloc": malloc, "rounds": rounds, "sample_seconds": least}
     result |= {"largest_error": gate.largest_error, "bars": judged, "cases": records}
-    output = target_of(args)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    chart(result).savefig(output.with_suffix(".png"))
-    print(f"{output}\n{output.with_suffix('.png')}")
+    write_result(target_of(args), result, chart(result))
     return 0
 
 

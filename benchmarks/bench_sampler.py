@@ -1,15 +1,18 @@
-"""What a guided picture costs: stock diffusers, a negative attached to it, our sampler, two networks in turn.
+"""What a guided picture costs: stock diffusers, an attached negative, our sampler, two networks.
 
-    python -m benchmarks.bench_sampler                      # both networks and cold starts: ten minutes on two cores
+    python -m benchmarks.bench_sampler                  # all; about ten minutes on two CPU cores
     python -m benchmarks.bench_sampler --net digits --quick
 
-Every round draws once with each arm, so that all see the same machine, and a ratio is taken within its round. Times are
-of the denoising alone, from noise and ready text embeddings to latents: text encoder and autoencoder are the same in
-all arms. Before any timing every arm has to give the right latents: those of the stock pipeline, or those of two whole
-networks; otherwise nothing is timed and the exit status is 1. Memory is what the arm's networks hold and the most that
-a call allocates beside them. `beyond` is the share of a call that is not spent in forwards of networks.
+Every round draws once with each arm, so that all arms see the machine in the same state, and
+ratios are taken within a round. Only denoising is timed, from noise and text embeddings to latents:
+text encoder and autoencoder are the same in all arms.
 
-Cold start: a new process that imports, loads the embedded digits pipeline and draws its first picture.
+Before any timing the latents of every arm are compared with those of the stock pipeline, or with
+those of two whole networks. If they differ, nothing is timed and the exit status is 1.
+
+Memory is what the arm's networks hold, plus the most that one call allocates. `beyond` is the share
+of a call that is spent outside of the networks' forwards. A cold start is a new process that
+imports the libraries, loads the embedded digits pipeline and draws its first picture.
 """
 
 from __future__ import annotations
@@ -19,20 +22,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a script: Python put this folder on the path, not the one above
+if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.arms.sampler import ARMS, STOCK, TWO, Arm, Bench, peak_bytes, synchronize  # noqa: E402
-from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
+from benchmarks.arms.sampler import ARMS, STOCK, TWO, Arm, Bench, peak_bytes  # noqa: E402
+from benchmarks.environment import (  # noqa: E402
+    RESULTS,
+    bar_chart,
+    describe,
+    pick_device,
+    spread,
+    synchronize,
+    write_result,
+)
 from benchmarks.nets import NETS, BenchNet  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_fast.runtime.dtypes import DTYPES  # noqa: E402
@@ -41,9 +52,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
-"""Largest difference between latents that should be equal, over their root mean square."""
+"""Largest difference between latents that should be equal, relative to their root mean square."""
 
-_DRAW = {"num_inference_steps": 2, "guidance_scale": 3.0}
+SETUP_ROUNDS = 2
+"""First rounds, which are not counted: they set things up and choose how branches run."""
+_CALL_ARGUMENTS = {"num_inference_steps": 2, "guidance_scale": 3.0}
 COLD_STARTS = {
     "stock diffusers": """
 from diffusers import StableDiffusionPipeline
@@ -67,7 +80,11 @@ sampler("a red handwritten seven", steps=2, guidance_scale=3.0)
 
 
 def check(bench: Bench, arms: Sequence[Arm], tolerance: float) -> tuple[float, list[str]]:
-    """The largest error of any arm's latents, and what is wrong."""
+    """The correctness gate: compares the latents of every arm with the right ones.
+
+    Returns the largest error, relative to the latents' root mean square, and a line per failure.
+    """
+    # The right latents of plain guidance and of guidance against the negative.
     truths, largest, failures = {}, 0.0, []
     for name, truth in ((STOCK, "plain"), (TWO, "negative")):
         with ExitStack() as undo:
@@ -86,20 +103,25 @@ def check(bench: Bench, arms: Sequence[Arm], tolerance: float) -> tuple[float, l
 
 
 def run_net(net: BenchNet, *, batch: int, steps: int, rounds: int, precision: str, device: torch.device) -> dict:
-    """Gate, then time: one record per arm, or `failures`."""
+    """Runs the gate, then times the arms on one network; returns its entry in the results.
+
+    Where the gate fails, the entry has only "failures".
+    """
     bench = Bench(net, batch=batch, steps=steps, device=device, dtype=DTYPES[precision])
     print(f"{net.name}: correctness gate", file=sys.stderr, flush=True)
     error, failures = check(bench, ARMS, TOLERANCE[precision])
     if failures:
         return {"failures": failures}
     memory = {arm.name: peak_of(bench, arm) for arm in ARMS}
-    seconds, beyond = np.zeros((rounds + 2, len(ARMS))), {}
-    with ExitStack() as undo:
-        for number in range(rounds + 2):  # the first two set things up and choose how branches run
+    # Seconds per picture of each arm in each round, (rounds, arms).
+    seconds, beyond = np.zeros((rounds + SETUP_ROUNDS, len(ARMS))), {}
+    prepared: dict[str, Callable[[], torch.Tensor]] = {}
+    with ExitStack() as undo_at_end:
+        for number in range(rounds + SETUP_ROUNDS):
             print(f"{net.name}: round {number} of {rounds + 1}", file=sys.stderr, flush=True)
             for column, arm in enumerate(ARMS):
-                with ExitStack() as own:  # a negative is attached for its own arm alone
-                    draw = _ready(bench, arm, own, undo)
+                with ExitStack() as undo_after_arm:
+                    draw = _prepared(bench, arm, prepared, undo_after_arm, undo_at_end)
                     synchronize(device)
                     start = time.perf_counter()
                     draw()
@@ -107,8 +129,10 @@ def run_net(net: BenchNet, *, batch: int, steps: int, rounds: int, precision: st
                     seconds[number, column] = (time.perf_counter() - start) / batch
         for arm in ARMS:
             if arm.name.startswith("sampler"):
-                beyond[arm.name] = spread([_ready(bench, arm, undo, undo).beyond() for _ in range(rounds)])
-    seconds = seconds[2:]
+                draw = _prepared(bench, arm, prepared, undo_at_end, undo_at_end)
+                beyond[arm.name] = spread([draw.beyond() for _ in range(rounds)])
+    # One record per arm; ratios are taken within each round.
+    seconds = seconds[SETUP_ROUNDS:]
     stock = [arm.name for arm in ARMS].index(STOCK)
     records = []
     for column, arm in enumerate(ARMS):
@@ -124,39 +148,52 @@ def run_net(net: BenchNet, *, batch: int, steps: int, rounds: int, precision: st
     }  # fmt: skip
 
 
-def _ready(bench: Bench, arm: Arm, own: ExitStack, kept: ExitStack):
-    """What draws: made once for samplers, whose shapes stay; anew for attached negatives, which come off again."""
-    made = bench.__dict__.setdefault("made", {})
+def _prepared(
+    bench: Bench,
+    arm: Arm,
+    prepared: dict[str, Callable[[], torch.Tensor]],
+    undo_after_arm: ExitStack,
+    undo_at_end: ExitStack,
+) -> Callable[[], torch.Tensor]:
+    """A function that draws one batch with the arm.
+
+    An attached negative changes the network that the arms share, so it is attached for each use and
+    removed by `undo_after_arm`. The other arms are prepared once and kept in `prepared`.
+    """
     if arm.name.startswith("attach"):
-        return arm.prepare(bench, own)
-    if arm.name not in made:
-        made[arm.name] = arm.prepare(bench, kept)
-    return made[arm.name]
+        return arm.prepare(bench, undo_after_arm)
+    if arm.name not in prepared:
+        prepared[arm.name] = arm.prepare(bench, undo_at_end)
+    return prepared[arm.name]
 
 
 def peak_of(bench: Bench, arm: Arm) -> int:
-    """Peak bytes of one arm alone: no other arm's networks count."""
+    """Peak bytes of one arm; networks that only other arms use are not counted."""
     with ExitStack() as undo:
         draw = arm.prepare(bench, undo)
         draw()
         networks = [bench.network] + ([bench.full] if arm.networks == 2 else [])
         lora = sum(d.down.nbytes + d.up.nbytes for d in bench.deltas.values()) if "lora" in arm.name else 0
-        # Attached layers hold the update as buffers of the network itself.
+        # Attached layers hold the LoRA as buffers of the network, where it is counted already.
         return peak_bytes(draw, networks, lora if arm.name.startswith("sampler") else 0, bench.device)
 
 
 def cold_starts(rounds: int, work: Path) -> dict[str, dict]:
-    """Seconds of each new process, taking turns, and their ratio to stock diffusers."""
+    """Seconds of a new process for each kind of cold start, and the ratio to stock diffusers.
+
+    Every round starts each kind once. Files are written to the folder `work`.
+    """
     from selfnpo_fast.models import load_adapter, resolve_path
 
     folder, negative = resolve_path("digits"), work / "negative"
+    # A negative that differs from the embedded model.
     network = load_adapter("digits").load_denoiser(torch.float32)
     with torch.no_grad():
         network.conv_out.weight.mul_(0.9)
     network.save_pretrained(negative / "unet")
-    values = {"folder": folder, "negative": str(negative), "draw": _DRAW}
+    values = {"folder": folder, "negative": str(negative), "draw": _CALL_ARGUMENTS}
     seconds: dict[str, list[float]] = {name: [] for name in COLD_STARTS}
-    for number in range(rounds + 1):  # the first fills the disk's cache
+    for number in range(rounds + 1):  # the first round fills the disk's cache and is not counted
         for name, script in COLD_STARTS.items():
             start = time.perf_counter()
             command = [sys.executable, "-c", script.format(**values)]
@@ -168,13 +205,13 @@ def cold_starts(rounds: int, work: Path) -> dict[str, dict]:
 
 
 def title(name: str, result: dict, environment: dict) -> str:
-    """What was run on what, in one line."""
+    """Network, settings and machine in one line."""
     size = f"{result['parameters'] / 1e6:.1f} M parameters, {result['steps']} steps, batch {result['batch']}"
     return f"{name} ({size}, {result['precision']}), {environment['device']}, {environment['threads']} CPU threads"
 
 
 def table(name: str, result: dict, environment: dict) -> str:
-    """The printed table of one network: medians, and in brackets the smallest and the largest round."""
+    """The printed table of one network: medians, in brackets the smallest and the largest round."""
 
     def cell(value: dict | None, digits: str) -> str:
         if value is None:
@@ -193,7 +230,7 @@ def table(name: str, result: dict, environment: dict) -> str:
 
 
 def chart(result: dict) -> Figure:
-    """Time per picture over the stock pipeline's, one panel per network."""
+    """Time per picture relative to the stock pipeline, one panel per network."""
     panels = {
         title(name, net, result["environment"]): {arm["label"]: arm["ratio_to_stock"] for arm in net["arms"]}
         for name, net in result["nets"].items()
@@ -202,7 +239,7 @@ def chart(result: dict) -> Figure:
 
 
 def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int, int]:
-    """Batch, steps and rounds."""
+    """Batch, solver steps and rounds of a network."""
     if quick:
         return 1, 2, 2
     if device.type == "cuda":
@@ -211,17 +248,19 @@ def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int, in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where the gate failed, and then nothing is written."""
+    """Runs the benchmark; returns 1, and writes nothing, where the gate failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=[*NETS, "all"], help="all by default, digits with --quick")
     parser.add_argument("--batch", type=int, help="pictures per call")
     parser.add_argument("--steps", type=int, help="solver steps (DDIM)")
-    parser.add_argument("--rounds", type=int, help="timings per arm; two more are dropped")
-    parser.add_argument("--cold", type=int, help="cold starts of each kind; 0 for none")
+    parser.add_argument("--rounds", type=int, help="timings per arm; two more are not counted")
+    parser.add_argument("--cold", type=int, help="cold starts of each kind; 7 by default, 0 for none")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on the CPU, bf16 on CUDA by default")
-    parser.add_argument("--quick", action="store_true", help="a smoke run")
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_sampler.json", help="JSON; the chart beside it")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: two rounds of one picture, no cold starts")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "bench_sampler.json", help="JSON file; the chart is next to it"
+    )
     args = parser.parse_args(argv)
     quiet_libraries()
     device = pick_device(args.device)

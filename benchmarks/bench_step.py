@@ -1,18 +1,23 @@
-"""What one training pair costs: seconds and network forwards, for the authors' schedule and for ours.
+"""What one training pair costs in seconds and forwards, for the authors' schedule and for ours.
 
-    python -m benchmarks.bench_step                     # both networks; about ten minutes on two CPU cores
+    python -m benchmarks.bench_step                     # both networks; ten minutes on two cores
     python -m benchmarks.bench_step --net digits --quick
 
-Timed per arm: gradients cleared, one minibatch of pairs made, student forward, loss, backward; optimiser and EMA, which
-no arm changes, are timed by themselves. The floors do the same on ready pairs, one of them after a reference forward.
-Every round times each arm once, so that all arms see the same machine, and a ratio is taken within its round. Before
-any timing, the arms have to give the right pairs with the right number of forwards (`check_arms`); otherwise nothing is
-timed and the exit status is 1.
+An arm is timed while it clears the gradients, makes one minibatch of pairs, and runs student
+forward, loss and backward. The floors do the same on pairs that exist already; one of them runs a
+reference forward first. Optimiser and EMA are timed separately, because no arm changes them. Every
+round times each arm once, so that all arms see the machine in the same state, and ratios are taken
+within a round.
 
-`ReleasedRollout` and `UnbatchedPredictor` repeat the authors' schedule of network calls and nothing else of their code.
-Its other overheads (fp32 weights cast anew on every forward under autocast, `.item()` per sample, prints) are left out,
-so the arms "as released" are faster than the released code. Continuous rollouts are timed in their steady state, not in
-the start-up that fills their slots once per run. They have one group of slots; more cost memory, not time per pair.
+Before any timing, `check_arms` compares every arm's pairs with the right ones, and its number of
+forwards with the closed form. If they differ, nothing is timed and the exit status is 1.
+
+`ReleasedRollout` and `UnbatchedPredictor` repeat the authors' schedule of network calls, and
+nothing else of their code. The other overheads of that code are left out (fp32 weights that are
+cast again on every forward under autocast, `.item()` per sample, prints), so the arms "as released"
+are faster than the released code. Continuous rollouts are timed in their steady state, without the
+start-up that fills their slots once per run. They have one group of slots: more groups cost memory,
+not time per pair.
 """
 
 from __future__ import annotations
@@ -26,23 +31,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a script: Python put this folder on the path, not the one above
+if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.arms.step import (  # noqa: E402
-    ARMS,
-    CONTINUOUS,
-    FLOOR,
-    FORWARD,
-    Arm,
-    Workbench,
-    expected_forwards,
+from benchmarks.arms.step import ARMS, CONTINUOUS, FLOOR, FORWARD, Arm, Workbench, expected_forwards  # noqa: E402
+from benchmarks.environment import (  # noqa: E402
+    RESULTS,
+    bar_chart,
+    describe,
+    pick_device,
+    spread,
     synchronize,
+    write_result,
 )
-from benchmarks.environment import RESULTS, bar_chart, describe, pick_device, spread, write_result  # noqa: E402
 from benchmarks.nets import NETS, BenchNet  # noqa: E402
 from selfnpo_fast.config import RolloutConfig  # noqa: E402
 from selfnpo_fast.rollout import (  # noqa: E402
@@ -61,29 +65,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GATE_BATCH = 2
+"""Pairs per minibatch in the correctness gate."""
 TOLERANCE = 2e-5
-"""Largest difference between pairs that should be equal, over their root mean square, in float32. On the CPU 0 is seen;
-batches of other sizes, whose sums round differently, come to 2e-6 after 25 steps."""
+"""Largest difference of float32 pairs that should be equal, relative to their root mean square.
+
+On the CPU the difference is 0. Batches of other sizes, whose sums round differently, come to 2e-6
+after 25 steps.
+"""
 
 
 @dataclass
 class Gate:
-    """What the correctness gate found; no failures means that the arms may be timed."""
+    """What the correctness gate has found; the arms may be timed if there are no failures."""
 
     largest_error: float = 0.0
+    """Largest difference relative to the root mean square."""
     tolerance: float = TOLERANCE
     forwards: dict[str, float] = field(default_factory=dict)
-    """Reference forwards per pair of each arm, in the batch that the gate ran."""
+    """Reference forwards per pair by arm, in the minibatch that the gate ran."""
     failures: list[str] = field(default_factory=list)
+    """One line per failure."""
 
     def count(self, name: str, network: int, counter: int, expected: int, batch: int) -> None:
-        """Samples that the network and the predictor's counter have seen."""
+        """Compares the rows the network forwarded, and a predictor's count, to `expected`."""
         self.forwards[name] = network / batch
         if not network == counter == expected:
             self.failures.append(f"{name}: {network} forwards, {counter} counted, {expected} expected")
 
     def compare(self, name: str, what: str, ours: torch.Tensor, truth: torch.Tensor) -> None:
-        """Tensors of equal shape: integers exactly, others to the tolerance."""
+        """Compares tensors of equal shape, integers exactly and others to the tolerance."""
         if not ours.is_floating_point():
             if not torch.equal(ours, truth):
                 self.failures.append(f"{name}: other {what}")
@@ -95,39 +105,48 @@ class Gate:
 
 
 def mixed_batch(rollout: LockstepRollout, k: int) -> int:
-    """The first sample id whose batch has both a sample that passes index 0 before K steps and one that does not."""
+    """The first sample id whose minibatch has samples that arrive early and samples that do not.
+
+    A sample arrives early if it passes grid index 0 before K steps.
+    """
     start = rollout.draws(torch.arange(512)).start_index
     batches = start.unfold(0, rollout.batch, 1)
     return int(((batches.amin(1) < k - 1) & (batches.amax(1) >= k - 1)).nonzero()[0])
 
 
 def check_arms(bench: Workbench, arms: Sequence[Arm] = ARMS) -> Gate:
-    """Every arm's forwards against closed form, its pairs against `lockstep_rollout` of the same samples.
+    """The correctness gate: compares every arm's forwards and pairs with the right ones.
 
-    The arms at K = 5 and K = 25 have to give the project's own lockstep pairs, and continuous pairs at w = -1 have to
-    lie on the lockstep trajectory of their sample. The workbench has to be in float32.
+    The right number of forwards is `expected_forwards`. The arms at K = 5 and K = 25 have to give
+    the pairs of the project's lockstep mode. Continuous pairs at w = -1 have to lie on the lockstep
+    trajectory of their sample. The workbench has to be in float32.
     """
     gate, truths, slots = Gate(), {}, None
     for arm in arms:
         if arm.config is None:
             gate.forwards[arm.name] = float(arm.forwards)
             continue
+        # A start that tells right from wrong: filled slots, or a minibatch with early arrivals.
         rollout, continuous = bench.rollout(arm), arm.config.mode == "continuous"
         if continuous and slots is None:
             rollout.next_pairs()
             slots = rollout.state_dict()
         elif continuous:
-            rollout.load_state_dict(slots)  # spares another start-up, a good part of the gate's time
+            rollout.load_state_dict(slots)  # a second start-up would take much of the gate's time
         elif arm.config.start == "data":
             rollout.next_id = mixed_batch(rollout, arm.config.max_steps)
-        first = None if continuous else rollout.next_id
+        first_id = None if continuous else rollout.next_id
+        # One minibatch, with both counts of its forwards.
         predictor = rollout.maker.predictor
         expected, network, counter = expected_forwards(arm, rollout), bench.forwards, predictor.forwards
         pairs = rollout.next_pairs()
         gate.count(arm.name, bench.forwards - network, predictor.forwards - counter, expected, bench.batch)
+        # Its pairs against those of lockstep rollouts of the same samples.
         if not continuous:
             key = repr(arm.config)
-            truth = truths[key] if key in truths else truths.setdefault(key, own_lockstep(bench, arm.config, first))
+            if key not in truths:
+                truths[key] = lockstep_pairs(bench, arm.config, first_id)
+            truth = truths[key]
             for name in ("sample_ids", "t", "s", "rows", "x_s", "target"):
                 gate.compare(arm.name, name, getattr(pairs, name), getattr(truth, name))
         elif arm.config.omega == -1:
@@ -137,15 +156,18 @@ def check_arms(bench: Workbench, arms: Sequence[Arm] = ARMS) -> Gate:
     return gate
 
 
-def own_lockstep(bench: Workbench, config: RolloutConfig, first: int) -> Pairs:
-    """The project's lockstep pairs of the samples from id `first` on."""
+def lockstep_pairs(bench: Workbench, config: RolloutConfig, first_id: int) -> Pairs:
+    """One minibatch of the project's lockstep mode, from sample id `first_id` on."""
     rollout = bench.rollout(Arm(name="truth", label="", config=config, rollout=LockstepRollout))
-    rollout.next_id = first
+    rollout.next_id = first_id
     return rollout.next_pairs()
 
 
 def on_trajectory(maker: PairMaker, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_s and target (B, ...) that lockstep rollouts from noise give for the pairs' samples at the pairs' timesteps."""
+    """x_s and target, each (B, ...), of lockstep rollouts that end at the pairs' timesteps.
+
+    The rollouts start from noise and have the samples and the s of `pairs`.
+    """
     grid, ids = maker.grid, pairs.sample_ids
     index = torch.searchsorted(grid.timesteps, pairs.t) - 1
     draws = LockstepDraws(
@@ -156,24 +178,26 @@ def on_trajectory(maker: PairMaker, pairs: Pairs) -> tuple[torch.Tensor, torch.T
         renoise=normal(maker.key(Draw.RENOISE, ids, index), maker.latent_shape),
     )
     out = lockstep_rollout(maker.predictor, grid, draws, None, maker.rows(ids))
-    ended = (pairs.t == 0).view(-1, *[1] * (out.x_t.ndim - 1))  # continuous mode's target at t = 0 is the final x
+    # Continuous mode's target at t = 0 is the final x.
+    ended = (pairs.t == 0).view(-1, *[1] * (out.x_t.ndim - 1))
     return out.x_s, torch.where(ended, out.x_t, out.target)
 
 
 def measure(bench: Workbench, rounds: int, arms: Sequence[Arm] = ARMS) -> tuple[np.ndarray, np.ndarray]:
-    """Time every arm once per round, in turn; a first round is dropped.
+    """Times every arm once per round; one more round, the first, is not counted.
 
-    Returns seconds and reference forwards per minibatch, (rounds, arms) each. Raises RuntimeError where the forwards
-    are not the expected ones.
+    Returns seconds and reference forwards per minibatch, each of shape (rounds, arms). Raises
+    RuntimeError where the number of forwards is not the expected one.
     """
     rollouts = [None if arm.config is None else bench.rollout(arm) for arm in arms]
-    # Fills the slots of every continuous rollout before anything is timed.
+    # The first pairs of every continuous rollout, which fills its slots; the floors use them.
     ready = [rollout.next_pairs() for rollout in rollouts if isinstance(rollout, ContinuousRollout)]
     seconds, forwards = np.zeros((rounds + 1, len(arms))), np.zeros((rounds + 1, len(arms)), dtype=int)
     for number in range(rounds + 1):
         for column, (arm, rollout) in enumerate(zip(arms, rollouts, strict=True)):
             expected = arm.forwards * bench.batch if rollout is None else expected_forwards(arm, rollout)
             before = bench.forwards
+            # The timed part.
             synchronize(bench.device)
             start = time.perf_counter()
             bench.student.zero_grad(set_to_none=True)
@@ -199,7 +223,10 @@ def run_net(
     compile: str = "off",
     arms: Sequence[Arm] = ARMS,
 ) -> dict[str, object]:
-    """Gate, then time one network. The result has "failures" alone where the gate failed."""
+    """Runs the gate, then times the arms on one network; returns its entry in the results.
+
+    Where the gate fails, the entry has only "failures".
+    """
     print(f"{net.name}: correctness gate", file=sys.stderr, flush=True)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         gate = check_arms(Workbench(net, batch=GATE_BATCH, device=device, dtype=torch.float32), arms)
@@ -221,15 +248,15 @@ def run_net(
 
 
 def summarise(seconds: np.ndarray, forwards: np.ndarray, arms: Sequence[Arm]) -> list[dict[str, object]]:
-    """One record per arm from seconds and reference forwards per pair, (rounds, arms) each.
+    """One record per arm, from seconds and reference forwards per pair, each (rounds, arms).
 
-    Ratios are taken within each round, then their median and spread.
+    Ratios are taken within each round; the record has their median and spread.
     """
     column = {arm.name: i for i, arm in enumerate(arms)}
     records = []
     for i, arm in enumerate(arms):
         config = arm.config
-        # A continuous rollout has no K: each of its steps gives a pair.
+        # A continuous rollout has no K, because each of its steps gives a pair.
         k = None if config is None or config.mode == "continuous" else config.max_steps
         record = {"name": arm.name, "label": arm.label, "start": config and config.start, "k": k}
         record |= {"w": config and config.omega, "forwards_per_pair": float(forwards[:, i].mean())}
@@ -241,14 +268,14 @@ def summarise(seconds: np.ndarray, forwards: np.ndarray, arms: Sequence[Arm]) ->
 
 
 def title(name: str, result: dict, environment: dict) -> str:
-    """What was run on what, in one line."""
+    """Network, settings and machine in one line."""
     size = f"{result['parameters'] / 1e6:.1f} M parameters, batch {result['batch']}, {result['precision']}"
-    place = f"{environment['device']}, {environment['threads']} CPU threads"
-    return f"{name} ({size}), {result['rounds']} rounds on {place}"
+    machine = f"{environment['device']}, {environment['threads']} CPU threads"
+    return f"{name} ({size}), {result['rounds']} rounds on {machine}"
 
 
 def table(name: str, result: dict, environment: dict) -> str:
-    """The printed table of one network: medians, and in brackets the smallest and the largest round."""
+    """The printed table of one network: medians, in brackets the smallest and the largest round."""
 
     def cell(value: dict, digits: str) -> str:
         return f"{value['median']:{digits}} [{value['low']:{digits}}, {value['high']:{digits}}]"
@@ -268,20 +295,24 @@ def table(name: str, result: dict, environment: dict) -> str:
 
 
 def chart(result: dict) -> Figure:
-    """Seconds per pair over the floor's, one panel per network."""
+    """Seconds per pair relative to the floor, one panel per network."""
     panels = {}
     for name, net in result["nets"].items():
         bars = {}
         for arm in net["arms"]:
-            shown = (("k", "K"), ("w", "w"))
-            setting = [f"{symbol} = {arm[key]:g}" for key, symbol in shown if arm[key] is not None]
+            symbols = (("k", "K"), ("w", "w"))
+            setting = [f"{symbol} = {arm[key]:g}" for key, symbol in symbols if arm[key] is not None]
             bars[", ".join([arm["label"], *setting])] = arm[f"ratio_to_{FLOOR}"]
         panels[title(name, net, result["environment"]).replace(" on ", "\non ")] = bars
     return bar_chart(panels, "seconds per training pair, floor = 1")
 
 
 def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int]:
-    """Batch and rounds: on two CPU cores about ten minutes for both networks; on CUDA the authors' batch per GPU."""
+    """Batch and rounds of a network.
+
+    On two CPU cores both networks take about ten minutes. On CUDA the batch is the authors' per
+    GPU.
+    """
     if quick:
         return 2, 2
     if device.type == "cuda":
@@ -290,22 +321,24 @@ def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=[*NETS, "all"], help="all by default, digits with --quick")
     parser.add_argument("--batch", type=int, help="pairs per minibatch")
-    parser.add_argument("--rounds", type=int, help="timings per arm; one more is dropped")
+    parser.add_argument("--rounds", type=int, help="timings per arm; one more is not counted")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on the CPU, bf16 on CUDA by default")
-    parser.add_argument("--compile", choices=["off", "default", "max"], default="off", help="both networks' blocks")
+    parser.add_argument("--compile", choices=["off", "default", "max"], default="off", help="of student and reference")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two rounds of two pairs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "bench_step.json", help="JSON; the chart beside it")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "bench_step.json", help="JSON file; the chart is next to it"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None, arms: Sequence[Arm] = ARMS) -> int:
-    """Run the benchmark; 1 where the gate failed, and then nothing is written."""
+    """Runs the benchmark; returns 1, and writes nothing, where the gate failed."""
     args = build_parser().parse_args(argv)
     quiet_libraries()
     if args.threads:

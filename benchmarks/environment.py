@@ -1,4 +1,4 @@
-"""What all benchmarks share: where and with what they ran, medians with their spread, a bar chart."""
+"""What all benchmarks share: a description of the machine, medians and spread, charts, files."""
 
 from __future__ import annotations
 
@@ -23,34 +23,40 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is any, else the CPU."""
+    """The device of that name; "auto" is CUDA where it is available, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has finished its work; returns at once for the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's own name, or the CPU's with its number of cores."""
+    """The model of the GPU, or of the CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {cores()} cores, {_cpu_model()}"
 
 
 def slug(name: str) -> str:
-    """`NVIDIA H100 80GB HBM3` as a file name: nvidia-h100-80gb-hbm3."""
+    """A file name for a device: "NVIDIA H100 80GB HBM3" gives "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def describe(device: torch.device) -> dict[str, object]:
     """Machine, versions, threads, commit and time (UTC), ready for JSON.
 
-    `load_average` is that of the minute before: a busy machine shows there. `git_dirty` says whether the checkout's
-    tracked files differ from `git_commit`.
+    `load_average` covers the minute before the call, and shows whether the machine was busy.
+    `git_dirty` says whether the checkout's tracked files differ from `git_commit`.
     """
     return {
         "device": device_name(device),
@@ -69,13 +75,16 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Median, smallest and largest of the rounds' values (n,)."""
+    """Median, smallest and largest of the values (n,), one value per round."""
     return {"median": float(np.median(values)), "low": float(np.min(values)), "high": float(np.max(values))}
 
 
 def bar_chart(panels: Mapping[str, Mapping[str, Mapping[str, float]]], xlabel: str) -> Figure:
-    """One panel per title, in it one horizontal bar per label: the median of a `spread`, its ends as whiskers."""
-    # A Figure of its own, not pyplot: no global state, and no display is ever looked for.
+    """One panel per title with one horizontal bar per label.
+
+    A bar is the median of a `spread`; its whiskers end at the smallest and the largest value.
+    """
+    # A Figure without pyplot has no global state and never looks for a display.
     from matplotlib.figure import Figure
 
     heights = [1.2 + 0.32 * len(bars) for bars in panels.values()]
@@ -85,8 +94,8 @@ def bar_chart(panels: Mapping[str, Mapping[str, Mapping[str, float]]], xlabel: s
         middle, low, high = (np.array([bar[key] for bar in bars.values()]) for key in ("median", "low", "high"))
         axes.barh(range(len(bars)), middle, xerr=[middle - low, high - middle], height=0.65, error_kw={"lw": 0.9})
         for row, (value, end) in enumerate(zip(middle, high, strict=True)):
-            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(f"{value:.1f}", (end, row), **place)
+            label_style = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+            axes.annotate(f"{value:.1f}", (end, row), **label_style)
         axes.set_yticks(range(len(bars)), bars, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.08)
@@ -99,7 +108,7 @@ def bar_chart(panels: Mapping[str, Mapping[str, Mapping[str, float]]], xlabel: s
 
 
 def write_result(output: Path, result: Mapping[str, object], figure: Figure) -> None:
-    """A benchmark's JSON, its chart beside it, and where they are."""
+    """Writes a benchmark's JSON to `output` and its chart next to it, and prints both paths."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     figure.savefig(output.with_suffix(".png"))
@@ -107,6 +116,7 @@ def write_result(output: Path, result: Mapping[str, object], figure: Figure) -> 
 
 
 def _cpu_model() -> str:
+    """The CPU's model name as Linux gives it, elsewhere what Python knows of it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -116,7 +126,7 @@ def _cpu_model() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the checkout; None outside of one."""
+    """Output of a git command in the checkout; None where git fails, as outside of a checkout."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,11 +1,11 @@
-"""Runs every benchmark, one after the other, and collects what they measured in results/<device>.json.
+"""Runs every benchmark, one after the other, and collects their results in results/<device>.json.
 
-    python -m benchmarks.run            # an idle machine, please; each benchmark says how long it takes
+    python -m benchmarks.run            # needs an idle machine
     python -m benchmarks.run --quick    # smoke sizes, written to build/benchmarks/
 
-Each is a process of its own, so that none inherits another's memory, threads or CUDA context. One that fails is
-recorded with its error, the others still run, and the exit status is 1. Their own JSON and charts lie in
-results/<device>/.
+Every benchmark runs in a new process, so that none inherits another's memory, threads or CUDA
+context. A benchmark that fails is recorded with its error; the others still run, and the exit
+status is 1. The JSON files and charts of the single benchmarks lie in results/<device>/.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a script: Python put this folder on the path, not the one above
+if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
 
 from benchmarks.environment import RESULTS, describe, pick_device, slug  # noqa: E402
@@ -31,23 +31,31 @@ BENCHMARKS: dict[str, Sequence[str]] = {
     "bench_rollout": (sys.executable, "-m", "benchmarks.bench_rollout"),
     "bench_sampler": (sys.executable, "-m", "benchmarks.bench_sampler"),
 }
-"""Commands by name. Each takes --device, --output (a JSON file) and --quick, and exits with 0 if its numbers hold."""
+"""Commands by name.
+
+Each takes --device, --output (a JSON file) and --quick, and exits with 0 if its results are valid.
+"""
 
 ERROR_LINES = 20
+"""Last lines of a failed benchmark's standard error that are recorded."""
 
 
 def run_one(command: Sequence[str], output: Path) -> dict[str, object]:
-    """Run one benchmark in the checkout's root: its seconds, and its `result` or its `error` (how it ended)."""
-    output.unlink(missing_ok=True)  # an old result must not pass for this run's
+    """Runs one benchmark in the checkout's root and returns its record.
+
+    The record has `command`, `seconds`, and either `result`, which is the benchmark's JSON, or
+    `error`, which is the exit status with the last lines of standard error.
+    """
+    output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one
     start = time.perf_counter()
-    said: deque[str] = deque(maxlen=ERROR_LINES)
+    last_lines: deque[str] = deque(maxlen=ERROR_LINES)
     with subprocess.Popen([*command, "--output", str(output)], cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            said.append(line.rstrip("\n"))
+            last_lines.append(line.rstrip("\n"))
             print(line, end="", file=sys.stderr, flush=True)
     record: dict[str, object] = {"command": list(command), "seconds": round(time.perf_counter() - start, 1)}
     if process.returncode != 0:
-        return record | {"error": f"exit status {process.returncode}\n" + "\n".join(said)}
+        return record | {"error": f"exit status {process.returncode}\n" + "\n".join(last_lines)}
     try:
         return record | {"result": json.loads(output.read_text(encoding="utf-8"))}
     except (OSError, ValueError) as error:
@@ -57,7 +65,7 @@ def run_one(command: Sequence[str], output: Path) -> dict[str, object]:
 def run_all(
     benchmarks: Mapping[str, Sequence[str]], *, device: str = "auto", quick: bool = False, results: Path = RESULTS
 ) -> tuple[Path, list[str]]:
-    """Run all benchmarks; the file written and the names of those that failed."""
+    """Runs all benchmarks; returns the file of results and the names of those that failed."""
     environment = describe(pick_device(device))
     name = slug(str(environment["device"]))
     (results / name).mkdir(parents=True, exist_ok=True)
@@ -73,7 +81,7 @@ def run_all(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 1 if a benchmark failed."""
+    """Runs the command line; returns 1 if a benchmark failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--quick", action="store_true", help="smoke sizes, in build/benchmarks")

@@ -1,5 +1,5 @@
-// Importing selfnpo_kernels._cpp registers the ops of csrc/cpu with torch. The module itself says one thing: which
-// instruction set they run on.
+// Importing selfnpo_kernels._cpp registers the ops of csrc/cpu with torch. The module's only
+// function names the instruction set that the ops run on.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -1,5 +1,6 @@
-// Philox4x32-10 and Box-Muller, exactly as kernels/selfnpo_kernels/rng.py: key = 64-bit seed, counter = (element / 4,
-// sample id low, sample id high, draw id). Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
+// Philox4x32-10 and keyed draws, with the numbers of kernels/selfnpo_kernels/rng.py. The key is the
+// 64-bit seed; the counter is (element / 4, low word of the sample id, its high word, draw id).
+// Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
 #pragma once
 
 #include <array>
@@ -8,14 +9,14 @@
 
 namespace selfnpo {
 
-// What names a sample's numbers.
+// The random numbers of one sample for one purpose.
 struct Stream {
   uint64_t seed;
   uint64_t sample_id;
   uint32_t draw;
 };
 
-// Which use of chance a draw is for, as rng.Draw; uses that recur along a trajectory add the grid index.
+// The purpose of a draw, as rng.Draw. A purpose that recurs along a trajectory adds the grid index.
 enum class Draw : int64_t {
   StartNoise = 0,
   StartIndex = 1,
@@ -57,7 +58,8 @@ inline float uniform(const Stream& stream) {
   return static_cast<float>(philox(stream, 0)[0] >> 8) * 0x1p-24f;
 }
 
-// rng.permute: a four-round Feistel network over the next even power of two, walked until it lands below `size`.
+// rng.permute: a Feistel network of four rounds over the numbers below the next power of four,
+// applied again until the result is below `size`.
 inline int64_t permute(int64_t position, int64_t size, uint64_t key, int64_t epoch) {
   int bits = 0;
   for (int64_t last = size > 1 ? size - 1 : 1; last != 0; last >>= 1) ++bits;

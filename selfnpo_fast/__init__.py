@@ -1,4 +1,4 @@
-"""Negative preference models for diffusion, trained from prompts alone (Self-NPO)."""
+"""Negative preference models for diffusion, trained from prompts only (Self-NPO)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ USAGE = """usage: selfnpo COMMAND [options]
   doctor     say what a config will cost, loading nothing        selfnpo doctor --config configs/sd15.yaml
   sample     draw pictures with a negative model                 selfnpo sample --negative runs/digits --prompt "..."
   evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
-  correlate  say how alike positive and negative predict         selfnpo correlate --model M --negative N [--base B]
+  correlate  measure how similar the two predictions are         selfnpo correlate --model M --negative N [--base B]
   merge      write theta + alpha eta + beta delta as a network   selfnpo merge --base B --negative N --output FOLDER
 
 `selfnpo COMMAND --help` lists the options. guidance_scale everywhere is diffusers' (the paper's omega + 1).
@@ -24,11 +24,15 @@ COMMANDS = {
     "train": "selfnpo_fast.train",
     **{name: f"selfnpo_fast.commands.{name}" for name in ("doctor", "sample", "evaluate", "correlate", "merge")},
 }
-"""The module of each command, imported when it is asked for; its `run` takes the words that follow."""
+"""The module of each command, imported when needed; its `run` takes the words that follow."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, 2 after one line about bad input, 1 after one about a run that cannot go on."""
+    """Run the command that `argv`, by default the command line of the process, names.
+
+    Returns the exit code: 0 after success, 2 after one line about bad input, 1 after one line about
+    a run that cannot go on.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

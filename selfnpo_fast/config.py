@@ -1,6 +1,7 @@
-"""Every choice of a training run, typed and documented. YAML and `--section.field value` fill these dataclasses.
+"""Every choice of a training run, typed and documented.
 
-A value that cannot work raises UserError here, with the field's name, before anything is loaded or written.
+YAML and `--section.field value` fill these dataclasses. A value that cannot work raises UserError
+with the name of its field, before anything is loaded or written.
 """
 
 from __future__ import annotations
@@ -13,21 +14,28 @@ from typing import Literal, get_args, get_type_hints
 
 from selfnpo_fast.runtime.errors import UserError, shortened
 
-_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # controls, and surrogates, which UTF-8 has no bytes for
+_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and surrogates, for which UTF-8 has no bytes."""
 
 
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raise UserError for the value of the field `name` unless `condition` holds."""
     if not condition:
         raise UserError(f"{name}: {shortened(value)} is not possible; expected {expected}")
 
 
 def _check_fields(prefix: str, section: object) -> None:
-    """Refuse what jsonargparse lets pass in any field: null, true for 1, inf and nan, what is beyond 64 bits, NULs."""
+    """Raise UserError for values that jsonargparse takes in a field of any type.
+
+    Those are null, true for 1, inf and nan, integers beyond 64 bits, and text that is empty or
+    holds control characters.
+    """
     for name, kind in get_type_hints(type(section)).items():
         _check_value(prefix + name, get_args(kind) or (kind,), getattr(section, name))
 
 
 def _check_value(name: str, kinds: tuple, value: object) -> None:
+    """`_check_fields` for one field, whose type is a union of `kinds`."""
     _check(value is not None or NoneType in kinds, name, value, "a value")
     _check(not isinstance(value, bool) or bool in kinds, name, value, "no true or false")
     for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -50,7 +58,7 @@ class ModelConfig:
     variant: str | None = None
     """Weight variant such as fp16."""
     resolution: int | None = None
-    """Picture height and width in pixels; the model's own by default."""
+    """Picture height and width in pixels; by default those that the model was trained for."""
 
     def __post_init__(self) -> None:
         _check_fields("model.", self)
@@ -63,31 +71,36 @@ class RolloutConfig:
     """How the reference makes training pairs."""
 
     mode: Literal["lockstep", "continuous"] = "continuous"
-    """lockstep: the paper; continuous: every state of every trajectory gives a pair."""
+    """lockstep: the paper's; continuous: every state of every trajectory gives a pair."""
     start: Literal["noise", "data"] = "noise"
     """From pure noise (Eq. 13) or from noised real data (Eq. 14)."""
     grid_steps: int = 25
-    """Steps of the DDIM grid; a divisor of the model's training timesteps."""
+    """Steps of the DDIM grid; a divisor of the number of training timesteps of the model."""
     k: int | None = None
-    """Most steps that a lockstep (or data-started) rollout runs; grid_steps by default, which from noise with
-    `stop: fixed` is the paper's full-simulation baseline. Continuous rollouts from noise always run to the end.
+    """Most steps of a rollout in lockstep mode or from data; by default grid_steps. That default,
+    from noise with `stop: fixed`, is the full-simulation baseline of the paper. Continuous rollouts
+    from noise always run to the end.
     """
     omega: float = -1.0
-    """Guidance of the rollouts, as in the paper: p = p_cond + omega (p_cond - p_uncond); guidance_scale - 1."""
+    """Guidance of the rollouts, as in the paper: p = p_cond + omega (p_cond - p_uncond);
+    guidance_scale - 1."""
     stop: Literal["uniform", "fixed"] = "uniform"
-    """Lockstep from noise: stop after a number of steps uniform in 1..k per sample, or always after k."""
+    """Lockstep from noise: stop after a number of steps that is uniform in 1..k for each sample, or
+    always after k."""
     noising: Literal["from_x_t", "naive"] = "from_x_t"
     """Eq. 16, or the naive truncation of Eq. 15."""
     pool: int = 4
-    """Continuous: slots per training pair of an update; 1/pool of the slots advance per update."""
+    """Continuous: slots per training pair of an update. 1/pool of the slots advance per update."""
     branches: Literal["auto", "batched", "split"] = "auto"
-    """Where omega needs both outputs: one batch of conditional and unconditional, two, or whichever a short measurement
-    finds faster. The two differ in their last bits, so name one where two runs have to be equal."""
+    """Where omega needs both outputs: conditional and unconditional as one batch, as two, or as a
+    short measurement finds faster. The two ways differ in the last bits, so name one of them where
+    two runs have to be equal."""
     overlap: bool = False
-    """Make the pairs of the next update while the student learns from the present ones, by the reference as it was one
-    update before; the same pairs if it is frozen."""
+    """Make the pairs of the next update while the student learns from those of the present one.
+    The reference is then one update older; a frozen reference makes the same pairs either way."""
     pair_weight: Literal["uniform", "lockstep"] = "uniform"
-    """Continuous: weigh noise levels as often as lockstep mode with the same start, stop and k sees them."""
+    """Continuous: weigh all pairs equally, or weigh noise levels as often as lockstep mode with the
+    same start, stop and k sees them."""
 
     def __post_init__(self) -> None:
         _check_fields("rollout.", self)
@@ -118,16 +131,16 @@ class RolloutConfig:
 
     @property
     def max_steps(self) -> int:
-        """k, or its default."""
+        """k, or grid_steps where k is not given."""
         return self.grid_steps if self.k is None else self.k
 
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """Distance between the student's x0 and the target."""
+    """The distance between the student's x0 and the target."""
 
     kind: Literal["l2", "huber"] = "l2"
-    """l2: Eq. 17; huber: the authors' pseudo-Huber."""
+    """l2: Eq. 17; huber: the pseudo-Huber loss of the authors' code."""
     c: float = 1e-3
     """Width of the pseudo-Huber loss."""
 
@@ -138,14 +151,15 @@ class LossConfig:
 
 @dataclass(kw_only=True)
 class ReferenceConfig:
-    """Who runs the rollouts."""
+    """The model that runs the rollouts."""
 
     kind: Literal["frozen", "ema"] = "ema"
-    """frozen: the original model (the paper); ema: a moving average of the student (the authors' code)."""
+    """frozen: the original model, as in the paper; ema: a moving average of the student, as in the
+    authors' code."""
     decay: float = 0.999
-    """EMA decay per update."""
+    """Decay of the moving average per update."""
     every: int = 1
-    """Updates between two moves of the average, each with decay to that power."""
+    """Updates between two moves of the average. A move uses decay ** every."""
 
     def __post_init__(self) -> None:
         _check_fields("reference.", self)
@@ -155,18 +169,19 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class PromptConfig:
-    """What the pairs are conditioned on."""
+    """The prompts that the pairs are conditioned on."""
 
     source: str = "shipped"
-    """`shipped` (the package's own prompts), `digits`, a .txt/.jsonl/.csv/.parquet file, or a `datasets` id."""
+    """`shipped` or `digits`, the prompts of the package; a .txt, .jsonl, .csv or .parquet file; or
+    the id of a Hugging Face dataset."""
     column: str = "prompt"
-    """Column of .jsonl, .csv, .parquet and datasets."""
+    """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets."""
     limit: int = 8192
     """Use at most this many prompts; their text embeddings are held in memory."""
     dropout: float = 0.0
-    """Share of pairs whose student sees the empty prompt."""
+    """Share of the pairs with which the student sees the empty prompt."""
     shuffled: bool = False
-    """A control experiment: the student sees the prompt of another sample than the one that the rollout had."""
+    """A control experiment: the student sees the prompt of another sample than the rollout saw."""
 
     def __post_init__(self) -> None:
         _check_fields("prompts.", self)
@@ -176,16 +191,17 @@ class PromptConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Real images for `rollout.start: data`; their captions take the place of `prompts.source`."""
+    """Real images for `rollout.start: data`; their captions replace the prompts of a source."""
 
     source: str | None = None
-    """`digits`; a folder of images with metadata.jsonl (`file_name`, `text`) or a .txt caption beside each image; or
-    webdataset tars: a .tar file, a folder of them, or a pattern such as data/{000..012}.tar.
-    """
+    """`digits`; a folder of images with metadata.jsonl (`file_name`, `text`) or with a .txt caption
+    for each image; or webdataset tars: a .tar file, a folder of them, or a pattern such as
+    data/{000..012}.tar."""
     limit: int = 8192
     """Use at most this many images; their latents are held in memory."""
     store: str | None = None
-    """Folder that keeps encoded images for later runs; by default `latents` beside the output folder."""
+    """Folder that keeps encoded images for later runs; by default `latents` in the parent folder of
+    the output folder."""
 
     def __post_init__(self) -> None:
         _check_fields("data.", self)
@@ -197,21 +213,22 @@ class OptimizerConfig:
     """The student's optimiser."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    """torch's AdamW, or the 8-bit one of bitsandbytes."""
+    """The AdamW of torch, or the 8-bit AdamW of bitsandbytes."""
     lr: float = 1e-6
     """Constant learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
+    """Decay per update of the first and the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 1e-3
     """Decoupled weight decay."""
     warmup: int = 0
-    """Updates over which the rate rises linearly."""
+    """Updates over which the learning rate rises linearly."""
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     max_skipped: int = 20
-    """Stop after this many updates in a row whose loss or gradient was not finite (they are skipped); 0 for never."""
+    """Stop after this many skipped updates in a row; 0 for never. An update is skipped if its loss
+    or gradient is not finite."""
 
     def __post_init__(self) -> None:
         _check_fields("optimizer.", self)
@@ -231,7 +248,7 @@ class LoraConfig:
     rank: int = 0
     """Rank of the update; 0 for full weights."""
     alpha: float | None = None
-    """Scale is alpha / rank; alpha = rank by default."""
+    """The update is scaled by alpha / rank; by default alpha = rank."""
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Names of the layers that get an update."""
 
@@ -247,29 +264,33 @@ class EngineConfig:
     """Precision, memory and the shape of an update."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Weights and activations; bf16 and fp16 keep fp32 masters in the optimiser."""
+    """Of weights and activations; with bf16 and fp16 the optimiser keeps master weights in fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage."""
+    """ZeRO stage of DeepSpeed."""
     batch_size: int = 64
-    """Training pairs per update, over all ranks and accumulation steps."""
+    """Training pairs per update, over all ranks and micro-batches."""
     accumulation: int = 1
-    """Micro-batches per update."""
+    """Micro-batches per rank and update."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compile: Literal["off", "default", "max"] = "off"
-    """torch.compile for the student's blocks and the reference's step in continuous rollouts, which on a GPU is also
-    captured as a CUDA graph. max lets the compiler try more (max-autotune)."""
+    """torch.compile for the blocks of the student and for the step of continuous rollouts, which on
+    a GPU is also captured as a CUDA graph. max compiles with max-autotune."""
     channels_last: bool = False
-    """Keep convolutions in channels_last order, which GPUs prefer in half precision: the reference's, and with ZeRO 0
-    the student's (ZeRO's flat buffers are row-major)."""
+    """Keep convolution weights in channels_last order, which GPUs prefer in half precision: those
+    of the reference, and with ZeRO 0 those of the student (ZeRO's flat buffers are row-major)."""
 
     def __post_init__(self) -> None:
         _check_fields("engine.", self)
         _check(1 <= self.batch_size <= 2**20, "engine.batch_size", self.batch_size, "1 to 1048576")
         _check(1 <= self.accumulation <= 2**20, "engine.accumulation", self.accumulation, "1 to 1048576")
 
+    def check_shares(self, world_size: int) -> None:
+        """UserError where ranks and accumulation steps cannot share an update's pairs."""
+        self.micro_batch(world_size)
+
     def micro_batch(self, world_size: int) -> int:
-        """Pairs per rank and micro-batch."""
+        """Pairs per rank and micro-batch. Raises UserError where they do not come out whole."""
         parts = world_size * self.accumulation
         if self.batch_size % parts:
             raise UserError(
@@ -284,23 +305,25 @@ class LogConfig:
     """What is written while training."""
 
     every: int = 10
-    """Updates between two lines of metrics, and between two looks for skipped updates."""
+    """Updates between two lines of metrics, and between two checks for skipped updates."""
     sample_every: int = 0
-    """Updates between two sample grids, base beside Self-NPO; 0 for one grid at the end, -1 for none."""
+    """Updates between two grids of samples with and without the negative model; 0 for one grid at
+    the end, -1 for none."""
     sample_prompts: int = 8
-    """Pictures per grid row."""
+    """Pictures per row of a sample grid."""
     sample_steps: int = 20
     """DPM-Solver++ steps of the sample grids."""
     sample_guidance_scale: float = 3.0
-    """diffusers' guidance_scale of the sample grids."""
+    """guidance_scale of the sample grids, as in diffusers (omega + 1)."""
     negative_prompt: Literal["empty", "same"] = "empty"
-    """Prompt of the negative branch in the sample grids."""
+    """Prompt of the negative branch in the sample grids: empty, or the same as the positive's."""
     checkpoint_every: int = 0
     """Updates between two checkpoints; 0 for none before the end."""
     keep: int = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """A checkpoint that cannot be written (full disk): go on with a warning and try again at the next, or stop."""
+    """If a checkpoint cannot be written, as on a full disk: warn and try again at the next one, or
+    stop."""
     spike: float = 5.0
     """Report an update whose loss is this many times the median of the last 100; 0 for none."""
 
@@ -330,6 +353,9 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    method: str = "self_npo"
+    """How pairs are made and what the student learns from them: the name of a method in
+    training/methods."""
     updates: int = 1000
     """Optimiser updates."""
     seed: int = 0
@@ -350,5 +376,5 @@ class TrainConfig:
         if self.rollout.start == "data" and not self.data.source:
             raise UserError(
                 "data.source: none given, but rollout.start is 'data'; name a folder of captioned images, or train "
-                "from prompts alone with configs/sd15.yaml"
+                "from prompts only with configs/sd15.yaml"
             )

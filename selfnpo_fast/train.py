@@ -1,13 +1,14 @@
-"""Train a negative model: `deepspeed selfnpo_fast/train.py --config configs/digits.yaml` or `selfnpo train`."""
+"""The train command: `selfnpo train`, or `deepspeed selfnpo_fast/train.py --config CONFIG`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-# Run as a script, Python puts this folder first on the path, where our modules would shadow others of the same name.
-_HERE = Path(__file__).resolve().parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
+# For a script, Python puts the script's folder first on the path, where modules of this package
+# would shadow others of the same name.
+_PACKAGE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _PACKAGE]
 
 import os  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
@@ -18,8 +19,8 @@ from selfnpo_fast.runtime.errors import RunError, UserError  # noqa: E402
 from selfnpo_fast.runtime.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
 from selfnpo_fast.runtime.options import Parsed, parse_with_config  # noqa: E402
 
-# A checkout has them beside the package, an installed package inside it.
-CONFIGS = _HERE.parent / "configs" if (_HERE.parent / "configs").is_dir() else _HERE / "configs"
+# A checkout has the configs next to the package, an installed package has them inside.
+CONFIGS = _PACKAGE.parent / "configs" if (_PACKAGE.parent / "configs").is_dir() else _PACKAGE / "configs"
 DEFAULT_CONFIG = CONFIGS / "digits.yaml"
 
 
@@ -28,11 +29,12 @@ class RunOptions:
     """Train a negative model (Self-NPO)."""
 
     resume: bool = False
-    """Go on from the newest checkpoint of the output folder."""
+    """Continue from the newest checkpoint of the output folder."""
     overwrite: bool = False
-    """Delete what the output folder holds."""
+    """Delete the contents of the output folder first."""
     replay_step: int | None = None
-    """Train nothing: make the pairs of this update of the run in the output folder again, and show them."""
+    """Do not train: make the pairs of this update of the output folder's run again, and show
+    them."""
 
 
 Request = Parsed[RunOptions, TrainConfig]
@@ -40,8 +42,9 @@ Request = Parsed[RunOptions, TrainConfig]
 
 
 def parse(argv: list[str]) -> Request:
-    """Read the command line. Raises UserError for what cannot be."""
-    argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]  # of older launchers
+    """Read the command line. Raises UserError for options that are unknown, or not possible."""
+    # Older launchers add the local rank, which is also in the environment.
+    argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
     request = parse_with_config(RunOptions, TrainConfig, argv, "selfnpo train", DEFAULT_CONFIG)
     options, step = request.options, request.options.replay_step
     if sum((options.resume, options.overwrite, step is not None)) > 1:
@@ -52,10 +55,13 @@ def parse(argv: list[str]) -> Request:
 
 
 def run(argv: list[str]) -> None:
-    """One whole run. Raises UserError for bad input, before anything is written, and RunError where it cannot go on."""
+    """One whole run.
+
+    Raises UserError for bad input, before anything is written, and RunError where it cannot go on.
+    """
     request = parse(argv)
-    goes_on = request.options.resume or request.options.replay_step is not None
-    output = check_run_folder(request.config.output, resume=goes_on, overwrite=request.options.overwrite)
+    continues = request.options.resume or request.options.replay_step is not None
+    output = check_run_folder(request.config.output, resume=continues, overwrite=request.options.overwrite)
 
     from selfnpo_fast.runtime.world import init_world
     from selfnpo_fast.training.lifecycle import PeerWatch, StopRequest, leave_at_once
@@ -68,18 +74,21 @@ def run(argv: list[str]) -> None:
 
 
 def _run(request: Request, output: Path, world, stop) -> None:
-    """All that follows once the ranks have met."""
+    """The run, once all ranks are connected."""
     from selfnpo_fast.training.checkpoint import newest_checkpoint
+    from selfnpo_fast.training.inputs import load_inputs
     from selfnpo_fast.training.recorder import Recorder
     from selfnpo_fast.training.replay import replay
-    from selfnpo_fast.training.trainer import Trainer, load_inputs
+    from selfnpo_fast.training.trainer import Trainer
 
+    # Find and read all that the run needs: nothing is written yet.
     config, replaying, newest = request.config, request.options.replay_step is not None, None
     kernels = _kernels(world.device.type)
     if request.options.resume or replaying:
         newest = newest_checkpoint(output / "checkpoints", config, world, before=request.options.replay_step)
     trainer = Trainer(config, load_inputs(config, world), world, output)
     recorder = Recorder(config, world, trainer.adapter.schedule.num_train_timesteps)
+    # Continue from a checkpoint.
     if newest is not None:
         trainer.resume(newest, recorder)
     elif request.options.resume:
@@ -87,7 +96,8 @@ def _run(request: Request, output: Path, world, stop) -> None:
     if replaying:
         replay(trainer, recorder, request.options.replay_step)
         return
-    world.barrier()  # every rank has looked at the folder before rank 0 changes it
+    # Prepare the folder, once every rank has looked at it.
+    world.barrier()
     if world.is_main:
         if request.options.overwrite:
             clear_run_folder(output)
@@ -95,6 +105,7 @@ def _run(request: Request, output: Path, world, stop) -> None:
         write_file(output / "config.yaml", request.text)
     setup_logging(world.rank, output / "train.log")
     describe(config, world, trainer, kernels)
+    # Train.
     recorder.open(output, trainer.update)
     try:
         negative = trainer.run(recorder, stop)
@@ -106,7 +117,10 @@ def _run(request: Request, output: Path, world, stop) -> None:
 
 
 def _kernels(device_type: str) -> str:
-    """What serves the fused ops. Raises UserError where SELFNPO_BACKEND asks for a backend that is not there."""
+    """The name of the backend of the fused ops.
+
+    Raises UserError where SELFNPO_BACKEND asks for a backend that is not there.
+    """
     from selfnpo_kernels import backends
 
     try:
@@ -116,7 +130,7 @@ def _kernels(device_type: str) -> str:
 
 
 def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
-    """Say once what was chosen."""
+    """Log one line about what is trained and how."""
     trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainer.engine.trainable)
     logger.info(
         "%s: %d prompts, %.2f M trained parameters (%s), %s on %d x %s, ZeRO %d, %s rollouts from %s with w = %g, "
@@ -138,13 +152,19 @@ def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 (also after SIGTERM), 2 after one line about bad input, 1 after one about a run that cannot go on."""
+    """The command; returns its exit code.
+
+    0    success, also after SIGTERM
+    1    after one line about a run that cannot go on
+    2    after one line about bad input
+    """
     quiet_libraries()
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except (UserError, RunError) as error:  # which all ranks raise together
+    except (UserError, RunError) as error:
+        # All ranks raise such an error together, and one of them prints it.
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

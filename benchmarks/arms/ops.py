@@ -1,13 +1,18 @@
-"""The operations of `bench_ops.py`: each as ours, as eager PyTorch, and as the function that torch.compile gets.
+"""The operations of `bench_ops.py`: each as ours, in eager PyTorch, and as torch.compile gets it.
 
-Mixtures: "fp32" is float32 throughout. "bf16" has what a bf16 run has: sampling ops (normal, affine_noise, guided_step,
-guidance_rescale) all in bfloat16, as a diffusers pipeline; training ops (tdft_step, x0_loss) bfloat16 network outputs
-beside float32 states; ema_update bfloat16 live weights and shadows beside float32 masters.
+A case runs in one of two mixtures of dtypes. "fp32" is float32 throughout. "bf16" has the dtypes
+of a bf16 run:
 
-Eager is what people run: diffusers' DDIMScheduler (`step`, `add_noise`), its classifier-free guidance and
-`rescale_noise_cfg`, `torch.randn`, autograd. A scheduler serves one timestep for the whole batch, and in `tdft_step`
-every sample has its own, so there the arithmetic of `step` is written out with coefficients gathered per sample. The
-compiled functions are that arithmetic without the scheduler object, whose Python integers would recompile at each step.
+- sampling ops (normal, affine_noise, guided_step, guidance_rescale): bfloat16, as in a pipeline
+- training ops (tdft_step, x0_loss): bfloat16 network outputs, float32 states
+- ema_update: bfloat16 live weights and shadows, float32 masters
+
+Eager is what people run: diffusers' DDIMScheduler (`step`, `add_noise`), its classifier-free
+guidance and `rescale_noise_cfg`, `torch.randn`, autograd. A scheduler takes one timestep for the
+whole batch. In `tdft_step` the samples have different timesteps, so the arithmetic of `step` is
+written out with coefficients that are gathered per sample. The compiled functions are that
+arithmetic without the scheduler object, whose Python integers would cause a recompilation at every
+step.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from selfnpo_kernels import (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Dtype of network outputs by mixture."""
 GRID_STEPS = 25
 GUIDANCE_SCALE = 7.5
 RESCALE = 0.7
@@ -44,13 +50,17 @@ HUBER_C = 1e-3
 SEED = 2**40 + 7
 FIRST_ID = 2**33
 REFERENCE_ROWS = 4
-"""Samples whose noise the gate draws anew with the reference backend; a sample's noise depends on its own id alone."""
+"""Samples whose noise the gate draws again with the reference backend.
+
+The noise of a sample depends only on its id, so a few samples suffice.
+"""
 
 
 class Comparison(NamedTuple):
-    """Two tensors that the gate holds against each other."""
+    """Two tensors that the gate compares."""
 
     what: str
+    """Name of the tensors in a failure's message."""
     found: torch.Tensor
     truth: torch.Tensor
     coarse: bool = False
@@ -60,84 +70,89 @@ class Comparison(NamedTuple):
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion 1.5's noise levels on the authors' grid {39, 79, ..., 999}."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    made = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
-    made.set_timesteps(GRID_STEPS)
-    return made
+    ddim = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    ddim.set_timesteps(GRID_STEPS)
+    return ddim
 
 
 def compile_plain(plain: Callable, device: torch.device) -> Callable:
-    """torch.compile at its best for these functions: shapes known, no graph breaks.
+    """torch.compile with the fastest settings for these functions: static shapes, no graph breaks.
 
-    On a CPU inductor draws normals one at a time, far slower than torch.randn; `fallback_random` calls the latter.
+    On a CPU inductor draws normals one at a time, far slower than torch.randn; with
+    `fallback_random` it calls torch.randn.
     """
     options = {"fallback_random": True} if device.type == "cpu" else {}
     return torch.compile(plain, dynamic=False, fullgraph=True, options=options)
 
 
 def column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B,) shaped to broadcast over (B, ...)."""
+    """values (B,), with axes of size 1 added so that they broadcast over `like` (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def moments(what: str, z: torch.Tensor) -> Iterator[Comparison]:
-    """Whether z could be standard normal: mean and variance in excess of six standard errors, against 0."""
+    """Tests whether z can be standard normal.
+
+    Compares the amounts by which mean and variance exceed six standard errors with 0.
+    """
     n, wide = z.numel(), z.double()
-    for name, off, error in (
+    for name, deviation, error in (
         ("mean", wide.mean(), 1 / math.sqrt(n)),
         ("variance", wide.var() - 1, math.sqrt(2 / n)),
     ):
-        excess = (off.abs() - 6 * error).clamp(min=0).view(1)
+        excess = (deviation.abs() - 6 * error).clamp(min=0).view(1)
         yield Comparison(f"{what}: {name} of the noise", excess, torch.zeros_like(excess))
 
 
 class Op:
-    """An op on one latent shape in one mixture.
+    """An op on latents of one shape in one mixture of dtypes.
 
-    `ours`, `eager` and `plain` (which is compiled) take `inputs` and return tensors named by `outputs`. `cycle` calls
-    make one period, of which a sample has to hold whole ones.
+    Subclasses define `ours`, `eager` and `plain`, the function that is compiled. All three take
+    `inputs` and return tensors that are named by `outputs`.
     """
 
     outputs: tuple[str, ...] = ()
-    training = False
+    """Names of the results, in order."""
     cycle = 1
+    """Calls after which the work repeats: a timed sample has to consist of whole cycles."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: torch.device) -> None:
         self.shape, self.batch, self.device = shape, shape[0], device
-        self.low, self.dtype = DTYPES[dtype], dtype
+        self.torch_dtype, self.dtype = DTYPES[dtype], dtype
         self.elements = math.prod(shape)
         self.generator = torch.Generator(device).manual_seed(0)
         self.scheduler = scheduler()
         self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
-        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # the scheduler keeps its own on the host
+        self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # the scheduler's copy stays on the host
         self.inputs: tuple = ()
         self.build()
 
     def build(self) -> None:
-        """Make `inputs` and what else the arms need."""
+        """Sets `inputs` and everything else that the arms need."""
 
     def random(self, dtype: torch.dtype) -> torch.Tensor:
-        """Normals (B, ...)."""
+        """Standard normals (B, ...) in `dtype`."""
         return torch.randn(self.shape, generator=self.generator, device=self.device).to(dtype)
 
     def timesteps(self) -> torch.Tensor:
-        """A timestep for each sample, (B,)."""
+        """Random timesteps (B,) int64 in 1..999."""
         return torch.randint(1, 1000, (self.batch,), generator=self.generator, device=self.device)
 
     def ids(self) -> torch.Tensor:
-        """Sample ids (B,)."""
+        """Sample ids (B,) int64."""
         return torch.arange(FIRST_ID, FIRST_ID + self.batch, device=self.device)
 
     def arms(self) -> dict[str, Callable[[], object]]:
-        """What is timed, compiled and floor apart."""
+        """The timed functions by arm, except for the compiled one and the floor."""
         return {"ours": lambda: self.ours(*self.inputs), "eager": lambda: self.eager(*self.inputs)}
 
     def compiled(self) -> Callable[[], object]:
-        """The plain function under torch.compile; its first call compiles."""
+        """The compiled arm; its first call compiles `plain`."""
         run = compile_plain(self.plain, self.device)
         return lambda: run(*self.inputs)
 
     def check(self) -> Iterator[Comparison]:
-        """Ours and the timed eager chain against the eager chain in float32."""
+        """Compares ours, and eager in the case's mixture, with eager in float32."""
         truth = self.eager(*(t.float() for t in self.inputs))
         found, eager = self.ours(*self.inputs), self.eager(*self.inputs)
         for name, ours, theirs, right in zip(self.outputs, found, eager, truth, strict=True):
@@ -145,7 +160,7 @@ class Op:
             yield Comparison(f"eager {name}", theirs, right, coarse=True)
 
     def check_compiled(self, compiled: Callable[[], object]) -> Iterator[Comparison]:
-        """What the compiled function returns, likewise."""
+        """Compares the results of the compiled arm with eager in float32."""
         truth = self.eager(*(t.float() for t in self.inputs))
         for name, found, right in zip(self.outputs, compiled(), truth, strict=True):
             yield Comparison(f"compiled {name}", found, right, coarse=True)
@@ -156,13 +171,13 @@ class Normal(Op):
 
     def ours(self, rows: int | None = None):
         key = NoiseKey(SEED, self.sample_ids[:rows], draw_id(Draw.START_NOISE))
-        return normal(key, self.shape[1:], self.low)
+        return normal(key, self.shape[1:], self.torch_dtype)
 
     def build(self) -> None:
         self.sample_ids = self.ids()
 
     def eager(self):
-        return torch.randn(self.shape, dtype=self.low, device=self.device)
+        return torch.randn(self.shape, dtype=self.torch_dtype, device=self.device)
 
     plain = eager
 
@@ -179,10 +194,13 @@ class Normal(Op):
 
 
 class AffineNoise(Op):
-    """`affine_noise` with a key against `randn_like` and the scheduler's `add_noise`, every sample at its timestep."""
+    """`affine_noise` with a key against `randn_like` and the scheduler's `add_noise`.
+
+    Every sample has its timestep.
+    """
 
     def build(self) -> None:
-        self.inputs = (self.random(self.low),)
+        self.inputs = (self.random(self.torch_dtype),)
         self.s = self.timesteps()
         self.k = forward_coefficients(self.schedule, torch.arange(1000)).float().to(self.device)
         self.key = NoiseKey(SEED, self.ids(), draw_id(Draw.RENOISE))
@@ -194,12 +212,12 @@ class AffineNoise(Op):
         return self.scheduler.add_noise(x, torch.randn_like(x) if noise is None else noise, self.s)
 
     def plain(self, x):
-        a = self.alphas_cumprod.to(x.dtype)[self.s]  # in x's dtype, as `add_noise` has it
+        a = self.alphas_cumprod.to(x.dtype)[self.s]  # in x's dtype, as in `add_noise`
         return column(a**0.5, x) * x + column((1 - a) ** 0.5, x) * torch.randn_like(x)
 
     def check(self) -> Iterator[Comparison]:
         (x,), rows = self.inputs, slice(REFERENCE_ROWS)
-        noise = self.random(self.low)
+        noise = self.random(self.torch_dtype)
         given = affine_noise(x, self.k, noise, index=self.s)
         yield Comparison("noise given", given, self.eager(x.float(), noise.float()))
         with backends.use("reference"):
@@ -209,7 +227,10 @@ class AffineNoise(Op):
         yield from self.noise_of("eager", self.eager(x))
 
     def noise_of(self, name: str, out: torch.Tensor) -> Iterator[Comparison]:
-        """The noise in an arm's output; in bfloat16 `add_noise` rounds its coefficients too coarsely to look."""
+        """Tests the noise in an arm's output (B, ...).
+
+        Not in bfloat16, where `add_noise` rounds its coefficients too coarsely.
+        """
         if self.dtype == "fp32":
             signal, fresh = self.k[self.s].unbind(1)
             yield from moments(name, (out - column(signal, out) * self.inputs[0]) / column(fresh, out))
@@ -219,12 +240,12 @@ class AffineNoise(Op):
 
 
 class GuidedStep(Op):
-    """`guided_step` against classifier-free guidance and the scheduler's `step`, in the middle of the grid."""
+    """`guided_step` in the middle of the grid against eager guidance and the scheduler's `step`."""
 
     outputs = ("x_next", "x0")
 
     def build(self) -> None:
-        self.inputs = (self.random(self.low), self.random(self.low), self.random(self.low))
+        self.inputs = (self.random(self.torch_dtype), self.random(self.torch_dtype), self.random(self.torch_dtype))
         self.t = self.scheduler.timesteps[GRID_STEPS // 2]
         now, then = (t.view(1) for t in (self.t, self.t - 1000 // GRID_STEPS))
         self.k = ddim_coefficients(self.schedule, now, then, GUIDANCE_SCALE - 1).float().to(self.device)
@@ -247,7 +268,7 @@ class GuidedStep(Op):
 
 
 class GuidedStepSingle(GuidedStep):
-    """The same at w = -1: the unconditional branch alone."""
+    """`guided_step` at w = -1, which uses only the unconditional branch."""
 
     def build(self) -> None:
         super().build()
@@ -280,20 +301,20 @@ class X0Loss(Op):
     """`x0_loss` (Huber), forward and backward, against the authors' loss under autograd."""
 
     outputs = ("loss", "loss per sample", "gradient")
-    training = True
 
     def build(self) -> None:
-        pred, x_s = self.random(self.low), self.random(torch.float32)
+        pred, x_s = self.random(self.torch_dtype), self.random(torch.float32)
         self.s = self.timesteps()
         self.k = x0_coefficients(self.schedule, torch.arange(1000)).float().to(self.device)
-        # Targets at .1 or more from the estimate: nearer than c, the slope multiplies every rounding by 1 / c.
-        off = self.random(torch.float32)
-        target = self.estimate(pred, x_s) + off + torch.where(off < 0, -0.1, 0.1)
+        # Targets differ from the estimate by 0.1 or more: where the difference is less than c, the
+        # slope multiplies every rounding error by 1 / c.
+        offset = self.random(torch.float32)
+        target = self.estimate(pred, x_s) + offset + torch.where(offset < 0, -0.1, 0.1)
         self.weight = torch.rand(self.batch, generator=self.generator, device=self.device) + 0.5
         self.inputs = (pred, x_s, target)
 
     def estimate(self, pred, x_s):
-        """The student's x0."""
+        """The student's x0 (B, ...) from its output pred and its input x_s, both (B, ...)."""
         a = self.alphas_cumprod[self.s]
         return (x_s - column((1 - a).sqrt(), x_s) * pred) / column(a.sqrt(), x_s)
 
@@ -305,7 +326,7 @@ class X0Loss(Op):
     @staticmethod
     @torch.enable_grad()
     def with_gradient(loss, pred, x_s, target):
-        """(loss, per sample, gradient) of a loss function."""
+        """Runs a loss forward and backward: (loss, loss per sample (B,), gradient of pred)."""
         pred = pred.detach().requires_grad_(True)
         value, per_sample = loss(pred, x_s, target)
         (gradient,) = torch.autograd.grad(value, pred)
@@ -326,9 +347,10 @@ class X0Loss(Op):
 
 
 class EmaUpdate(Op):
-    """`ema_update` against the loop over parameters, with one kernel less than in diffusers' EMAModel."""
+    """`ema_update` against a loop over the parameters of a network.
 
-    training = True
+    The loop has one kernel less than that of diffusers' EMAModel.
+    """
 
     def __init__(self, network: str, dtype: str, device: torch.device) -> None:
         self.sizes = [p.shape for p in NETS[network]().network().parameters()]
@@ -336,8 +358,10 @@ class EmaUpdate(Op):
 
     def build(self) -> None:
         masters = [torch.randn(size, generator=self.generator, device=self.device) for size in self.sizes]
-        live = [torch.randn(size, generator=self.generator, device=self.device).to(self.low) for size in self.sizes]
-        shadows = [m.to(self.low) for m in masters] if self.low != torch.float32 else []
+        live = [
+            torch.randn(size, generator=self.generator, device=self.device).to(self.torch_dtype) for size in self.sizes
+        ]
+        shadows = [m.to(self.torch_dtype) for m in masters] if self.torch_dtype != torch.float32 else []
         self.inputs = (masters, live, shadows)
 
     def ours(self, masters, live, shadows):
@@ -352,28 +376,32 @@ class EmaUpdate(Op):
 
     plain = eager
 
-    def moved(self, update: Callable) -> list[torch.Tensor]:
-        """Masters and shadows, flat, after an update of copies, whose shadows are empty beforehand."""
+    def after(self, update: Callable) -> list[torch.Tensor]:
+        """Masters and shadows, each as one flat tensor, after an update of copies.
+
+        The copied shadows are zero before the update. In float32 there are none.
+        """
         masters, live, shadows = ([t.clone() for t in tensors] for tensors in self.inputs)
         update(masters, live, [t.zero_() for t in shadows])
         return [torch.cat([t.flatten() for t in tensors]) for tensors in (masters, shadows) if tensors]
 
     def compare(self, name: str, found: list[torch.Tensor]) -> Iterator[Comparison]:
-        truth, *_ = self.moved(self.eager)
+        """Compares masters and shadows with the eager masters, which shadows copy."""
+        truth, *_ = self.after(self.eager)
         for what, tensor in zip(("masters", "shadows"), found, strict=False):
             yield Comparison(f"{name}{what}", tensor, truth)
 
     def check(self) -> Iterator[Comparison]:
-        yield from self.compare("", self.moved(self.ours))
-        yield from self.compare("eager ", self.moved(self.eager))
+        yield from self.compare("", self.after(self.ours))
+        yield from self.compare("eager ", self.after(self.eager))
 
     def check_compiled(self, compiled) -> Iterator[Comparison]:
-        """The compiled function works in place: on the inputs themselves, which go on from there."""
-        before = self.inputs
-        self.inputs = tuple([t.clone() for t in tensors] for tensors in before)
+        """Compares on copies of `inputs`, because the compiled function writes to them."""
+        original = self.inputs
+        self.inputs = tuple([t.clone() for t in tensors] for tensors in original)
         for shadow in self.inputs[2]:
             shadow.zero_()
         compiled()
         found = [torch.cat([t.flatten() for t in tensors]) for tensors in self.inputs[::2] if tensors]
-        self.inputs = before
+        self.inputs = original
         yield from self.compare("compiled ", found)

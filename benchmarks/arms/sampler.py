@@ -1,4 +1,4 @@
-"""The arms of `bench_sampler.py`: ways to draw the same pictures under guidance, on one network and one negative."""
+"""The arms of `bench_sampler.py`: ways to draw the same guided pictures with one network."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.environment import synchronize
 from benchmarks.nets import BenchNet
 from selfnpo_fast import GuidedSampler, attach_negative
 from selfnpo_fast.guidance.sampler import SamplerConfig, make_scheduler, start_noise
@@ -21,13 +22,15 @@ from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank
 
 RANK = 16
+"""Rank of the negative's LoRA."""
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""Layers of the LoRA: the default of `lora.targets`."""
 GUIDANCE_SCALE = 7.5
 SEED = 0
 
 
 def random_lora(network: nn.Module, rank: int = RANK) -> Deltas:
-    """A low-rank update of every attention projection, as `lora.targets` has them by default."""
+    """A random low-rank update of every attention projection of the network."""
     generator, deltas = torch.Generator().manual_seed(SEED + 7), {}
     for path, layer in network.named_modules():
         if isinstance(layer, nn.Linear) and path.endswith(TARGETS):
@@ -38,7 +41,7 @@ def random_lora(network: nn.Module, rank: int = RANK) -> Deltas:
 
 
 def merge(network: nn.Module, deltas: Deltas) -> None:
-    """Fold the update into the network's own weights."""
+    """Adds the update to the network's weights in place."""
     with torch.no_grad():
         for path, delta in deltas.items():
             weight = network.get_submodule(path).weight
@@ -47,24 +50,31 @@ def merge(network: nn.Module, deltas: Deltas) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to draw; `prepare(bench)` gives a function that draws latents and whatever undoes it."""
+    """One way to draw."""
 
     name: str
+    """Name in the results."""
     label: str
+    """Name in table and chart."""
     prepare: Callable[[Bench, ExitStack], Callable[[], torch.Tensor]]
+    """Returns a function that draws latents (B, C, H, W); the ExitStack takes its clean-up."""
     truth: str
-    """Whose latents these have to be: `plain` guidance or guidance against the `negative`."""
+    """The right latents: those of "plain" guidance, or of guidance against the "negative"."""
     networks: int = 1
+    """Whole networks that the arm holds."""
 
 
 class Bench:
-    """One network with a LoRA, and the same as a whole second network."""
+    """A network and a negative of it, which is a LoRA or, merged, a second whole network.
+
+    `batch` is the number of pictures per call, `steps` the number of DDIM steps.
+    """
 
     def __init__(self, net: BenchNet, *, batch: int, steps: int, device: torch.device, dtype: torch.dtype) -> None:
         self.net, self.batch, self.device = net, batch, device
         self.network = net.network(dtype).to(device)
         self.deltas = random_lora(self.network)
-        self.full: nn.Module | None = None  # made when an arm needs it: peak memory is that of each arm alone
+        self.full: nn.Module | None = None  # built when an arm first needs it: the others do without its memory
         self.dtype = dtype
         table = net.table(batch, dtype, device)
         self.prompts, self.empty = table.gather(torch.arange(batch, device=device) + 1), table.empty(1)
@@ -72,14 +82,14 @@ class Bench:
         self.noise = start_noise(list(range(batch)), net.latent_shape, device)
 
     def second(self) -> nn.Module:
-        """The negative as a network of its own."""
+        """The negative as a whole network."""
         if self.full is None:
             self.full = self.net.network(self.dtype).to(self.device)
             merge(self.full, self.deltas)
         return self.full
 
     def pipeline(self) -> StableDiffusionPipeline:
-        """The stock pipeline around the network; text and pictures are left out, in all arms alike."""
+        """The stock pipeline around the network, without text encoder and autoencoder."""
         scheduler = DDIMScheduler.from_config(self.net.adapter.scheduler_config, clip_sample=False)
         parts = {"vae": None, "text_encoder": None, "tokenizer": None, "safety_checker": None}
         pipe = StableDiffusionPipeline(
@@ -89,7 +99,7 @@ class Bench:
         return pipe
 
     def draw_stock(self, pipe: StableDiffusionPipeline) -> torch.Tensor:
-        """Latents (B, C, H, W) by the pipeline's own call."""
+        """Latents (B, C, H, W) from a call of the pipeline."""
         row = self.prompts["encoder_hidden_states"]
         side = self.net.latent_shape[-1] * pipe.vae_scale_factor
         return pipe(
@@ -104,12 +114,12 @@ class Bench:
         ).images
 
     def sampler(self, negative: Negative | None) -> Drawing:
-        """Latents by a GuidedSampler."""
+        """A function that draws latents with a GuidedSampler."""
         return Drawing(self, GuidedSampler(self.net.adapter, self.network, negative))
 
 
 class Drawing:
-    """Draws latents with a sampler, and can tell the time within networks from the rest."""
+    """Draws latents with a GuidedSampler, and measures how much of a call the networks take."""
 
     def __init__(self, bench: Bench, sampler: GuidedSampler) -> None:
         self.bench, self.sampler = bench, sampler
@@ -119,7 +129,7 @@ class Drawing:
         return self.sampler.latents(bench.prompts, bench.empty, list(range(bench.batch)), bench.config)
 
     def beyond(self) -> float:
-        """The share of one call that is not spent in forwards of networks."""
+        """Runs one call; returns the share of its time outside of the networks' forwards."""
         branches, device, inside = self.sampler._branches, self.bench.device, 0.0
         forward = branches.predict
 
@@ -136,17 +146,20 @@ class Drawing:
         start = time.perf_counter()
         self()
         synchronize(device)
-        whole = time.perf_counter() - start
+        total = time.perf_counter() - start
         branches.predict = forward
-        return 1 - inside / whole
+        return 1 - inside / total
 
 
 def _stock(bench: Bench, _: ExitStack) -> Callable[[], torch.Tensor]:
+    """Prepares the stock pipeline with plain guidance."""
     pipe = bench.pipeline()
     return lambda: bench.draw_stock(pipe)
 
 
 def _attached(kind: str) -> Callable:
+    """Prepares the stock pipeline with a negative attached; kind is "lora" or "full"."""
+
     def prepare(bench: Bench, undo: ExitStack) -> Callable[[], torch.Tensor]:
         pipe = bench.pipeline()
         undo.enter_context(attach_negative(pipe, _negative(bench, kind)))
@@ -156,17 +169,22 @@ def _attached(kind: str) -> Callable:
 
 
 def _negative(bench: Bench, kind: str) -> Negative | None:
+    """The negative as a LoRA ("lora"), as a whole network ("full"), or None ("none")."""
     if kind == "lora":
         return Negative("bench", deltas=bench.deltas)
     return Negative("bench", network=bench.second()) if kind == "full" else None
 
 
 def _sampled(kind: str) -> Callable:
+    """Prepares a GuidedSampler with a negative of this kind."""
     return lambda bench, _: bench.sampler(_negative(bench, kind))
 
 
 def _two_networks(bench: Bench, _: ExitStack) -> Callable[[], torch.Tensor]:
-    """Two whole networks, one forward after the other, eager guidance and diffusers' own step, as the authors do."""
+    """Prepares what the authors do: two whole networks, with eager guidance and diffusers' step.
+
+    Each step makes one forward after the other.
+    """
     scheduler = make_scheduler("ddim", bench.net.adapter.scheduler_config)
     second = bench.second()
 
@@ -202,7 +220,10 @@ ARMS = (
 
 
 def peak_bytes(draw: Callable[[], torch.Tensor], networks: list[nn.Module], extra: int, device: torch.device) -> int:
-    """Bytes of weights held and of the most that one call allocates beside them, by PyTorch's allocation records."""
+    """Bytes of the networks' weights, plus `extra`, plus the most that a call of `draw` allocates.
+
+    The allocations are those of PyTorch's allocation records.
+    """
     held = sum(p.nbytes for network in networks for p in (*network.parameters(), *network.buffers())) + extra
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
@@ -215,9 +236,3 @@ def peak_bytes(draw: Callable[[], torch.Tensor], networks: list[nn.Module], extr
         if event.name() == "[memory]" and event.device_type() == kind
     )
     return held + max(accumulate((size for _, size in blocks), initial=0))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

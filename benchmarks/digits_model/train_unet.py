@@ -15,10 +15,11 @@ from selfnpo_fast.scoring.digits.domain import digits_domain
 
 STEPS, BATCH, RATE, EMA, DROPOUT, SEED = 4000, 64, 1e-3, 0.997, 0.1, 2
 MAX_TOKENS = 16
+"""Token ids per prompt, start, end and padding included."""
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges spell each word of the domain as one token; other words fall into letters."""
+    """A CLIP tokenizer that has each word of the domain as one token, and spells other words."""
     domain = digits_domain()
     words = domain.template.replace("{", "").replace("}", "").split()
     words += [*domain.digits, *domain.ink_names, *domain.background_names]
@@ -37,7 +38,7 @@ def new_tokenizer() -> CLIPTokenizer:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text model over the trimmed vocabulary."""
+    """An untrained two-layer CLIP text model over the tokenizer's vocabulary."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -54,7 +55,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """1.1 M parameters: small enough to keep visible flaws, as real models have."""
+    """The untrained UNet, 1.1 M parameters: so small that flaws stay visible, as in real models."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -84,18 +85,30 @@ def new_scheduler() -> DDIMScheduler:
 
 
 class Denoiser(torch.nn.Module):
-    """UNet and text encoder as one module, so that one optimiser and one average hold both."""
+    """UNet and text encoder as one module, for one optimiser and one running average."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Predicted noise (B, 4, 8, 8).
+
+        `noisy`: (B, 4, 8, 8), noisy latents.
+        `timesteps`: (B,).
+        `tokens`: (B, 16), token ids.
+        """
         return self.unet(noisy, timesteps, self.text_encoder(tokens).last_hidden_state).sample
 
 
 def train(latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, progress: Progress) -> Denoiser:
-    """Fit epsilon prediction on scaled latents (N, 4, 8, 8) with token ids (N, 16); returns the averaged weights."""
+    """Fits epsilon prediction; returns the running average. Goes on from what `progress` saved.
+
+    `latents`: (N, 4, 8, 8), scaled to unit variance.
+    `tokens`: (N, 16) int64, token ids of the latents' prompts.
+    `empty`: (1, 16) int64, token ids of the empty prompt, which replaces a share DROPOUT of the
+    prompts.
+    """
     torch.manual_seed(SEED)
     denoiser = Denoiser(new_unet(), new_text_encoder(new_tokenizer()))
     averaged = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(EMA))

@@ -9,13 +9,13 @@ from diffusers import AutoencoderKL
 
 from benchmarks.digits_model import data
 from benchmarks.digits_model.checkpoints import Progress
-from selfnpo_fast.scoring.digits.domain import digits_domain
+from selfnpo_fast.scoring.digits.domain import Label, digits_domain
 
 STEPS, BATCH, RATE, KL_WEIGHT, SEED = 2400, 32, 2e-3, 1e-7, 1
 
 
 def new_vae() -> AutoencoderKL:
-    """The untrained network."""
+    """The untrained autoencoder."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -30,7 +30,11 @@ def new_vae() -> AutoencoderKL:
 
 
 def train(work: Path, progress: Progress) -> AutoencoderKL:
-    """Fit the autoencoder (L1 + L2 + a small KL) on freshly coloured digits of the model split; resumable."""
+    """Fits the autoencoder and returns it; goes on from what `progress` saved.
+
+    The loss is L1 + 2 L2 + KL_WEIGHT KL on digits of the model split in colours drawn for each
+    batch.
+    """
     torch.manual_seed(SEED)
     domain = digits_domain()
     coverage, digits = data.load_split(work, "model")
@@ -46,7 +50,8 @@ def train(work: Path, progress: Progress) -> AutoencoderKL:
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample(generator=generator)).sample
         error = decoded - images
-        # Squares on top of L1: thin strokes are few pixels, and their colour is what an L1 loss gives up first.
+        # Squares in addition to L1: thin strokes are few pixels, and L1 gives up their colour
+        # first.
         loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -58,8 +63,8 @@ def train(work: Path, progress: Progress) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_split(vae: AutoencoderKL, work: Path, seed: int) -> tuple[torch.Tensor, list]:
-    """Latent means (N, 4, 8, 8), unscaled, and labels of the model split under the colouring `seed`."""
+def encode_split(vae: AutoencoderKL, work: Path, seed: int) -> tuple[torch.Tensor, list[Label]]:
+    """The model split in the colours of `seed`: unscaled latent means (N, 4, 8, 8) and N labels."""
     domain = digits_domain()
     coverage, digits = data.load_split(work, "model")
     labels = data.draw_labels(domain, digits, seed, skip_held_out=True)

@@ -1,4 +1,6 @@
-"""Trains and draws recipes of the digits report without scoring them, so that several processes can share the work.
+"""Trains and draws recipes of the digits report without scoring them.
+
+So several processes can share the work:
 
 python -m benchmarks.digits_report.make                      # all that is missing
 python -m benchmarks.digits_report.make "w = -5" frozen      # these recipes
@@ -18,14 +20,20 @@ from benchmarks.digits_report.painter import BASE, Painter
 from benchmarks.digits_report.recipes import CONFIRMATION_SEEDS, RECIPES, SHIPPED, TRAINING_SEEDS, calibrate, train
 
 BASE_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
+"""Guidance scales of plain guidance."""
 SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+"""Guidance scales of the recipes' arms."""
 WORK = Path("build/report")
+"""Folder of trained negatives and cached pictures."""
 CHOICE_SEED, CONFIRMATION_SEED = 1, 0
-"""Seeds of the prompts' order and the pictures' noise: the first chooses a recipe, the other judges the choice."""
+"""Seeds of prompt order and noise: the first chooses a recipe, the second judges the choice."""
 
 
 def load_calibration(work: Path) -> dict[str, dict[str, float]]:
-    """Measured once, on a machine that does nothing else."""
+    """What `recipes.calibrate` measured, kept in calibration.json.
+
+    The machine should do nothing else while it measures.
+    """
     file = work / "calibration.json"
     if not file.exists():
         measured = calibrate(work)
@@ -34,12 +42,12 @@ def load_calibration(work: Path) -> dict[str, dict[str, float]]:
 
 
 def new_painter(work: Path, name: str) -> Painter:
-    """The painter of a recipe: the shipped config has pictures of its own."""
+    """The painter of a recipe. The shipped config is judged on other pictures than the rest."""
     return Painter(work, len(TRAINING_SEEDS), CONFIRMATION_SEED if name == SHIPPED else CHOICE_SEED)
 
 
 def add_recipe(painter: Painter, name: str, work: Path, calibration: Mapping) -> list[str]:
-    """Train what is missing of a recipe and make its arms known to the painter; returns their names."""
+    """Trains what is missing of a recipe and adds its arms to the painter; returns their names."""
     seeds = CONFIRMATION_SEEDS if name == SHIPPED else TRAINING_SEEDS
     folders = [train(name, seed, work, calibration) for seed in seeds]
     painter.add(name, folders, "empty")
@@ -50,14 +58,14 @@ def add_recipe(painter: Painter, name: str, work: Path, calibration: Mapping) ->
 
 
 def draw(painter: Painter, arms: Iterable[str], scales: Iterable[float]) -> None:
-    """Fill the cache."""
+    """Fills the painter's cache."""
     for arm in arms:
         for scale in scales:
             painter.all_of(arm, scale)
 
 
 def main() -> None:
-    """Train and draw the recipes named, or all."""
+    """Trains and draws the recipes that the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", metavar="recipe", help=f"of {', '.join([*RECIPES, SHIPPED, BASE])}")
     parser.add_argument("--work", type=Path, default=WORK)

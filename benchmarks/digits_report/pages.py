@@ -1,4 +1,7 @@
-"""The digits report as a page: tables, plots and pictures from the records in digits.json."""
+"""The digits report as a page: tables, plots and pictures from the records in digits.json.
+
+An arm's record is what `report.Report` keeps of it; `arms` is a mapping of all records by arm.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from PIL import Image
 from benchmarks.digits_report.painter import BASE, PROMPTS, STEPS, Painter
 from benchmarks.digits_report.recipes import CONFIRMATION_SEEDS, RECIPES, SHIPPED, START, TRAINING_SEEDS
 from selfnpo_fast.runtime.images import image_grid, to_pil
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
-from selfnpo_fast.scoring.intervals import Interval
-from selfnpo_fast.scoring.report import plot_frontier
-from selfnpo_fast.scoring.sweep import Results, Row
+from selfnpo_fast.scoring.digits.measures import ROLES, Realness
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
+from selfnpo_fast.scoring.plots import plot_frontier
+from selfnpo_fast.scoring.results import Results, Row
 
 FINDINGS = Path(__file__).parent / "findings.md"
-"""What a person read from the numbers; everything else on the page is made from them."""
+"""What a person read from the numbers; everything else on the page is made from the numbers."""
 
 GROUPS = {
     "modes": ["continuous", "lockstep", "full", "naive"],
@@ -27,29 +30,23 @@ GROUPS = {
     "data": ["continuous", "data", "data, same prompt", "authors"],
     "prompts": ["continuous", "continuous, same prompt", "w = -5", "w = -5, same prompt"],
 }
+"""Arms that share a frontier plot, by the plot's name."""
 PAIRS = 12
-
-
-def _interval(record: Mapping[str, float]) -> Interval:
-    return Interval(**{name: record[name] for name in ("value", "low", "high")})
-
-
-def _row(record: Mapping) -> Row:
-    fields = dict(record) | {name: _interval(record[name]) for name in ("precision", "density", "recall", "coverage")}
-    fields["means"] = {name: _interval(value) for name, value in record["means"].items()}
-    fields["held_out"] = record["held_out"] and _interval(record["held_out"])
-    return Row(**fields)
+"""Pairs of pictures on each page of extremes."""
 
 
 def results_of(arms: Mapping[str, Mapping], names: Sequence[str], base: str = BASE) -> Results:
-    """Rows of some arms and the baseline as `Results`, for the plots of `scoring.report`."""
-    rows = [_row(record) for name in (base, *names) for record in arms[name]["rows"]]
+    """Rows of the arms `names` and of the baseline (record `base`), for the plots of `scoring`.
+
+    The baseline keeps only the scales that other arms have.
+    """
+    rows = [Row.from_record(record) for name in (base, *names) for record in arms[name]["rows"]]
     shared = {row.guidance_scale for row in rows if row.arm != BASE}
     rows = [row for row in rows if row.arm != BASE or row.guidance_scale in shared]
     return Results(
         baseline=BASE,
-        accuracy=DigitsScorers.accuracy,
-        compared=tuple(DigitsScorers.compared),
+        roles=ROLES,
+        over_real=(),
         rows=rows,
         comparisons=[],
         recall_gains=[],
@@ -67,7 +64,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _summary(arms: Mapping[str, Mapping]) -> str:
-    """One line per arm."""
+    """The table of all arms against plain guidance, one line per arm."""
     rows = []
     base = min(arms[BASE]["rows"], key=lambda row: row["frechet"])
     for name, record in arms.items():
@@ -88,7 +85,7 @@ def _summary(arms: Mapping[str, Mapping]) -> str:
 
 
 def _against(arms: Mapping[str, Mapping]) -> str:
-    """Differences to `continuous` at equal scale."""
+    """The table of differences to `continuous` at equal scale."""
     rows = []
     for name, record in arms.items():
         for scale in ("1.5", "2", "3"):
@@ -98,7 +95,8 @@ def _against(arms: Mapping[str, Mapping]) -> str:
     return _table(["arm", "guidance_scale", "realness", "digit log-probability"], rows)
 
 
-def _what(arms: Mapping[str, Mapping]) -> str:
+def _recipes(arms: Mapping[str, Mapping]) -> str:
+    """The table of what each arm is."""
     rows = []
     for name, recipe in RECIPES.items():
         if name in arms:
@@ -108,6 +106,7 @@ def _what(arms: Mapping[str, Mapping]) -> str:
 
 
 def _points(arms: Mapping[str, Mapping]) -> str:
+    """The table of every arm at every scale."""
     head = ["arm", "guidance_scale", "accuracy", "colour", "digit log-prob", "realness", "Frechet"]
     head += ["precision", "density", "recall", "coverage"]
     rows = []
@@ -122,16 +121,16 @@ def _points(arms: Mapping[str, Mapping]) -> str:
 
 
 def plot_gains(arms: Mapping[str, Mapping]) -> Figure:
-    """Every arm's highest realness against plain guidance's: interval, and one dot per training seed."""
+    """Every arm's highest realness minus plain guidance's: an interval, and a dot per seed."""
     reaches = {name: record.get("reach", {}).get("realness") for name, record in arms.items() if name != SHIPPED}
     chosen = {name: reach for name, reach in reaches.items() if reach}
     figure = Figure(figsize=(7, 0.34 * len(chosen) + 1.2), dpi=140, layout="constrained")
     axes = figure.add_subplot()
-    for place, reach in enumerate(reversed(chosen.values())):
+    for height, reach in enumerate(reversed(chosen.values())):
         difference = reach["difference"]
-        (line,) = axes.plot([difference["low"], difference["high"]], [place, place], linewidth=2, alpha=0.6)
-        axes.plot(difference["value"], place, "|", markersize=12, color=line.get_color())
-        axes.plot(reach["by_seed"], [place] * len(reach["by_seed"]), "o", markersize=4, color=line.get_color())
+        (line,) = axes.plot([difference["low"], difference["high"]], [height, height], linewidth=2, alpha=0.6)
+        axes.plot(difference["value"], height, "|", markersize=12, color=line.get_color())
+        axes.plot(reach["by_seed"], [height] * len(reach["by_seed"]), "o", markersize=4, color=line.get_color())
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(chosen)), list(reversed(chosen)), fontsize=8)
     axes.set_title("Highest realness, difference to plain guidance (95% interval; dots: training seeds)", fontsize=9)
@@ -140,17 +139,21 @@ def plot_gains(arms: Mapping[str, Mapping]) -> Figure:
     return figure
 
 
-def extreme_pairs(painter: Painter, record: Mapping, scorers: DigitsScorers) -> tuple[Image.Image, Image.Image]:
-    """The pictures that gained and lost most realness: left plain guidance, right with the negative; same seeds."""
+def extreme_pairs(painter: Painter, record: Mapping, scorer: FittedScorer) -> tuple[Image.Image, Image.Image]:
+    """Two pages: the pictures that gained most realness, and those that lost most.
+
+    `record` is the shipped config's. In each pair plain guidance is on the left and the negative on
+    the right, from the same seed.
+    """
     reach = record["reach"]["realness"]
     scales = {SHIPPED: reach["guidance_scale"], BASE: reach["base_guidance_scale"]}
     images = {arm: painter.all_of(arm, scale) for arm, scale in scales.items()}
-    labels = [case.label for case in painter.cases]
-    realness = {arm: scorers.score(stack, labels).realness for arm, stack in images.items()}
+    prompts = [case.prompt for case in painter.cases]
+    realness = {arm: Realness(scorer).score(stack, prompts) for arm, stack in images.items()}
     order = (realness[SHIPPED] - realness[BASE]).argsort()
     title = f"left: plain guidance at {scales[BASE]:g}; right: with the negative at {scales[SHIPPED]:g}"
     pages = []
-    for which, chosen in (("most realness gained", order.flip(0)[:PAIRS]), ("most realness lost", order[:PAIRS])):
+    for heading, chosen in (("most realness gained", order.flip(0)[:PAIRS]), ("most realness lost", order[:PAIRS])):
         tiles, captions = [], []
         for i in chosen.tolist():
             left, right = to_pil(torch.stack([images[BASE][i], images[SHIPPED][i]]))
@@ -160,11 +163,12 @@ def extreme_pairs(painter: Painter, record: Mapping, scorers: DigitsScorers) -> 
             tiles.append(tile)
             values = f"{realness[BASE][i]:.2f} to {realness[SHIPPED][i]:.2f}"
             captions.append(f"{painter.cases[i].prompt} ({values})")
-        pages.append(image_grid(tiles, 4, captions, title=f"{which}; {title}"))
+        pages.append(image_grid(tiles, 4, captions, title=f"{heading}; {title}"))
     return pages[0], pages[1]
 
 
 def _confirmed(arms: Mapping[str, Mapping]) -> list[str]:
+    """The section on the shipped config; nothing where it was not measured."""
     if SHIPPED not in arms:
         return []
     record = arms[SHIPPED]
@@ -183,7 +187,7 @@ def _confirmed(arms: Mapping[str, Mapping]) -> list[str]:
 
 
 def markdown(arms: Mapping[str, Mapping], calibration: Mapping[str, Mapping[str, float]]) -> str:
-    """The whole page."""
+    """The whole page. `calibration` is what `recipes.calibrate` measured."""
     return "\n\n".join(part for part in (*_head(arms), *_confirmed(arms), *_body(arms, calibration)) if part) + "\n"
 
 
@@ -219,31 +223,36 @@ def _body(arms: Mapping[str, Mapping], calibration: Mapping[str, Mapping[str, fl
         f"{per_update}. Lockstep costs as much as full simulation here, since a batch runs until its last sample has "
         "stopped.",
         "## Frontiers",
-        *(f"![Precision against recall: {name}](digits/{name}.png)" for name in _shown(arms)),
+        *(f"![Precision against recall: {name}](digits/{name}.png)" for name in _complete_groups(arms)),
         "## The arms",
         f"Starting point: `{' '.join(f'--{key} {value}' for key, value in START.items())}`",
-        _what(arms),
+        _recipes(arms),
         "<details><summary>All points</summary>",
         _points(arms),
         "</details>",
     ]
 
 
-def _shown(arms: Mapping[str, Mapping]) -> list[str]:
+def _complete_groups(arms: Mapping[str, Mapping]) -> list[str]:
+    """The groups of GROUPS whose arms were all measured."""
     return [group for group, names in GROUPS.items() if all(name in arms for name in names)]
 
 
 def write_pages(arms: Mapping, calibration: Mapping, results: Path, painter: Painter | None) -> None:
-    """digits.md and digits/*.png. The pairs need pictures: without a painter those on the disk stay."""
+    """Writes digits.md and digits/*.png into the folder `results`.
+
+    Pairs of pictures need the painter of the shipped config; without a painter the pairs on the
+    disk stay.
+    """
     folder = results / "digits"
     folder.mkdir(parents=True, exist_ok=True)
-    for group in _shown(arms):
+    for group in _complete_groups(arms):
         plot_frontier(results_of(arms, GROUPS[group])).savefig(folder / f"{group}.png")
     plot_gains(arms).savefig(folder / "gains.png")
     if SHIPPED in arms:
         plot_frontier(results_of(arms, [SHIPPED], f"{BASE}, {SHIPPED}")).savefig(folder / "shipped.png")
         if painter is not None:
-            best, worst = extreme_pairs(painter, arms[SHIPPED], DigitsScorers.load())
+            best, worst = extreme_pairs(painter, arms[SHIPPED], FittedScorer.load())
             best.save(folder / "best_pairs.png")
             worst.save(folder / "worst_pairs.png")
     (results / "digits.md").write_text(markdown(arms, calibration), encoding="utf-8")

@@ -1,7 +1,8 @@
 """The recipes that the digits report compares, and how one of them is trained.
 
-Every recipe is `selfnpo train` with START and a few changes. Runs use one thread each, so that two can share a machine
-without slowing each other; their results do not depend on that.
+Every recipe is `selfnpo train` with START and a few changes. Each run uses one thread, so that two
+runs can share a machine without slowing each other; the number of threads does not change their
+results.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING_SEEDS = (1, 2, 3)
+"""Seeds of every recipe's runs."""
 CONFIRMATION_SEEDS = (11, 12, 13)
-"""Seeds of the shipped config's own runs: no recipe was chosen by them."""
+"""Seeds of the shipped config's runs: no recipe was chosen by them."""
 
 START: dict[str, object] = {
     "model.path": "digits",
@@ -48,11 +50,13 @@ class Recipe:
     """Changes to START, and what the arm is for."""
 
     what: str
+    """What the arm is, for the page."""
     changes: Mapping[str, object] = field(default_factory=dict)
+    """Options that differ from START."""
     same_prompt: bool = False
-    """Whether the negative branch is tried with the positive's prompt, too."""
+    """Whether the negative branch is also tried with the positive's prompt."""
     equal_seconds: bool = False
-    """Train for as long as `continuous` takes instead of for as many pairs."""
+    """Whether it trains for as long as `continuous` takes instead of for as many pairs."""
 
 
 RECIPES = {
@@ -80,7 +84,7 @@ RECIPES = {
     "full": Recipe("full simulation K = 25 from noise: the paper's baseline", _FULL),
 }
 SHIPPED = "shipped"
-"""configs/digits.yaml as it is, with its own training seeds and pictures: the confirmation of what was chosen."""
+"""configs/digits.yaml with other training seeds and pictures: it confirms what was chosen."""
 
 
 def slug(name: str) -> str:
@@ -89,6 +93,10 @@ def slug(name: str) -> str:
 
 
 def selfnpo_train(output: Path, options: Mapping[str, object]) -> None:
+    """Runs `selfnpo train` into `output` in one thread.
+
+    Raises RuntimeError with the end of its output on failure.
+    """
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     config = ["--config", str(ROOT / "configs" / "digits.yaml")]  # first: later words override it
     command = [sys.executable, "-m", "selfnpo_fast.cli", "train", *config, *words, "--overwrite"]
@@ -99,7 +107,11 @@ def selfnpo_train(output: Path, options: Mapping[str, object]) -> None:
 
 
 def options_of(name: str, calibration: Mapping[str, Mapping[str, float]]) -> dict[str, object]:
-    """The options of a recipe. `calibration` holds the updates that fit into the time of `continuous`."""
+    """The options of a recipe over configs/digits.yaml.
+
+    `calibration` is what `calibrate` returned: it holds the updates that fit into the seconds of
+    `continuous`.
+    """
     if name == SHIPPED:
         return {}
     recipe = RECIPES[name]
@@ -112,7 +124,7 @@ def options_of(name: str, calibration: Mapping[str, Mapping[str, float]]) -> dic
 
 
 def train(name: str, seed: int, work: Path, calibration: Mapping[str, Mapping[str, float]]) -> Path:
-    """The folder of one run's negative model; trained unless it is there already."""
+    """The output folder of one run; trains the run unless its negative model is there already."""
     output = work / slug(name) / f"seed{seed}"
     if not (output / "negative").is_dir():
         common = {"output": output, "log.sample_every": -1, "log.every": 20, "seed": seed}
@@ -122,7 +134,10 @@ def train(name: str, seed: int, work: Path, calibration: Mapping[str, Mapping[st
 
 
 def _seconds(output: Path, pairs: int) -> tuple[float, float]:
-    """(seconds of the start-up pass, seconds per update) of a run that logged twice."""
+    """(seconds of the start-up pass, seconds per update) of a run that logged twice.
+
+    `pairs` is the number of pairs between two logs.
+    """
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     first, second = (pairs / row["pairs_per_second"] for row in rows)
     updates = rows[0]["update"]
@@ -130,7 +145,11 @@ def _seconds(output: Path, pairs: int) -> tuple[float, float]:
 
 
 def calibrate(work: Path, rounds: int = 3, updates: int = 6) -> dict[str, dict[str, float]]:
-    """How many updates of the slower modes fit into the seconds of START's, start-up included; modes take turns."""
+    """Measures start-up and updates of each mode, and how many updates take as long as START's run.
+
+    Seconds are medians over `rounds` runs of each mode; the modes take turns. Start-up is part of a
+    run.
+    """
     modes = {name: RECIPES[name] for name in ("continuous", "lockstep", "full")}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in modes}
     for _ in range(rounds):

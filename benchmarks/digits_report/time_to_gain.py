@@ -1,15 +1,17 @@
-"""Seconds of training until a negative brings a given gain, on digits: ours, the authors' recipe, full simulation.
+"""Seconds of training until a negative brings a given gain, on digits, for several recipes.
 
-    python -m benchmarks.digits_report.time_to_gain train     # negatives along three runs per recipe, and their scores
-    python -m benchmarks.digits_report.time_to_gain time      # seconds per update; on a machine that does nothing else
-    python -m benchmarks.digits_report.time_to_gain report    # results/time_to_gain.json and .png from the two
+    python -m benchmarks.digits_report.time_to_gain train     # negatives, and their scores
+    python -m benchmarks.digits_report.time_to_gain time      # seconds per update, when idle
+    python -m benchmarks.digits_report.time_to_gain report    # results/time_to_gain.json and .png
 
-A recipe is trained with three seeds; its checkpoints draw 560 pictures at two guidance scales, and the best mean
-realness at an accuracy of 95%, less plain guidance's best on the same prompts and noise, is the gain. Seconds are
-updates times the seconds of one update (every schedule of `bench_step`, one run, taking turns), plus what fills a
-continuous rollout's slots, a quarter in each of the first four updates. So a schedule that makes the same pairs with
-more forwards shares the gains of the cheaper one, and noise of the machine during training counts for nobody. All
-stages go on where they were; two `train` processes can take half the recipes each.
+A recipe is trained with three seeds, and its checkpoints draw 560 pictures at two guidance scales.
+The gain is the best mean realness at an accuracy of 95%, less plain guidance's best on the same
+prompts and noise. Seconds are updates times the seconds of one update (every schedule of
+`bench_step`, in one run, taking turns), plus the seconds that fill a continuous rollout's slots, a
+quarter of them in each of the first four updates. So a schedule that makes the same pairs with more
+forwards shares the gains of the cheaper one, and noise of the machine during training counts for
+nobody. All stages go on where they stopped; two `train` processes can take half of the recipes
+each.
 """
 
 from __future__ import annotations
@@ -37,29 +39,43 @@ from benchmarks.nets import digits
 from selfnpo_fast.config import RolloutConfig
 from selfnpo_fast.rollout import ContinuousRollout
 from selfnpo_fast.runtime.console import quiet_libraries
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
+from selfnpo_fast.scoring.digits.measures import ROLES, digits_measures
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
 
 WORK = Path("build/time_to_gain")
+"""Folder of negatives, pictures and scores."""
 PICTURES_SEED = 5
-"""Of the pictures' prompts and noise: neither those of the report's choice nor of its confirmation."""
+"""Seed of prompt order and noise: neither CHOICE_SEED nor CONFIRMATION_SEED of the report."""
 SCALES = (2.0, 3.0)
+"""Guidance scales of the negatives."""
 BASE_SCALES = (2.0, 2.5, 3.0, 4.0)
+"""Guidance scales of plain guidance."""
 CONTROL_UPDATE = 3
+"""The update after which the control takes its negatives."""
 LEAST_ACCURACY = 0.95
+"""Accuracy from which on a scale counts."""
 TARGETS = (0.01, 0.02, 0.03, 0.04)
+"""Gains in mean realness to which the seconds are counted."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""File name of a network's weights in diffusers format."""
 BATCH = int(START["engine.batch_size"])
+"""Pairs per update."""
 POOL = RolloutConfig().pool
+"""Batches of slots of a continuous rollout."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """A recipe, the updates at which its negative is judged, and the schedules that make its pairs (names of ARMS)."""
+    """A recipe, when its negative is judged, and the schedules that make the same pairs."""
 
     recipe: str
+    """Name of one of RECIPES."""
     updates: Sequence[int]
+    """Updates at which the negative is judged."""
     schedules: Mapping[str, str]
+    """By label in the report, the name of one of ARMS."""
     changes: Mapping[str, object] = field(default_factory=dict)
+    """Options that differ from the recipe's."""
 
 
 COURSES = {
@@ -83,7 +99,7 @@ COURSES = {
 
 
 def train_course(name: str, seed: int, work: Path) -> dict[int, Path]:
-    """Folders of the negative models along one run, by update."""
+    """By update, the folders of a run's negative models; trains the run where one is missing."""
     course, output = COURSES[name], work / slug(name) / f"seed{seed}"
     folders = {update: output / f"negative-{update}" for update in course.updates}
     missing = [update for update in course.updates if not folders[update].is_dir()]
@@ -112,15 +128,15 @@ def train_course(name: str, seed: int, work: Path) -> dict[int, Path]:
 
 
 class Judge:
-    """Scores of arms on the same prompts and noise; what has been scored is kept."""
+    """Scores arms on the same prompts and noise; keeps the scores of course `name` in `work`."""
 
     def __init__(self, work: Path, name: str) -> None:
         self.store = work / f"scores-{slug(name)}.json"
         self.scores: dict[str, dict[str, float]] = json.loads(self.store.read_text()) if self.store.exists() else {}
-        self.painter, self.scorers = Painter(work, 1, PICTURES_SEED), DigitsScorers.load()
+        self.painter, self.measures = Painter(work, 1, PICTURES_SEED), digits_measures(FittedScorer.load())
 
     def best(self, arm: str, negative: Path | None, scales: Sequence[float]) -> float:
-        """The highest mean realness of 560 pictures among scales with at least 95% accuracy; 0 where there is none."""
+        """The highest mean realness of 560 pictures among the accurate scales; 0 without any."""
         found = [self._score(arm, negative, scale) for scale in scales]
         return max((score["realness"] for score in found if score["accuracy"] >= LEAST_ACCURACY), default=0.0)
 
@@ -130,8 +146,8 @@ class Judge:
             if negative is not None:
                 self.painter.add(arm, [negative], "empty")
             images = self.painter.all_of(arm, scale)
-            scores = self.scorers.score(images, [case.label for case in self.painter.cases])
-            realness, accuracy = scores.realness.mean(), scores.digit_correct.float().mean()
+            scores = self.measures.score(images, [case.prompt for case in self.painter.cases])
+            realness, accuracy = scores["realness"].mean(), scores[ROLES.accuracy].float().mean()
             self.scores[key] = {"realness": float(realness), "accuracy": float(accuracy)}
             self.store.write_text(json.dumps(self.scores, indent=1))
             self.painter.cache.clear()
@@ -139,7 +155,7 @@ class Judge:
 
 
 def train(names: Sequence[str], work: Path) -> None:
-    """Train and judge courses; what is there already is left alone."""
+    """Trains and judges courses; what is there already is not made again."""
     for name in names:
         judge = Judge(work, name)
         gains: dict[str, dict[int, float]] = {}
@@ -154,17 +170,26 @@ def train(names: Sequence[str], work: Path) -> None:
         (work / f"gains-{slug(name)}.json").write_text(json.dumps({"base": base, "gains": gains}, indent=1))
 
 
+def random_signs(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """-1 or 1, int64, with equal chance."""
+    return torch.randint(2, shape, generator=generator) * 2 - 1
+
+
 def control(work: Path) -> None:
-    """What training's direction is worth: each weight of an early negative moved as far, to a random side."""
+    """Judges what the direction of training is worth, by negatives that moved to random sides.
+
+    Each weight moves as far from the base as the first CONTROL_UPDATE updates moved it, with a
+    random sign.
+    """
     judge = Judge(work, "control")
     base = judge.best(BASE, None, BASE_SCALES)
-    own, gains = digits().network().state_dict(), {}
+    base_weights, gains = digits().network().state_dict(), {}
     for seed in TRAINING_SEEDS:
         folder = work / "control" / f"seed{seed}"
         trained = load_file(train_course("continuous", seed, work)[CONTROL_UPDATE] / "unet" / WEIGHTS)
         generator, network = torch.Generator().manual_seed(seed), digits().network()
         flipped = {
-            name: own[name] + (value - own[name]) * (torch.randint(2, value.shape, generator=generator) * 2 - 1)
+            name: base_weights[name] + (value - base_weights[name]) * random_signs(value.shape, generator)
             for name, value in trained.items()
         }
         network.load_state_dict(flipped)
@@ -175,7 +200,11 @@ def control(work: Path) -> None:
 
 
 def time_arms(rounds: int) -> dict[str, object]:
-    """Seconds of one update's pairs and gradients for each schedule, of the optimiser and EMA, and of filling slots."""
+    """Seconds of an update by schedule, of the optimiser and EMA, and of filling slots.
+
+    A schedule's seconds are those of one update's pairs and gradients; the schedules take turns for
+    `rounds` rounds.
+    """
     device = torch.device("cpu")
     bench = Workbench(digits(), batch=BATCH, device=device, dtype=torch.float32)
     arms = {arm.name: arm for arm in ARMS if arm.config is not None}
@@ -204,13 +233,16 @@ def time_arms(rounds: int) -> dict[str, object]:
 
 
 def elapsed(updates: int, per_update: float, start_up: float) -> float:
-    """Seconds of that many updates, each of the first POOL of which fills slots for `start_up` besides."""
+    """Seconds of `updates` updates; each of the first POOL also fills slots for `start_up` s."""
     return min(updates, POOL) * start_up + updates * per_update
 
 
 def seconds_to(target: float, gains: Mapping[int, float], per_update: float, start_up: float) -> float | None:
-    """The end of the first update whose gain, linear between judged ones and 0 at the start, reaches the target, or
-    None."""
+    """Seconds until the end of the first update whose gain reaches the target; None without any.
+
+    `gains` are the gains by judged update; between judged updates the gain is linear, and it is 0
+    at the start.
+    """
     before, least = 0, 0.0
     for update, gain in sorted((int(update), gain) for update, gain in gains.items()):
         if gain >= target:
@@ -221,12 +253,13 @@ def seconds_to(target: float, gains: Mapping[int, float], per_update: float, sta
 
 
 def summarise(work: Path) -> dict[str, object]:
-    """Everything measured, and seconds to each target by schedule and training seed."""
+    """Everything measured, and the seconds to each target by schedule and training seed."""
     timing = json.loads((work / "timing.json").read_text())
-    out = {"timing": timing, "control": json.loads((work / "control.json").read_text()), "courses": {}, "schedules": {}}
+    control_record = json.loads((work / "control.json").read_text())
+    summary = {"timing": timing, "control": control_record, "courses": {}, "schedules": {}}
     for name, course in COURSES.items():
         record = json.loads((work / f"gains-{slug(name)}.json").read_text())
-        out["courses"][name] = {"recipe": course.recipe, "changes": dict(course.changes), **record}
+        summary["courses"][name] = {"recipe": course.recipe, "changes": dict(course.changes), **record}
         for label, arm in course.schedules.items():
             start_up = timing["start_up"] if arm == CONTINUOUS else 0.0
             per_update = timing["seconds"][arm]["median"] + timing["optimiser_and_ema"]
@@ -234,14 +267,14 @@ def summarise(work: Path) -> dict[str, object]:
                 f"{target:g}": [seconds_to(target, gains, per_update, start_up) for gains in record["gains"].values()]
                 for target in TARGETS
             }
-            out["schedules"][label] = {
+            summary["schedules"][label] = {
                 "course": name, "seconds_per_update": per_update, "start_up": start_up, "seconds_to": reached
             }  # fmt: skip
-    return out
+    return summary
 
 
 def plot(result: Mapping, file: Path) -> None:
-    """Gain against seconds: a line per schedule through the seeds' median, a dot for each seed."""
+    """Writes a plot of gain against seconds: the seeds' median as a line, each seed as a dot."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), dpi=140, layout="constrained")
@@ -265,7 +298,7 @@ def plot(result: Mapping, file: Path) -> None:
 
 
 def table(result: Mapping) -> str:
-    """Seconds to each gain: the median of the seeds, and each of them."""
+    """Seconds to each gain as text, a line per schedule: the median of the seeds, and each seed."""
     lines = []
     for label, schedule in result["schedules"].items():
         cells = []
@@ -279,7 +312,7 @@ def table(result: Mapping) -> str:
 
 
 def main() -> None:
-    """One stage."""
+    """Runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", "time", "report"])
     parser.add_argument("courses", nargs="*", metavar="course", help=f"of {', '.join(COURSES)}; all by default")

@@ -1,5 +1,5 @@
-// From tensors to what the kernels take. Shapes and dtypes have been checked in Python (checks.py); none is looked at
-// again here.
+// Converts tensors to the arguments of the kernels. Python has checked the shapes and dtypes
+// (checks.py).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ const T* pointer(const MaybeTensor& t) {
   return t ? t->const_data_ptr<T>() : nullptr;
 }
 
-// Rows are read by index in the kernels: one that is not there would be somebody else's memory.
+// The kernels read table rows by index. An index outside the table would read other memory.
 inline void check_rows(const char* name, const int64_t* index, int64_t count, int64_t least, int64_t rows) {
   for (int64_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(index[i] >= least && index[i] < rows, name, " holds ", index[i], "; expected ", least, " to ",

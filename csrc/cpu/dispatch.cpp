@@ -1,5 +1,6 @@
-// Chooses the kernels of this machine's instruction set, once: as torch itself does, and as ATEN_CPU_CAPABILITY says.
-// (torch calls a machine AVX512 only where it has the f, vl, bw and dq extensions that ours are compiled for.)
+// Chooses the kernels of this machine's instruction set, once, as torch and ATEN_CPU_CAPABILITY do.
+// torch calls a machine AVX512 only where it has the extensions f, vl, bw and dq, for which the
+// kernels of that set are compiled.
 #include <ATen/Version.h>
 #include <unistd.h>
 

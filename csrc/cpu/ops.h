@@ -1,5 +1,6 @@
-// What the bindings (cpu/<op>.cpp) hand to the kernels (cpu/kernels/<op>.cpp, compiled once per instruction set).
-// Shapes and dtypes have been checked in kernels/selfnpo_kernels/checks.py. B samples of N elements each.
+// The arguments that the bindings (cpu/<op>.cpp) give to the kernels (cpu/kernels/<op>.cpp,
+// compiled once per instruction set). kernels/selfnpo_kernels/checks.py has checked the shapes and
+// dtypes. A tensor has B samples of N elements each.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -15,7 +16,8 @@ struct Array {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// A coefficient table of `columns` columns: each sample's row by index, by its own number, or one for all.
+// A coefficient table. The row of sample b is index[b] if there is an index; otherwise row 0 of a
+// table of one row, and row b of any other table.
 struct Table {
   const float* data;
   int64_t rows, columns;
@@ -23,7 +25,7 @@ struct Table {
   const float* row(int64_t b) const { return data + (index ? index[b] : rows == 1 ? 0 : b) * columns; }
 };
 
-// The normals that an op draws for itself, if any.
+// The key of the normals that an op draws itself; `drawn` is false where it draws none.
 struct Noise {
   bool drawn = false;
   uint64_t seed = 0;
@@ -68,7 +70,7 @@ struct TdftStepArgs {
   int64_t* next_slots;
   const float *step, *start, *renoise, *weights;
   const int64_t* timesteps;
-  int64_t items, stride, max_steps;
+  int64_t num_prompts, stride, max_steps;
   uint64_t seed;
   float dropout;
   bool shuffled, naive;
@@ -102,7 +104,7 @@ struct EmaUpdateArgs {
   double decay;
 };
 
-// One set of kernels per instruction set; `kernels()` gives the one for this machine.
+// The kernels of one instruction set; `kernels()` returns those for this machine.
 struct Kernels {
   const char* name;
   void (*normal)(const NormalArgs&);
@@ -117,7 +119,8 @@ struct Kernels {
 
 const Kernels& kernels();
 
-// True where streaming stores pay: outputs of this many bytes cannot stay in the last-level cache, and rows are aligned.
+// Whether to use streaming stores: outputs of this many bytes do not fit the last-level cache, and
+// rows of `row` elements are aligned.
 bool streams(int64_t bytes, int64_t row);
 
 }  // namespace selfnpo

@@ -5,8 +5,8 @@ namespace selfnpo {
 static std::tuple<Tensor, Tensor, Tensor, Tensor> tdft_step(
     const MaybeTensor& pos, const MaybeTensor& neg, Tensor x, const MaybeTensor& final, const Tensor& slots,
     Tensor next_slots, const Tensor& step, const Tensor& start, const Tensor& renoise, const Tensor& timesteps,
-    const Tensor& weight, const MaybeTensor& latents, int64_t items, int64_t stride, int64_t max_steps, int64_t seed,
-    double dropout, bool shuffled, bool naive) {
+    const Tensor& weight, const MaybeTensor& latents, int64_t num_prompts, int64_t stride, int64_t max_steps,
+    int64_t seed, double dropout, bool shuffled, bool naive) {
   check_rows("slots: the grid index", slots.const_data_ptr<int64_t>(), samples(x), -1, timesteps.size(0) - 1);
   Tensor target = at::empty_like(x), x_s = at::empty_like(x), pairs = at::empty_like(slots);
   Tensor pair_weight = at::empty({samples(x)}, weight.options());
@@ -29,7 +29,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> tdft_step(
   args.renoise = renoise.const_data_ptr<float>();
   args.weights = weight.const_data_ptr<float>();
   args.timesteps = timesteps.const_data_ptr<int64_t>();
-  args.items = items;
+  args.num_prompts = num_prompts;
   args.stride = stride;
   args.max_steps = max_steps;
   args.seed = static_cast<uint64_t>(seed);

@@ -1,7 +1,7 @@
 """Fused operations of truncated diffusion fine-tuning and negative guidance.
 
-Importable alone: needs torch only. The functions are the public contract, described in `ops.py`; `backends.py` says
-what serves them: Triton on CUDA, a C++ extension on CPUs, plain PyTorch elsewhere.
+The package needs no other package than torch. `ops.py` describes the functions; `backends.py`
+chooses what serves a call: Triton on CUDA, a C++ extension on CPUs, plain PyTorch elsewhere.
 """
 
 from selfnpo_kernels import backends

@@ -8,27 +8,34 @@ import sys
 import torch
 
 from selfnpo_kernels import backends
-from selfnpo_kernels.ops import SCHEMAS
+from selfnpo_kernels.schemas import SCHEMAS
 
 
 def main() -> int:
-    """Print the table; 1 where SELFNPO_BACKEND or SELFNPO_REQUIRE_CPP ask for what is not there."""
+    """Prints the table and returns the exit status.
+
+    The status is 1 where SELFNPO_BACKEND or SELFNPO_REQUIRE_CPP ask for a backend that is not
+    available.
+    """
+    # The backends of this machine.
     print(f"torch {torch.__version__}, CUDA {'present' if torch.cuda.is_available() else 'not present'}\n")
     print(f"{'backend':<11}{'there':<7}why")
     for name in backends.NAMES:
-        there, why = backends.available(name)
-        print(f"{name:<11}{'yes' if there else 'no':<7}{why}")
+        available, reason = backends.available(name)
+        print(f"{name:<11}{'yes' if available else 'no':<7}{reason}")
+    # The backend that serves the tensors of each device.
     print(f"\n{'tensors':<11}served by")
     devices = ("cuda", "cpu", "other") if torch.cuda.is_available() else ("cpu", "other")
     for device in devices:
         try:
-            serves = backends.backend_of(device)
+            serving = backends.backend_of(device)
         except backends.BackendError as error:
-            serves = f"nothing: {error}"
-        print(f"{device:<11}{serves}")
+            serving = f"nothing: {error}"
+        print(f"{device:<11}{serving}")
     forced = os.environ.get("SELFNPO_BACKEND")
     if forced in (None, "", "reference"):
         print(f"{'float64':<11}reference, the oracle of the tests")
+    # Whether a backend that the environment asks for is missing, and the variables that count.
     needed = ([forced] if forced else []) + (["cpp"] if os.environ.get("SELFNPO_REQUIRE_CPP") == "1" else [])
     failed = any(name not in backends.NAMES or not backends.available(name)[0] for name in needed)
     for variable in ("SELFNPO_BACKEND", "SELFNPO_REQUIRE_CPP", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY"):

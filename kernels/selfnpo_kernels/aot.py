@@ -1,19 +1,22 @@
-"""Compile every Triton kernel on a machine without a GPU, and hold what comes out against the contract.
+"""Compiles every Triton kernel on a machine without a GPU, and checks the machine code.
 
     python -m selfnpo_kernels.aot [--arch 80 90 100] [--quick] [--json FILE]
 
-The launchers themselves are run on tensors without memory and their launches recorded, so constexprs, warps and
-alignments are those of a real call. One line a kernel: registers; spills (bytes of stack and local memory, from the
-wheel's cuobjdump); shared memory; the widths in bytes of all accesses to tensors; bytes moved per element against the
-floor of `FLOORS`, those moved only for samples that restart after a +. Exit status 1 on any spill, any access to a
-tensor narrower than 16 bytes, any byte above the floor, 64-bit indices where 32 bits do (or the reverse), or an
-instruction that cannot be accounted for.
+The launchers run on tensors without memory, and their launches are recorded: constexprs, warps and
+alignments are those of a real call. The report has one line for each kernel:
 
-What is a tensor access is decided in Triton's last IR, where loads and stores of blocks and of per-sample scalars
-differ by type; each is then matched with its instructions in the PTX, and the 16-byte ones are counted again in the
-machine code (nvdisasm). Not held to a width: scalars; the partial sums of the second, tiny kernels; the last seven
-elements of a parameter in `ema_update`; row lengths that are no multiple of 16 bytes, shown for information. sm_100 is
-reported and never fails the run.
+- registers; - spills, in bytes of stack and local memory (from the cuobjdump of the triton wheel);
+- bytes of shared memory; - bytes moved for each element, and the floor from `FLOORS`. The number
+after the + counts bytes that are moved only for samples that restart;
+- the widths in bytes of all accesses to tensors.
+
+The exit status is 1 where a kernel spills, accesses a tensor in fewer than 16 bytes, moves more or
+fewer bytes than the floor, computes 64-bit indices where 32 bits are enough (or the reverse), or
+has an instruction that belongs to no access. `machine_code.py` reads the outputs of the compiler.
+
+Some accesses may have any width: scalars; the partial sums of the second, tiny kernels; the last
+seven elements of a parameter in `ema_update`; and row lengths that are no multiple of 16 bytes,
+which are in the report for information. sm_100 is reported, and never fails the run.
 """
 
 from __future__ import annotations
@@ -22,8 +25,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,8 +33,10 @@ from pathlib import Path
 
 import torch
 
-# Bytes that a call cannot do without, counted in elements read and written: (network output and its kin, state and its
-# kin, state of samples that restart, float32 masters).
+from selfnpo_kernels.machine_code import index_bits, ir_accesses, matched, ptx_widths, resources, sass_wide, tool
+
+# The fewest elements that a call can read and write: (network outputs and tensors of their dtype,
+# states and tensors of their dtype, states of samples that restart, float32 masters).
 FLOORS = {
     "normal": (0, 1, 0, 0),  # writes
     "affine_noise": (0, 2, 0, 0),  # x; out
@@ -74,141 +77,62 @@ REPORTED_ONLY = (100,)
 
 @dataclass
 class Row:
-    """One compiled kernel."""
+    """One compiled kernel: a line of the report."""
 
     call: str
+    """Key of `FLOORS`."""
     kernel: str
+    """Name of the kernel's function."""
     mixture: str
+    """Key of `MIXTURES`."""
     shape: str
+    """Key of `SHAPES`."""
     arch: int
+    """Compute capability, such as 90."""
     registers: int = 0
+    """Registers of a thread."""
     spills: int = 0
+    """Bytes of stack and local memory."""
     shared: int = 0
+    """Bytes of shared memory."""
     loads: list[int] = field(default_factory=list)
+    """Bytes that a thread reads with each instruction that loads from a tensor."""
     stores: list[int] = field(default_factory=list)
+    """Bytes that a thread writes with each instruction that stores to a tensor."""
     scalars: int = 0
+    """Number of accesses to scalars."""
     bytes: tuple[float, float] = (0.0, 0.0)
+    """Bytes moved for each element: (of every sample, more of a sample that restarts)."""
     floor: tuple[float, float] | None = None
+    """The fewest `bytes` that the call can move; None for the second kernel of a launcher."""
     index_bits: int = 0
+    """Width of the index arithmetic: 32 or 64; 0 without 16-byte accesses."""
     problems: list[str] = field(default_factory=list)
+    """What fails the run, in words."""
     error: str = ""
+    """First line of the exception, where compiling or examining the kernel raised one."""
 
     @property
     def failed(self) -> bool:
-        """Whether the run fails for it."""
+        """Whether this kernel fails the run."""
         return self.arch not in REPORTED_ONLY and bool(self.error or self.problems)
 
 
-# What the compiler's outputs say
-
-
-@dataclass(frozen=True)
-class Access:
-    """A load or store in Triton's IR."""
-
-    kind: str  # ld or st
-    elements: int  # of a program; 0 for a scalar
-    size: int  # bytes an element
-    conditional: bool
-
-
-def ir_accesses(ttgir: str) -> list[Access]:
-    """All global loads and stores, in program order; what lies inside an `scf.if` is conditional."""
-    found, regions = [], []
-    for line in ttgir.splitlines():
-        text = line.strip()
-        if text.startswith("}") and regions:
-            regions.pop()
-        if text.split(" loc(")[0].endswith("{"):
-            regions.append("scf.if" in text or "} else {" in text)
-        match = re.search(r"\btt\.(load|store) .*: (?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)>", text)
-        if match:
-            operation, dims, bits = match.groups()
-            elements = 0
-            if dims:
-                elements = 1
-                for n in dims.rstrip("x").split("x"):
-                    elements *= int(n)
-            found.append(Access("ld" if operation == "load" else "st", elements, int(bits) // 8, any(regions)))
-    return found
-
-
-def ptx_widths(ptx: str) -> list[tuple[str, int]]:
-    """(ld or st, bytes a thread) of every global access, in program order."""
-    found = []
-    for kind, suffixes in re.findall(r"\b(ld|st)(?:\.\w+)*\.global((?:\.[\w:]+)+)", ptx):
-        vector = re.search(r"\.v(\d)", suffixes)
-        bits = re.search(r"\.[bufs](\d+)$", suffixes)
-        found.append((kind, int(vector[1] if vector else 1) * int(bits[1]) // 8))
-    return found
-
-
-def matched(accesses: list[Access], widths: list[tuple[str, int]], threads: int) -> list[tuple[Access, list[int]]]:
-    """The widths of the instructions that make each access. Raises ValueError where they do not add up."""
-    rest, result = list(widths), []
-    for access in accesses:
-        needed = access.size * max(1, access.elements // threads)
-        own: list[int] = []
-        while sum(own) < needed:
-            if not rest or rest[0][0] != access.kind:
-                raise ValueError(f"{access} has no instruction left: {rest[:3]}")
-            own.append(rest.pop(0)[1])
-        if sum(own) != needed:
-            raise ValueError(f"{access} moves {sum(own)} bytes a thread where {needed} are expected")
-        result.append((access, own))
-    if rest:
-        raise ValueError(f"instructions without an access: {rest}")
-    return result
-
-
-def index_bits(ptx: str) -> int:
-    """64 where the address of a 16-byte access holds a product of more than an element's size, made in 64 bits; 32
-    where indices are 32 bits wide until they are scaled by that size; 0 without such accesses."""
-    definitions = re.findall(r"^\s*([a-z][\w.]*)\s+(%rd\d+), (.*);", ptx, re.MULTILINE)
-    made = {target: (operation, rest) for operation, target, rest in definitions}
-    todo = re.findall(r"\.global[\w.:]*\.v4\.b32 [^\n;]*\[ (%rd\d+) ", ptx)
-    seen, bits = set(todo), 32 if todo else 0
-    while todo:
-        operation, operands = made.get(todo.pop(), ("", ""))
-        factors = [int(n) for n in re.findall(r"(?<= )-?\d+(?=,|$)", operands)]
-        if operation.startswith(("mul", "mad")):
-            # Two registers multiplied, or a register and more than a size.
-            bits = 64 if not factors or factors[0] > 8 else bits
-        elif operation == "shl.b64" and factors[0] > 3:
-            bits = 64
-        new = set(re.findall(r"%rd\d+", operands)) - seen
-        todo += new
-        seen |= new
-    return bits
-
-
-def resources(usage: str) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL of the one function in what `cuobjdump --dump-resource-usage` prints."""
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-
-
-def sass_wide(sass: str) -> int:
-    """16-byte global accesses in machine code."""
-    return len(re.findall(r"\b(?:LDG|STG)\.[\w.]*128", sass))
-
-
-def _tool(name: str, *arguments: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-# The launches
+# Launching and compiling
 
 
 def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dict[str, Callable[[], object]]:
-    """A call of the launcher for every entry of `FLOORS`, on tensors without memory."""
+    """A call of the launcher for every entry of `FLOORS`, on tensors without memory.
+
+    net, state: dtypes of network outputs and of states.
+    samples, count: number of samples, and of the elements of one.
+    """
     from selfnpo_kernels import triton as ops
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    # Network outputs and states; arguments with a few numbers for each sample; tables.
     p, x = empty(samples, count, dtype=net), empty(samples, count, dtype=state)
     index, slots = empty(samples, dtype=torch.int64), empty(4, samples, dtype=torch.int64)
     each = empty(samples, 2)
@@ -216,7 +140,7 @@ def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dic
     key = (None, 1, index, 0, None)
     tables = (empty(26, 7), empty(26, 2), empty(26, 1000, 2), empty(26, dtype=torch.int64), empty(26))
     rules, naive = (700, 80, 5, 1, 0.1, False, False), (700, 80, 5, 1, 0.1, True, True)
-    # An odd row length comes with a view that begins between two 16-byte boundaries.
+    # An odd row length comes with a view that begins between two multiples of 16 bytes.
     masters, live = [empty(samples * count)], [empty(samples * count + 1, dtype=net)[count % 2 :][: samples * count]]
     return {
         "normal": lambda: ops.normal(index, (count,), 1, 0, None, state),
@@ -243,13 +167,16 @@ def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dic
 
 
 def floor(call: str, net: torch.dtype, state: torch.dtype) -> tuple[float, float]:
-    """(bytes per element that every sample moves, more that a restarting one may)."""
+    """(bytes moved for each element of every sample, more for a sample that restarts)."""
     nets, states, restarting, masters = FLOORS[call]
     return nets * net.itemsize + states * state.itemsize + masters * 4.0, restarting * float(state.itemsize)
 
 
 def compiled(kernel, arguments: tuple, options: dict, arch: int):
-    """`kernel` as its launch on a device of compute capability `arch` would have it, ints and pointers specialised."""
+    """`kernel`, compiled as for a launch with these arguments on compute capability `arch`.
+
+    Integers and pointers are specialised as in a real launch.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -265,11 +192,16 @@ def compiled(kernel, arguments: tuple, options: dict, arch: int):
 
 
 def examine(row: Row, binary, options: dict, main: bool) -> None:
-    """Fill in what the compiled kernel is like, and what is wrong with it. `main`: not a tiny second kernel."""
+    """Fills in the measurements of a compiled kernel and its problems.
+
+    main: whether to examine the accesses, too; not for the tiny second kernel of a launcher.
+    Raises ValueError where an instruction belongs to no access.
+    """
+    # Registers, spills and the machine code.
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
-        usage = resources(_tool("cuobjdump", "--dump-resource-usage", file.name))
-        wide = sass_wide(_tool("nvdisasm", "-c", file.name))
+        usage = resources(tool("cuobjdump", "--dump-resource-usage", file.name))
+        wide = sass_wide(tool("nvdisasm", "-c", file.name))
     row.registers, row.spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
     row.shared = binary.metadata.shared
     row.index_bits = index_bits(binary.asm["ptx"])
@@ -277,20 +209,22 @@ def examine(row: Row, binary, options: dict, main: bool) -> None:
         row.problems.append(f"{row.spills} bytes of stack or local memory")
     if not main:
         return
-    block = options.get("BLOCK", options.get("CHUNK"))  # elements that a program works on
+    # The accesses to tensors, and the bytes that they move.
+    block = options["BLOCK"] if "BLOCK" in options else options["CHUNK"]  # elements of a program
     threads = 32 * binary.metadata.num_warps
     accesses = matched(ir_accesses(binary.asm["ttgir"]), ptx_widths(binary.asm["ptx"]), threads)
     row.scalars = sum(access.elements == 0 for access, _ in accesses)
     tensors = [(access, widths) for access, widths in accesses if access.elements >= block]
     row.loads = [w for access, widths in tensors if access.kind == "ld" for w in widths]
     row.stores = [w for access, widths in tensors if access.kind == "st" for w in widths]
-    row.bytes = tuple(
+    every_sample, restarting = (
         sum(threads * sum(widths) for access, widths in tensors if access.conditional == conditional) / block
         for conditional in (False, True)
     )
+    row.bytes = every_sample, restarting
+    # What is wrong with them. The addresses of ema_update come from a table, in 64 bits.
     if row.shape == "awkward":
         return
-    # Whole addresses come from ema_update's table.
     bits = 64 if row.shape == "64-bit" or row.call.startswith("ema_update") else 32
     if row.index_bits != bits:
         row.problems.append(f"{row.index_bits}-bit indices instead of {bits}-bit ones")
@@ -304,7 +238,7 @@ def examine(row: Row, binary, options: dict, main: bool) -> None:
 
 
 def _work(job: tuple[str, str, str, int]) -> list[Row]:
-    """Compile and examine the kernels of one call."""
+    """Compiles and examines the kernels of one call; `job` is one of `jobs`."""
     from selfnpo_kernels.triton import common
 
     call, mixture, shape, arch = job
@@ -317,7 +251,7 @@ def _work(job: tuple[str, str, str, int]) -> list[Row]:
         try:
             binary = compiled(kernel, arguments, options, arch)
             examine(row, binary, options, main=i == 0)
-        except Exception as error:  # one kernel's failure is a line of the report, whatever it is
+        except Exception as error:  # any failure of one kernel is a line of the report
             row.error = f"{type(error).__name__}: {error}".splitlines()[0]
         rows.append(row)
     return rows
@@ -327,7 +261,10 @@ def _work(job: tuple[str, str, str, int]) -> list[Row]:
 
 
 def mixtures(call: str, shape: str) -> list[str]:
-    """The mixtures in which a call is compiled for a shape; a call that knows one dtype meets each of them once."""
+    """The mixtures in which a call is compiled for a shape.
+
+    A call whose tensors have one dtype is compiled only for the mixtures of one dtype.
+    """
     nets, states, _, _ = FLOORS[call]
     both = bool(nets and states)
     few = {"64-bit": ["fp32"], "small": ["bf16/fp32" if both else "bf16"], "video": ["bf16/fp32" if both else "bf16"]}
@@ -335,7 +272,7 @@ def mixtures(call: str, shape: str) -> list[str]:
 
 
 def jobs(architectures: list[int], quick: bool) -> list[tuple[str, str, str, int]]:
-    """What to compile: (call, mixture, shape, architecture)."""
+    """The (call, mixture, shape, architecture) of every compilation."""
     chosen = []
     for arch in architectures:
         if quick:
@@ -348,6 +285,7 @@ def jobs(architectures: list[int], quick: bool) -> list[tuple[str, str, str, int
 
 
 def _table(rows: list[Row]) -> str:
+    """The report."""
     lines = []
     for r in rows:
         widths = " ".join(f"{kind} {sorted(set(w))}x{len(w)}" for kind, w in (("ld", r.loads), ("st", r.stores)) if w)
@@ -361,13 +299,14 @@ def _table(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print the table, write the JSON; 1 if something is wrong."""
+    """Compiles the kernels, prints the report, writes the JSON; returns 1 where a kernel fails."""
     parser = argparse.ArgumentParser(prog="python -m selfnpo_kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities")
     parser.add_argument("--quick", action="store_true", help="one mixture and row length, two 64-bit kernels")
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     chosen = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # the workers import triton; this process does not
+    # The workers inherit the environment and import triton; with the variable it would interpret.
+    os.environ.pop("TRITON_INTERPRET", None)
     with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
         rows = [row for group in pool.imap(_work, jobs(chosen.arch, chosen.quick)) for row in group]
     print(_table(rows))

@@ -1,7 +1,8 @@
-"""Which implementation serves an op, and why: `python -m selfnpo_kernels` prints it.
+"""Chooses the implementation of a call. `python -m selfnpo_kernels` prints the choices and why.
 
-CUDA tensors go to Triton, CPU tensors to the C++ extension, anything else, and float64, to the PyTorch reference.
-`SELFNPO_BACKEND=reference|cpp|triton` or `use(...)` force one; a forced backend that cannot serve a call fails it.
+CUDA tensors go to Triton and CPU tensors to the C++ extension. Tensors of other devices, and
+float64 tensors, go to the PyTorch reference. `SELFNPO_BACKEND=reference|cpp|triton` or `use(...)`
+force one backend; a call that the forced backend cannot serve raises BackendError.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from selfnpo_kernels import reference
+from selfnpo_kernels import cpp, reference
 
 NAMES = ("reference", "cpp", "triton")
 _LOG = logging.getLogger("selfnpo_kernels")
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and is not there."""
+    """A backend was asked for by name and is not available, or cannot serve the call."""
 
 
 @functools.cache
-def _cpp() -> tuple[object | None, str]:
-    """(the extension's ops, or None; why)."""
-    from selfnpo_kernels import cpp
-
+def _cpp() -> tuple[Any, str]:
+    """(the namespace of the extension's ops, or None; the reason in words)."""
     return cpp.load()
 
 
 @functools.cache
-def _triton() -> tuple[object | None, str]:
+def _triton() -> tuple[Any, str]:
+    """(the module of the Triton launchers, or None; the reason in words).
+
+    Imports triton, which is why it is not called before a tensor could need it.
+    """
     try:
         module = importlib.import_module("selfnpo_kernels.triton")
     except ImportError as error:
@@ -47,23 +51,24 @@ def _triton() -> tuple[object | None, str]:
 
 
 def available(name: str) -> tuple[bool, str]:
-    """Whether a backend is there, and why."""
+    """(whether a backend is available, the reason in words); `name` is one of `NAMES`."""
     if name == "reference":
         return True, "plain PyTorch"
-    found, why = _cpp() if name == "cpp" else _triton()
-    return found is not None, why
+    operations, reason = _cpp() if name == "cpp" else _triton()
+    return operations is not None, reason
 
 
 def _checked(name: str) -> str:
+    """The name itself. Raises BackendError where it is no backend or not available."""
     if name not in NAMES:
         raise BackendError(f"SELFNPO_BACKEND: {name!r} is no backend; expected one of {', '.join(NAMES)}")
-    there, why = available(name)
-    if not there:
-        raise BackendError(f"backend {name} was asked for and is not there: {why}")
+    is_available, reason = available(name)
+    if not is_available:
+        raise BackendError(f"backend {name} was asked for and is not there: {reason}")
     return name
 
 
-_forced: str | None = None  # by `use`; the environment variable is read at the first call
+_forced: str | None = None  # set by `use`; `_from_environment` reads the variable at the first call
 
 
 @functools.cache
@@ -74,7 +79,10 @@ def _from_environment() -> str | None:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Serve every op by one backend inside the context, in all threads. Raises BackendError if it is not there."""
+    """Serves every op by one backend inside the context, in all threads.
+
+    Raises BackendError where the backend is not available.
+    """
     global _forced
     before, _forced = _forced, _checked(name)
     try:
@@ -85,20 +93,25 @@ def use(name: str) -> Iterator[None]:
 
 @functools.cache
 def _default(device_type: str) -> str:
-    """The backend of a device, said once."""
+    """The backend of a device where none is forced; logged once for each device."""
     preferred = {"cuda": "triton", "cpu": "cpp"}.get(device_type, "reference")
-    there, why = available(preferred)
-    if not there and preferred == "cpp" and os.environ.get("SELFNPO_REQUIRE_CPP") == "1":
-        raise BackendError(f"SELFNPO_REQUIRE_CPP=1, and the C++ extension is not there: {why}")
-    if not there:
-        _LOG.warning("fused ops on %s: the PyTorch reference, since %s is not there: %s", device_type, preferred, why)
+    is_available, reason = available(preferred)
+    if not is_available and preferred == "cpp" and os.environ.get("SELFNPO_REQUIRE_CPP") == "1":
+        raise BackendError(f"SELFNPO_REQUIRE_CPP=1, and the C++ extension is not there: {reason}")
+    if not is_available:
+        _LOG.warning(
+            "fused ops on %s: the PyTorch reference, since %s is not there: %s", device_type, preferred, reason
+        )
         return "reference"
-    _LOG.info("fused ops on %s: %s (%s)", device_type, preferred, why)
+    _LOG.info("fused ops on %s: %s (%s)", device_type, preferred, reason)
     return preferred
 
 
 def backend_of(device_type: str, float64: bool = False) -> str:
-    """The backend that serves tensors of a device type. Raises BackendError where a forced one cannot."""
+    """The backend that serves tensors of a device type such as "cpu" or "cuda".
+
+    Raises BackendError where a forced backend cannot serve them.
+    """
     forced = _forced or _from_environment()
     if forced is None:
         return "reference" if float64 else _default(device_type)
@@ -112,12 +125,13 @@ def backend_of(device_type: str, float64: bool = False) -> str:
 
 
 def describe(device_type: str) -> str:
-    """The backend of a device's tensors in a few words, for a log: `cpp (C++, AVX2)`."""
+    """The backend of a device's tensors in a few words for a log, such as `cpp (C++, AVX2)`."""
     name = backend_of(device_type)
     return f"{name} ({available(name)[1]})"
 
 
 def _tensors(arguments) -> Iterator[torch.Tensor]:
+    """All tensors of an op's arguments, those in lists included."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             yield argument
@@ -126,7 +140,10 @@ def _tensors(arguments) -> Iterator[torch.Tensor]:
 
 
 def implementation(op: str, arguments: tuple) -> Callable:
-    """The function that serves this call."""
+    """The function that serves a call of `op` with these arguments, in the order of its schema.
+
+    Raises BackendError where a forced or required backend cannot serve the call.
+    """
     tensors = list(_tensors(arguments))
     if not tensors:  # an empty list of parameters
         return getattr(reference, op)

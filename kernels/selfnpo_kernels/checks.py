@@ -1,12 +1,14 @@
-"""What the operations refuse, in one place for every backend and for tracing.
+"""What the operations refuse: one function for each op, for every backend and for tracing.
 
-Each check has the arguments of its op's schema. Errors are ValueErrors of one line.
+A check takes the arguments of its op's schema (`schemas.py`). It returns None, or raises a
+ValueError of one line that names the op and the argument.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import NoReturn
 
 import torch
 
@@ -18,8 +20,12 @@ def arithmetic(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def apart(op: str, **tensors: torch.Tensor | None) -> None:
-    """Refuse tensors that share memory: blocks of a GPU would read what others have overwritten. Not for tracing."""
+def no_shared_memory(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError where two of the tensors overlap in memory.
+
+    A block of a GPU kernel would read what another block has overwritten. The check needs real
+    memory, so tracing does not call it.
+    """
     spans = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in tensors.items() if t is not None and t.nbytes}
     for (name, (start, end)), (other, (begin, stop)) in itertools.combinations(spans.items(), 2):
         if start < stop and begin < end:
@@ -27,19 +33,19 @@ def apart(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def no_gradient(op: str, **tensors) -> None:
-    """Refuse inputs that ask for a gradient which the op does not have."""
+    """Raises ValueError where an input requires a gradient that the op does not compute."""
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 _fail(op, name, "requires a gradient, and the op has none; call it under torch.no_grad()")
 
 
-def _fail(op: str, name: str, what: str) -> None:
+def _fail(op: str, name: str, what: str) -> NoReturn:
     raise ValueError(f"{op}: {name} {what}")
 
 
 def _state(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor | None = None, dtype=None) -> None:
-    """A row-major floating tensor (B, ...), of the shape and on the device of `like`."""
+    """Expects a row-major floating tensor (B, ...), of the shape and device of `like` if given."""
     if tensor.dtype not in FLOATS:
         _fail(op, name, f"is {tensor.dtype}; expected float32, bfloat16 or float16")
     if dtype is not None and tensor.dtype != dtype:
@@ -62,10 +68,13 @@ def _device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> Non
 
 
 def _exactly(op: str, name: str, tensor: torch.Tensor, shape: tuple, dtype: torch.dtype, like: torch.Tensor) -> None:
-    """A contiguous tensor of one shape and dtype; float64 may take the place of float32 beside a float64 state."""
-    right = tensor.dtype == dtype or (dtype == torch.float32 and tensor.dtype == like.dtype == torch.float64)
-    right = right and tensor.ndim == len(shape)
-    if not (right and all(n is None or m == n for m, n in zip(tensor.shape, shape, strict=True))):
+    """Expects a contiguous tensor of one shape and dtype, on the device of `like`.
+
+    A None in `shape` admits any size. float64 is taken instead of float32 where `like` is float64.
+    """
+    right_dtype = tensor.dtype == dtype or (dtype == torch.float32 and tensor.dtype == like.dtype == torch.float64)
+    matches = right_dtype and tensor.ndim == len(shape)
+    if not (matches and all(n is None or m == n for m, n in zip(tensor.shape, shape, strict=True))):
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         _fail(op, name, f"is {tensor.dtype} of shape {tuple(tensor.shape)}; expected {dtype} of shape ({wanted})")
     if not tensor.is_contiguous():
@@ -74,7 +83,7 @@ def _exactly(op: str, name: str, tensor: torch.Tensor, shape: tuple, dtype: torc
 
 
 def _dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of axes."""
+    """Whether the elements fill one stretch of memory without gaps, in any order of the axes."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -85,6 +94,7 @@ def _dense(tensor: torch.Tensor) -> bool:
 
 
 def _table(op: str, k: torch.Tensor, columns: int, index: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Expects a coefficient table (R, columns), and an index (B,) or a fitting R."""
     _exactly(op, "k", k, (None, columns), torch.float32, x)
     if index is not None:
         _exactly(op, "index", index, (x.shape[0],), torch.int64, x)
@@ -93,6 +103,7 @@ def _table(op: str, k: torch.Tensor, columns: int, index: torch.Tensor | None, x
 
 
 def _noise(op: str, x, noise, sample_ids, draws, required: bool) -> None:
+    """Expects a noise tensor like x or the parts of a key; or nothing unless noise is required."""
     if noise is not None:
         _state(op, "noise", noise, x)
     elif sample_ids is not None:
@@ -132,6 +143,7 @@ def guidance_rescale(pos, neg, k, index, phi):
 
 
 def _branches(op: str, pos, neg, x) -> None:
+    """Expects one network output or two of one dtype, each of the shape of x."""
     if pos is None and neg is None:
         _fail(op, "pos", "and neg are both missing; expected one network output at least")
     for name, tensor in (("pos", pos), ("neg", neg)):
@@ -155,12 +167,14 @@ def guided_step(pos, neg, x, k, index, scale, x0_prev, noise, seed, sample_ids, 
 
 def tdft_step(
     pos, neg, x, final, slots, next_slots, step, start, renoise, timesteps, weight, latents,
-    items, stride, max_steps, seed, dropout, shuffled, naive,
+    num_prompts, stride, max_steps, seed, dropout, shuffled, naive,
 ):  # fmt: skip
     """See `ops.tdft_step`."""
     op = "tdft_step"
+    # States and network outputs.
     _state(op, "x", x)
     _branches(op, pos, neg, x)
+    # Final states from noise, latents from data.
     if (final is None) == (latents is None):
         _fail(op, "final", "and latents: expected final alone (from noise) or latents alone (from data)")
     if final is not None:
@@ -168,8 +182,9 @@ def tdft_step(
     if latents is not None:
         _state(op, "latents", latents)
         _device(op, "latents", latents, x)
-        if tuple(latents.shape) != (items, *x.shape[1:]):
-            _fail(op, "latents", f"has shape {tuple(latents.shape)}; expected {(items, *x.shape[1:])}")
+        if tuple(latents.shape) != (num_prompts, *x.shape[1:]):
+            _fail(op, "latents", f"has shape {tuple(latents.shape)}; expected {(num_prompts, *x.shape[1:])}")
+    # Slots and tables.
     batch, rows = x.shape[0], timesteps.shape[0]
     if rows < (2 if latents is None else 3):
         _fail(op, "timesteps", f"has {rows} rows; expected t = 0 and a grid of one step, or of two from data")
@@ -182,14 +197,15 @@ def tdft_step(
     _exactly(op, "weight", weight, (rows,), torch.float32, x)
     if step.shape[0] < rows:
         _fail(op, "step", f"has {step.shape[0]} rows; expected at least {rows}")
-    for name, value, least in (("items", items, 1), ("stride", stride, 1), ("max_steps", max_steps, 1)):
-        if not least <= value < 2**31:
-            _fail(op, name, f"is {value}; expected {least} to 2^31 - 1")
+    # Numbers.
+    for name, value in (("num_prompts", num_prompts), ("stride", stride), ("max_steps", max_steps)):
+        if not 1 <= value < 2**31:
+            _fail(op, name, f"is {value}; expected 1 to 2^31 - 1")
     if not 0 <= dropout <= 1:
         _fail(op, "dropout", f"is {dropout}; expected 0 to 1")
 
 
-def x0_loss(pred, x_s, target, k, index, weight, kind, c, slope):
+def x0_loss(pred, x_s, target, k, index, weight, kind, c, want_slope):
     """See `ops.x0_loss`."""
     _state("x0_loss", "pred", pred)
     _state("x0_loss", "x_s", x_s, pred)
@@ -200,7 +216,7 @@ def x0_loss(pred, x_s, target, k, index, weight, kind, c, slope):
     _exactly("x0_loss", "weight", weight, (pred.shape[0],), torch.float32, pred)
     if kind not in ("l2", "huber"):
         _fail("x0_loss", "kind", f"is {kind!r}; expected l2 or huber")
-    if kind == "huber" and not 1e-12 <= c < math.inf:  # float32 has to hold its square
+    if kind == "huber" and not 1e-12 <= c < math.inf:  # float32 cannot hold a smaller square
         _fail("x0_loss", "c", f"is {c}; expected 1e-12 or more")
 
 
@@ -229,7 +245,7 @@ def ema_update(masters, live, shadows, decay):
             if tensor.shape != master.shape or tensor.stride() != master.stride():
                 _fail(op, f"{name}[{i}]", f"has shape {tuple(tensor.shape)} and strides {tensor.stride()}; expected "
                       f"{tuple(master.shape)} and {master.stride()}")  # fmt: skip
-            # Dense in whatever order: the kernels walk the memory, not the axes.
+            # Any order of the axes will do: the kernels walk the memory.
             if not _dense(tensor):
                 _fail(op, f"{name}[{i}]", f"has gaps (strides {tensor.stride()}); expected a dense tensor")
             _device(op, f"{name}[{i}]", tensor, master)

@@ -1,18 +1,27 @@
-"""The operations: schemas, checks, shapes for tracing, autograd, and the functions that people call.
+"""The operations: their contracts, and their registration with torch as `selfnpo::<op>`.
 
-Python owns every schema (`selfnpo::<op>`); `backends.py` says which implementation serves a call. Shape letters: B
-samples; `...` the latent axes, any rank (images C, H, W; video F, C, H, W); R rows of a coefficient table.
+`schemas.py` holds the argument lists, `checks.py` what is refused, and `backends.py` decides which
+implementation serves a call.
 
-Every op takes row-major tensors of float32, bfloat16 or float16, computes in float32 and rounds each result once (the
-gradient of `x0_loss` twice: it is made of a slope that is kept in the dtype of `pred`). Network outputs share one
-dtype, states and what continues them another: pos and neg; x, x0_prev and final; x_s and target. A float64
-state takes the call to the reference, which then computes in float64. Coefficient tables are float32 (R, n): `index`
-(B,) int64 names each sample's row; without it R is B, or 1 for all samples alike. Ops other than `x0_loss` have no
-gradient and refuse inputs that ask for one.
+Letters for shapes: B samples; `...` the latent axes, any number of them (C, H, W for images;
+F, C, H, W for video); R rows of a coefficient table.
 
-Errors are ValueErrors of one line that name op and argument: shapes, dtypes, devices, strides, ranges. An index that is
-in no table is refused on CPUs; a GPU would have to be waited for, and reads what is there. `backends.BackendError` (a
-RuntimeError): a backend was asked for by name and cannot serve the call.
+Every op takes row-major tensors of float32, bfloat16 or float16, computes in float32 and rounds
+each result once. (The gradient of `x0_loss` is rounded twice: it is computed from a slope that is
+kept in the dtype of `pred`.) The network outputs pos and neg share one dtype; the states x, x0_prev
+and final share another, and so do x_s and target. A call with a float64 state goes to the reference
+backend, which then computes in float64.
+
+Coefficient tables are float32 (R, n). `index` (B,) int64 names the row of each sample. Without an
+index, R is B, or 1 where all samples share one row.
+
+Only `x0_loss` has a gradient. The other ops refuse inputs that require one.
+
+Every op raises a ValueError of one line, which names the op and the argument, for a wrong shape,
+dtype, device, stride or range. An index outside its table is refused on CPUs only: on a GPU the
+host would have to wait for the values, so the kernel reads the memory at that address. Every op
+raises `backends.BackendError` (a RuntimeError) where a backend was asked for by name and cannot
+serve the call.
 """
 
 from __future__ import annotations
@@ -25,75 +34,61 @@ import torch
 
 from selfnpo_kernels import backends, checks
 from selfnpo_kernels.rng import NoiseKey
-
-# SymInt: a seed or a draw that changes from call to call is no reason to compile anew.
-_NOISE = "SymInt seed, Tensor? sample_ids, SymInt draw, Tensor? draws"
-SCHEMAS = {
-    "normal": (
-        "(Tensor sample_ids, SymInt[] shape, SymInt seed, SymInt draw, Tensor? draws, ScalarType dtype) -> Tensor"
-    ),
-    "affine_noise": f"(Tensor x, Tensor k, Tensor? index, Tensor? noise, {_NOISE}) -> Tensor",
-    "guidance_rescale": "(Tensor pos, Tensor neg, Tensor k, Tensor? index, float phi) -> Tensor",
-    "guided_step": (
-        "(Tensor? pos, Tensor? neg, Tensor x, Tensor k, Tensor? index, Tensor? scale, Tensor? x0_prev, "
-        f"Tensor? noise, {_NOISE}) -> (Tensor, Tensor)"
-    ),
-    "tdft_step": (
-        "(Tensor? pos, Tensor? neg, Tensor(a!) x, Tensor(b!)? final, Tensor slots, Tensor(c!) next_slots, "
-        "Tensor step, Tensor start, Tensor renoise, Tensor timesteps, Tensor weight, Tensor? latents, "
-        "int items, int stride, int max_steps, int seed, float dropout, bool shuffled, bool naive"
-        ") -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "x0_loss": (
-        "(Tensor pred, Tensor x_s, Tensor target, Tensor k, Tensor? index, Tensor weight, str kind, float c, "
-        "bool slope) -> (Tensor, Tensor, Tensor)"
-    ),
-    "x0_loss_backward": "(Tensor slope, Tensor k, Tensor? index, Tensor weight, Tensor grad) -> Tensor",
-    "ema_update": "(Tensor(a!)[] masters, Tensor[] live, Tensor(b!)[] shadows, float decay) -> ()",
-}
+from selfnpo_kernels.schemas import SCHEMAS
 
 
 @dataclass(frozen=True, kw_only=True)
 class TdftTables:
-    """What `tdft_step` reads by grid index, on the device; N grid steps, T training timesteps.
+    """The coefficients that `tdft_step` reads by grid index, tensors on the device of the states.
 
-    Row i + 1 belongs to grid index i, row 0 to t = 0. The last grid index is the start of trajectories from noise.
+    N is the number of grid steps, T the number of training timesteps. Row i + 1 of a table belongs
+    to grid index i, and row 0 to t = 0 (grid index -1). Trajectories from noise start at the last
+    grid index, N - 1.
     """
 
-    step: torch.Tensor  # (N + 1 or more, 7) float32: k0 .. k5 and w of `guided_step`
-    start: torch.Tensor  # (N + 1, 2) float32: forward diffusion to the grid
-    renoise: torch.Tensor  # (N + 1, T, 2) float32: Eq. 16 from grid index to timestep s
-    timesteps: torch.Tensor  # (N + 1,) int64, ascending from 0
-    weight: torch.Tensor  # (N + 1,) float32: the pair's weight in the loss
+    step: torch.Tensor
+    """(N + 1 or more, 7) float32: k0 .. k5 and w of `guided_step`."""
+    start: torch.Tensor
+    """(N + 1, 2) float32: coefficients of a clean latent and of noise at each grid index."""
+    renoise: torch.Tensor
+    """(N + 1, T, 2) float32: coefficients of Eq. 16 from a grid index to a timestep s."""
+    timesteps: torch.Tensor
+    """(N + 1,) int64: the training timestep of each grid index, ascending from 0."""
+    weight: torch.Tensor
+    """(N + 1,) float32: weight in the loss of a pair taken at each grid index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TdftRules:
-    """What `tdft_step` has to know besides."""
+    """The numbers and switches of `tdft_step` that stay the same for a whole run."""
 
-    items: int
-    """Prompts (or images); a sample's item is a keyed permutation of its id, anew in every epoch of `items` ids."""
+    num_prompts: int
+    """Number of prompts (or latents), 1 to 2^31 - 1.
+
+    Each epoch of `num_prompts` consecutive sample ids visits every prompt once, in an order that
+    depends on the seed and the epoch (`rng.permute`).
+    """
     stride: int
-    """Slots of all ranks: what a new sample's id is beyond that of the one it follows."""
+    """Number of slots of all ranks: a slot's next sample id is the current one plus `stride`."""
     max_steps: int
-    """Grid steps of a trajectory that starts from data."""
+    """Largest number of grid steps of a trajectory that starts from data."""
     seed: int
-    """Key of all draws, any 64-bit integer."""
+    """Key of all random draws, any 64-bit integer."""
     dropout: float = 0.0
     """Probability that the student is given the empty prompt."""
     shuffled: bool = False
-    """Whether the student is given another sample's prompt."""
+    """Whether the student is given the prompt of another sample."""
     naive: bool = False
-    """Eq. 15 (noise added to the target) instead of Eq. 16; `renoise` has to be made for it."""
+    """Eq. 15 (noise added to the target) instead of Eq. 16; needs a `renoise` table of Eq. 15."""
 
 
 def _signed(seed: int) -> int:
-    """The same 64 bits as the schema's signed integer."""
+    """The signed 64-bit integer of the schemas that has the same bits as `seed`."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
 def _noise_arguments(noise: torch.Tensor | NoiseKey | None) -> tuple:
-    """(noise, seed, sample_ids, draw, draws) as the schemas have them."""
+    """(noise, seed, sample_ids, draw, draws) in the order of the schemas."""
     if not isinstance(noise, NoiseKey):
         return noise, 0, None, 0, None
     draws = noise.draws
@@ -103,7 +98,10 @@ def _noise_arguments(noise: torch.Tensor | NoiseKey | None) -> tuple:
 
 
 def normal(key: NoiseKey, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Standard normals (B, *shape) of a key; see `rng.py`. Use it for start noise; the other ops draw their own."""
+    """Standard normals (B, *shape) in `dtype`, drawn for a key; `rng.py` defines the numbers.
+
+    Meant for start noise: the other ops draw the noise of a key themselves.
+    """
     _, seed, sample_ids, draw, draws = _noise_arguments(key)
     return torch.ops.selfnpo.normal(sample_ids, tuple(shape), seed, draw, draws, dtype)
 
@@ -113,7 +111,10 @@ def affine_noise(
 ) -> torch.Tensor:
     """k0 x + k1 noise: forward diffusion, and the re-noising of Eq. 16.
 
-    x (B, ...); k (R, 2); noise (B, ...) or the key of the normals to draw. Returns (B, ...) in x's dtype.
+    x: (B, ...).
+    k: (R, 2) float32, the columns k0 and k1.
+    noise: (B, ...), or the key of the normals to draw.
+    Returns (B, ...) in x's dtype.
     """
     checks.no_gradient("affine_noise", x=x, k=k, noise=noise)
     return torch.ops.selfnpo.affine_noise(x, k, index, *_noise_arguments(noise))
@@ -122,10 +123,19 @@ def affine_noise(
 def guidance_rescale(
     pos: torch.Tensor, neg: torch.Tensor, k: torch.Tensor, phi: float, *, index: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The factor of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (Lin et al., section 3.4), (B,).
+    """The `scale` argument of `guided_step` that gives p the standard deviation of pos.
 
-    phi std(pos) / std(p) + 1 - phi with p = pos + w (pos - neg): the `scale` of `guided_step`, and what diffusers'
-    rescale_noise_cfg multiplies by. pos, neg (B, ...); k (R, 7), of which only w is read; float32.
+        p = pos + w (pos - neg)
+        scale = phi std(pos) / std(p) + 1 - phi
+
+    Source: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, section 3.4;
+    the factor of diffusers' rescale_noise_cfg. The standard deviations are over a sample's
+    elements.
+
+    pos, neg: (B, ...), at least two elements per sample.
+    k: (R, 7) float32, of which only the last column, w, is read.
+    phi: 0 to 1.
+    Returns (B,) float32.
     """
     checks.no_gradient("guidance_rescale", pos=pos, neg=neg, k=k)
     return torch.ops.selfnpo.guidance_rescale(pos, neg, k, index, phi)
@@ -142,16 +152,20 @@ def guided_step(
     x0_prev: torch.Tensor | None = None,
     noise: torch.Tensor | NoiseKey | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One solver step under classifier-free guidance (Eq. 6), all in one pass.
+    """One solver step under classifier-free guidance (Eq. 1), all in one pass.
 
-        p = scale (pos + w (pos - neg)), or whichever of pos and neg is given alone
+        p = scale (pos + w (pos - neg))
         x0 = k0 x + k1 p
         x_next = k2 x + k3 p + k4 x0_prev + k5 noise
 
-    pos, neg (B, ...) raw network outputs; x (B, ...); k (R, 7) holds k0 .. k5 and w; scale (B,) from
-    `guidance_rescale`; x0_prev (B, ...) in x's dtype, for DPM-Solver++(2M); noise (B, ...) or its key, for stochastic
-    solvers. Without x0_prev or noise its term is left out, whatever k4 or k5 say. diffusers' guidance_scale is w + 1.
-    Returns `(x_next, x0)`, each (B, ...) in x's dtype.
+    pos, neg: (B, ...), the raw network outputs. One of them may be None; then p is scale times the
+        other one, and w is not read.
+    x: (B, ...).
+    k: (R, 7) float32, the columns k0 .. k5 and w. diffusers' guidance_scale is w + 1.
+    scale: (B,) float32 from `guidance_rescale`; 1 where it is None.
+    x0_prev: (B, ...) in x's dtype, for DPM-Solver++(2M). Where it is None its term is left out.
+    noise: (B, ...) or its key, for stochastic solvers. Where it is None its term is left out.
+    Returns (x_next, x0), each (B, ...) in x's dtype.
     """
     checks.no_gradient("guided_step", pos=pos, neg=neg, x=x, k=k, scale=scale, x0_prev=x0_prev, noise=noise)
     return torch.ops.selfnpo.guided_step(pos, neg, x, k, index, scale, x0_prev, *_noise_arguments(noise))
@@ -168,24 +182,35 @@ def tdft_step(
     rules: TdftRules,
     latents: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Advance every slot of a continuous rollout by one grid step and leave the pair of the state it was in.
+    """Moves every slot of a continuous rollout by one grid step, and returns a pair of each.
 
-    One pass: guided step, Eq. 16, the draw of s, and a new sample wherever one has ended; nothing is asked of the host.
-    pos, neg (B, ...) as in `guided_step`. x (B, ...) holds the slots' states and is overwritten with their next ones.
-    slots (4, B) int64 is read: grid index (-1 is t = 0), sample id, states left after this one, row of the prompt in
-    the conditioning table (item + 1; row 0 is the empty prompt). next_slots (4, B), another tensor, is written.
-    From noise (latents None) `final` (B, ...) keeps where each slot's previous sample ended: the state at the last
-    grid index has no s above it, and the pair at t = 0 of the sample before takes its place. From data, latents
-    (items, ...) are the scaled latents and final is None.
+    A slot holds the state of one sample. One pass over the states takes the guided step, forms the
+    pair of the state before the step (Eq. 16, with a drawn timestep s) and starts a new sample in
+    each slot whose sample has ended. Nothing is read back to the host.
 
-    Returns `(target, x_s, pairs, weight)`: target and x_s (B, ...) in x's dtype; pairs (4, B) int64 with t, s, sample
-    id and the student's row; weight (B,) float32.
+    pos, neg: (B, ...), the network outputs of x, as in `guided_step`.
+    x: (B, ...), the slots' states. It is overwritten with their next states.
+    final: (B, ...) in x's dtype for trajectories from noise: the state in which each slot's
+        previous sample ended; it is overwritten when a sample ends. The state at the last grid
+        index has no timestep s above it, so the pair at t = 0 of the previous sample takes its
+        turn. None for trajectories from data.
+    slots: (4, B) int64, with the rows grid index (-1 is t = 0), sample id, number of states that
+        follow in this trajectory, and conditioning row (prompt index + 1; row 0 is the empty
+        prompt).
+    next_slots: (4, B) int64, written: the slots after the step. May not share memory with slots.
+    latents: (num_prompts, ...), the scaled latents of trajectories from data; None from noise.
+
+    Returns (target, x_s, pairs, weight):
+    target, x_s: (B, ...) in x's dtype.
+    pairs: (4, B) int64, with the rows t, s, sample id and the student's conditioning row.
+    weight: (B,) float32, the pair's weight in the loss.
     """
     checks.no_gradient("tdft_step", pos=pos, neg=neg, x=x, final=final, latents=latents, **vars(tables))
     return torch.ops.selfnpo.tdft_step(
         pos, neg, x, final, slots, next_slots,
         tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, latents,
-        rules.items, rules.stride, rules.max_steps, _signed(rules.seed), rules.dropout, rules.shuffled, rules.naive,
+        rules.num_prompts, rules.stride, rules.max_steps, _signed(rules.seed), rules.dropout,
+        rules.shuffled, rules.naive,
     )  # fmt: skip
 
 
@@ -200,16 +225,29 @@ def x0_loss(
     *,
     index: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of Eq. 17 on the student's x0 = k0 x_s + k1 pred, with its gradient in the same pass.
+    """The loss of Eq. 17 on the student's x0, with its gradient in the same pass.
 
-    pred, x_s, target (B, ...); k (R, 2); weight (B,) float32. `kind` "l2" is the mean square (Eq. 17), "huber" the
-    authors' pseudo-Huber mean(sqrt(d^2 + c^2) - c). Returns the weighted mean over the batch, a scalar that carries
-    gradients to `pred` (and to nothing else), and the unweighted loss per sample (B,), detached. The forward pass
-    leaves the slope d(loss per element) / d(x0); the backward pass scales it. Differentiating twice is refused.
+        d = k0 x_s + k1 pred - target
+        "l2": the mean of d^2 (Eq. 17)
+        "huber": the mean of sqrt(d^2 + c^2) - c (the pseudo-Huber loss of the authors' code)
+
+    pred, x_s, target: (B, ...).
+    k: (R, 2) float32, the columns k0 and k1.
+    kind: "l2" or "huber".
+    weight: (B,) float32.
+    c: the width of the pseudo-Huber loss, 1e-12 or more.
+
+    Returns (loss, per_sample):
+    loss: () float32, the mean over the batch of weight times the sample's loss. It carries
+        gradients to pred and to nothing else. The forward pass keeps the slope d(loss per element)
+        / d(x0), which the backward pass scales.
+    per_sample: (B,) float32, the unweighted loss of each sample, detached.
+
+    Raises RuntimeError when the loss is differentiated twice.
     """
     checks.no_gradient("x0_loss", x_s=x_s, target=target, k=k, weight=weight)
-    slope = torch.is_grad_enabled() and pred.requires_grad
-    loss, per_sample, _ = torch.ops.selfnpo.x0_loss(pred, x_s, target, k, index, weight, kind, c, slope)
+    want_slope = torch.is_grad_enabled() and pred.requires_grad
+    loss, per_sample, _ = torch.ops.selfnpo.x0_loss(pred, x_s, target, k, index, weight, kind, c, want_slope)
     return loss, per_sample.detach()
 
 
@@ -217,17 +255,22 @@ def x0_loss(
 def ema_update(
     masters: Sequence[torch.Tensor], live: Sequence[torch.Tensor], shadows: Sequence[torch.Tensor], decay: float
 ) -> None:
-    """master <- decay master + (1 - decay) live, in place, for a whole list of parameters in one pass.
+    """master <- decay master + (1 - decay) live for a whole list of parameters, in one pass.
 
-    masters float32; live of any dtype; shadows, one for each master or none at all, get the masters' new values in
-    their own dtype. All of equal sizes, row-major or sharing the master's strides.
+    masters: float32 tensors of any shapes, each dense in memory; overwritten.
+    live: one tensor for each master, of any floating dtype.
+    shadows: one tensor for each master, or an empty list. They get the masters' new values, rounded
+        to their dtypes.
+    decay: 0 to 1.
+
+    live and shadows have the shapes and strides of their masters.
     """
     torch.ops.selfnpo.ema_update(
         [m.detach() for m in masters], [p.detach() for p in live], [s.detach() for s in shadows], decay
     )
 
 
-# What tracing has to know: the shapes that come out.
+# The results without their values, which torch.compile traces with.
 
 
 def _fake_normal(sample_ids, shape, seed, draw, draws, dtype):
@@ -251,10 +294,10 @@ def _fake_tdft_step(pos, neg, x, final, slots, *_):
     return torch.empty_like(x), torch.empty_like(x), pairs, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _fake_x0_loss(pred, x_s, target, k, index, weight, kind, c, slope):
-    wide = checks.arithmetic(pred, x_s, target)
-    rise = torch.empty_like(pred) if slope else pred.new_empty(0)
-    return pred.new_empty((), dtype=wide), pred.new_empty(pred.shape[0], dtype=wide), rise
+def _fake_x0_loss(pred, x_s, target, k, index, weight, kind, c, want_slope):
+    dtype = checks.arithmetic(pred, x_s, target)
+    slope = torch.empty_like(pred) if want_slope else pred.new_empty(0)
+    return pred.new_empty((), dtype=dtype), pred.new_empty(pred.shape[0], dtype=dtype), slope
 
 
 def _fake_x0_loss_backward(slope, *_):
@@ -283,14 +326,16 @@ def _x0_loss_gradients(ctx, grad, *_):
 
 
 def _serve(name: str, *arguments):
-    """What every device runs: check, pick the backend, call it, and tell autograd what was overwritten."""
+    """Checks the arguments, tells autograd which tensors are overwritten, and calls the backend."""
     getattr(checks, name)(*arguments)
     run = backends.implementation(name, arguments)
     if name == "tdft_step":
         pos, neg, x, final, slots, next_slots, *_ = arguments
-        for read in ({"pos": pos}, {"neg": neg}):
-            checks.apart(name, x=x, final=final, **read)
-        checks.apart(name, slots=slots, next_slots=next_slots)
+        # pos and neg are only read, and may be one tensor: each is compared with the states by
+        # itself.
+        for branch in ({"pos": pos}, {"neg": neg}):
+            checks.no_shared_memory(name, x=x, final=final, **branch)
+        checks.no_shared_memory(name, slots=slots, next_slots=next_slots)
         torch.autograd.graph.increment_version([t for t in (x, final, next_slots) if t is not None])
     elif name == "ema_update":
         torch.autograd.graph.increment_version([*arguments[0], *arguments[2]])
@@ -298,11 +343,13 @@ def _serve(name: str, *arguments):
 
 
 def _traced(name: str, *arguments):
+    """Checks the arguments and returns results without values."""
     getattr(checks, name)(*arguments)
     return _FAKES[name](*arguments)
 
 
 def _register() -> torch.library.Library:
+    """Defines every op; the definitions live as long as the returned library."""
     library = torch.library.Library("selfnpo", "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)

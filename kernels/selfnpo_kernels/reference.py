@@ -1,24 +1,27 @@
-"""The operations in plain PyTorch: the oracle that every kernel is held against.
+"""The operations in plain PyTorch: the reference that the tests compare every kernel with.
 
-Each function has the signature of its schema in `ops.py`, where its contract is written. Arithmetic is float32, or
-float64 where an input is float64; results come in the dtype of the state they continue. Shape letters: B samples; `...`
-the latent axes, any rank.
+The function of an op takes the arguments of its schema (`schemas.py`); `ops.py` holds the contract.
+The arithmetic is float32, or float64 where an input is float64. A result is rounded to the dtype of
+the state that it continues.
+
+Letters for shapes: B samples; `...` the latent axes, any number of them.
 """
 
 from __future__ import annotations
 
 import torch
 
+from selfnpo_kernels.checks import arithmetic
 from selfnpo_kernels.rng import Draw, NoiseKey, draw_id, permute, randint, uniform
 from selfnpo_kernels.rng import normal as draw_normals
 
 
-def _wide(*tensors: torch.Tensor | None) -> torch.dtype:
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _rows(k: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """The samples' rows of a coefficient table. ValueError for rows that are not there, which only CPUs can tell."""
+    """The samples' rows of a coefficient table.
+
+    Raises ValueError for an index outside the table, on CPUs only: the host would have to wait for
+    the values on a GPU.
+    """
     if index is None:
         return k
     if index.device.type == "cpu" and ((index < 0) | (index >= len(k))).any():
@@ -27,18 +30,19 @@ def _rows(k: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
 
 
 def _column(k: torch.Tensor, j: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Column j of (B, n) shaped to broadcast over (B, ...)."""
+    """Column j of a (B, n) table in a shape that broadcasts over (B, ...)."""
     return k[:, j].to(dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 def _noise(like, noise, seed, sample_ids, draw, draws, dtype: torch.dtype) -> torch.Tensor:
+    """The given noise, or the normals of the key, in the shape of `like`."""
     if noise is not None:
         return noise.to(dtype)
     return draw_normals(NoiseKey(seed, sample_ids, draw if draws is None else draws), tuple(like.shape[1:]), dtype)
 
 
 def _guided(pos, neg, x, k, scale, dtype: torch.dtype) -> torch.Tensor:
-    """p = pos + w (pos - neg), times each sample's rescale factor; the one that is given, where only one is."""
+    """p = scale (pos + w (pos - neg)); with one branch missing, scale times the other branch."""
     if pos is None or neg is None:
         p = (neg if pos is None else pos).to(dtype)
     else:
@@ -47,30 +51,31 @@ def _guided(pos, neg, x, k, scale, dtype: torch.dtype) -> torch.Tensor:
 
 
 def normal(sample_ids, shape, seed, draw, draws, dtype):
-    """Standard normals (B, *shape)."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return draw_normals(NoiseKey(seed, sample_ids, draw if draws is None else draws), tuple(shape), wide).to(dtype)
+    """Standard normals (B, *shape) in `dtype`."""
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    key = NoiseKey(seed, sample_ids, draw if draws is None else draws)
+    return draw_normals(key, tuple(shape), computed_in).to(dtype)
 
 
 def affine_noise(x, k, index, noise, seed, sample_ids, draw, draws):
-    """k0 x + k1 noise."""
-    dtype = _wide(x, noise)
+    """k0 x + k1 noise, (B, ...) in x's dtype."""
+    dtype = arithmetic(x, noise)
     k = _rows(k, index)
     z = _noise(x, noise, seed, sample_ids, draw, draws, dtype)
     return (_column(k, 0, x, dtype) * x.to(dtype) + _column(k, 1, x, dtype) * z).to(x.dtype)
 
 
 def guidance_rescale(pos, neg, k, index, phi):
-    """phi std(pos) / std(p) + 1 - phi per sample."""
-    dtype = _wide(pos, neg)
+    """phi std(pos) / std(p) + 1 - phi per sample, (B,)."""
+    dtype = arithmetic(pos, neg)
     p = _guided(pos, neg, pos, _rows(k, index), None, dtype)
     ratio = pos.to(dtype).flatten(1).std(1) / p.flatten(1).std(1)
     return phi * ratio + (1 - phi)
 
 
 def guided_step(pos, neg, x, k, index, scale, x0_prev, noise, seed, sample_ids, draw, draws):
-    """x0 = k0 x + k1 p and x_next = k2 x + k3 p + k4 x0_prev + k5 noise."""
-    dtype = _wide(pos, neg, x)
+    """(x_next, x0): x0 = k0 x + k1 p and x_next = k2 x + k3 p + k4 x0_prev + k5 noise."""
+    dtype = arithmetic(pos, neg, x)
     k = _rows(k, index)
     p, wide_x = _guided(pos, neg, x, k, scale, dtype), x.to(dtype)
     x0 = _column(k, 0, x, dtype) * wide_x + _column(k, 1, x, dtype) * p
@@ -84,85 +89,102 @@ def guided_step(pos, neg, x, k, index, scale, x0_prev, noise, seed, sample_ids, 
 
 def tdft_step(
     pos, neg, x, final, slots, next_slots, step, start, renoise, timesteps, weight, latents,
-    items, stride, max_steps, seed, dropout, shuffled, naive,
+    num_prompts, stride, max_steps, seed, dropout, shuffled, naive,
 ):  # fmt: skip
-    """One grid step of every slot, the pair of the state it was in, and the next sample where this one ended."""
-    index, ids, left, _ = slots
-    top = len(timesteps) - 2  # the last grid index
-    now = x.to(_wide(pos, neg, x, latents))  # results are rounded once, at the very end
-    moved, x0 = guided_step(pos, neg, now, step, index + 1, None, None, None, 0, None, 0, None)
+    """One grid step of every slot, the training pair of its state, and restarts where samples end.
 
-    def key(kind: Draw, sample_ids: torch.Tensor, at: torch.Tensor | int = -1) -> NoiseKey:
-        return NoiseKey(seed, sample_ids, draw_id(kind, at))
+    Returns (target, x_s, pairs, weight) and overwrites x, final and next_slots; see
+    `ops.tdft_step`.
+    """
+    index, sample_ids, states_left, _ = slots
+    last_index = len(timesteps) - 2
 
-    def item(sample_ids: torch.Tensor, order: int = 0) -> torch.Tensor:
-        return permute(sample_ids % items, items, seed + order, sample_ids // items)
+    def key(kind: Draw, ids: torch.Tensor, grid_index: torch.Tensor | int = -1) -> NoiseKey:
+        return NoiseKey(seed, ids, draw_id(kind, grid_index))
 
-    def here(mask: torch.Tensor) -> torch.Tensor:
+    def prompt_index(ids: torch.Tensor, order: int = 0) -> torch.Tensor:
+        return permute(ids % num_prompts, num_prompts, seed + order, ids // num_prompts)
+
+    def per_element(mask: torch.Tensor) -> torch.Tensor:
         return mask.view(-1, *[1] * (x.ndim - 1))
 
-    # A state at the last timestep has no s above it: the sample that has just ended in that slot gives its end instead.
-    no_room = torch.zeros_like(index, dtype=torch.bool) if final is None else index == top
-    pair_index, pair_ids = torch.where(no_room, -1, index), torch.where(no_room, ids - stride, ids)
-    state = now if final is None else torch.where(here(no_room), final.to(now.dtype), now)
-    target = x0 if final is None else torch.where(here(no_room), final.to(now.dtype), x0)
+    # The guided solver step of every slot. Results are rounded once, at the end of this function.
+    state = x.to(arithmetic(pos, neg, x, latents))
+    x_next, x0 = guided_step(pos, neg, state, step, index + 1, None, None, None, 0, None, 0, None)
+
+    # Which state gives the pair. No timestep s lies above the last grid index: there the pair is
+    # that of the final state of the slot's previous sample, at t = 0.
+    use_final = torch.zeros_like(index, dtype=torch.bool) if final is None else index == last_index
+    pair_index = torch.where(use_final, -1, index)
+    pair_ids = torch.where(use_final, sample_ids - stride, sample_ids)
+    pair_state = state if final is None else torch.where(per_element(use_final), final.to(state.dtype), state)
+    target = x0 if final is None else torch.where(per_element(use_final), final.to(state.dtype), x0)
+
+    # The pair's timesteps, its noised state (Eq. 16; Eq. 15 if naive) and its conditioning row.
     t = timesteps[pair_index + 1]
     s = t + 1 + randint(key(Draw.RENOISE_TIME, pair_ids, pair_index), renoise.shape[1] - 1 - t)
-    noise_key = key(Draw.RENOISE, pair_ids, pair_index)
-    z = draw_normals(noise_key, tuple(x.shape[1:]), _wide(x))  # as `normal` gives them to lockstep rollouts
-    x_s = affine_noise(target if naive else state, renoise[pair_index + 1, s], None, z, 0, None, 0, None)
+    renoise_key = key(Draw.RENOISE, pair_ids, pair_index)
+    # The dtype depends on x only: these are the normals that `normal` gives lockstep rollouts.
+    z = draw_normals(renoise_key, tuple(x.shape[1:]), arithmetic(x))
+    x_s = affine_noise(target if naive else pair_state, renoise[pair_index + 1, s], None, z, 0, None, 0, None)
     dropped = uniform(key(Draw.PROMPT_DROPOUT, pair_ids, pair_index)) < dropout
-    row = torch.where(dropped, 0, item(pair_ids, order=int(shuffled)) + 1)
+    row = torch.where(dropped, 0, prompt_index(pair_ids, order=int(shuffled)) + 1)
 
-    ended = left == 0
-    new_ids = torch.where(ended, ids + stride, ids)
-    first = draw_normals(key(Draw.START_NOISE, new_ids), tuple(x.shape[1:]), _wide(x))
+    # The first state of the next sample, from noise or from a latent.
+    ended = states_left == 0
+    next_ids = torch.where(ended, sample_ids + stride, sample_ids)
+    first = draw_normals(key(Draw.START_NOISE, next_ids), tuple(x.shape[1:]), arithmetic(x))
     if latents is None:
-        first_index = torch.full_like(index, top)
+        first_index = torch.full_like(index, last_index)
         first_left = first_index
     else:
-        first_index = randint(key(Draw.START_INDEX, new_ids), top)
+        first_index = randint(key(Draw.START_INDEX, next_ids), last_index)
         first_left = (first_index + 1).clamp(max=max_steps)
-        clean = latents[item(new_ids)].to(now.dtype)
+        clean = latents[prompt_index(next_ids)].to(state.dtype)
         first = affine_noise(clean, start, first_index + 1, first, 0, None, 0, None)
+
+    # Every slot moves on; x, final and next_slots are overwritten.
     if final is not None:
-        final.copy_(torch.where(here(ended), moved, final.to(now.dtype)))
-    x.copy_(torch.where(here(ended), first, moved))
+        final.copy_(torch.where(per_element(ended), x_next, final.to(state.dtype)))
+    x.copy_(torch.where(per_element(ended), first, x_next))
     next_slots[0] = torch.where(ended, first_index, index - 1)
-    next_slots[1] = new_ids
-    next_slots[2] = torch.where(ended, first_left, left - 1)
-    next_slots[3] = item(new_ids) + 1
+    next_slots[1] = next_ids
+    next_slots[2] = torch.where(ended, first_left, states_left - 1)
+    next_slots[3] = prompt_index(next_ids) + 1
     pairs = torch.stack([t, s, pair_ids, row])
     return target.to(x.dtype), x_s.to(x.dtype), pairs, weight[pair_index + 1]
 
 
-def x0_loss(pred, x_s, target, k, index, weight, kind, c, slope):
-    """(weighted mean, per sample, d(per-element loss) / d(x0))."""
-    dtype = _wide(pred, x_s, target)
+def x0_loss(pred, x_s, target, k, index, weight, kind, c, want_slope):
+    """(weighted mean of the loss (), loss per sample (B,), slope (B, ...) or (0,))."""
+    dtype = arithmetic(pred, x_s, target)
     k = _rows(k, index)
     x0 = _column(k, 0, x_s, dtype) * x_s.to(dtype) + _column(k, 1, x_s, dtype) * pred.to(dtype)
     d = x0 - target.to(dtype)
     if kind == "l2":
-        loss, rise = d.square(), 2 * d
+        loss, slope = d.square(), 2 * d
     else:
         root = (d.square() + c * c).sqrt()
-        # The square of d over the sum, not a difference: sqrt(d^2 + c^2) - c cancels where |d| is far below c.
-        loss, rise = d.square() / (root + c), d / root
+        # d^2 / (root + c) equals root - c, whose subtraction would cancel where |d| is far below c.
+        loss, slope = d.square() / (root + c), d / root
     per_sample = loss.flatten(1).mean(1)
-    out = rise.to(pred.dtype) if slope else pred.new_empty(0)
-    return (per_sample * weight.to(dtype)).mean(), per_sample, out
+    slope = slope.to(pred.dtype) if want_slope else pred.new_empty(0)
+    return (per_sample * weight.to(dtype)).mean(), per_sample, slope
 
 
 def x0_loss_backward(slope, k, index, weight, grad):
-    """slope times k1 weight grad / (B n)."""
-    dtype = _wide(slope)
+    """d(loss) / d(pred) = slope k1 weight grad / (B n), (B, ...) in slope's dtype.
+
+    n is the number of elements of a sample.
+    """
+    dtype = arithmetic(slope)
     k = _rows(k, index)
     factor = k[:, 1].to(dtype) * weight.to(dtype) * grad.to(dtype) / slope.numel()
     return (slope.to(dtype) * factor.view(-1, *[1] * (slope.ndim - 1))).to(slope.dtype)
 
 
 def ema_update(masters, live, shadows, decay):
-    """master <- decay master + (1 - decay) live, in place; the shadow gets a copy."""
+    """master <- decay master + (1 - decay) live; shadow <- master."""
     for i, (master, new) in enumerate(zip(masters, live, strict=True)):
         master.lerp_(new.to(master.dtype), 1 - decay)
         if shadows:

@@ -1,8 +1,12 @@
-"""Counter-based noise: Philox4x32-10 in plain PyTorch integers.
+"""Counter-based random numbers: Philox4x32-10 in plain PyTorch integers.
 
-A number depends on the seed, the sample's id and the draw it is for, never on batch size, rank, device or call order.
-Key = the 64-bit seed; counter = (element // 4, id low, id high, draw id), all 32-bit. Uniforms keep 24 bits,
-`u1 = ((bits >> 8) + 1) 2^-24` and `u2 = (bits >> 8) 2^-24`; each counter gives four normals by Box-Muller.
+A number depends on the seed, on the sample's id and on the purpose of the draw. It never depends on
+the batch size, the rank, the device or the order of calls.
+
+The key is the 64-bit seed. The counter is four 32-bit words: element // 4, the low and the high
+word of the sample id, and the draw id. Uniforms keep 24 bits, u1 = ((bits >> 8) + 1) 2^-24 and u2 =
+(bits >> 8) 2^-24. Each counter gives four normals by Box-Muller.
+
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (2011).
 """
 
@@ -21,7 +25,10 @@ _DRAW_KINDS = 16
 
 
 class Draw(enum.IntEnum):
-    """What a random number is for; uses that recur along a trajectory add the grid index (`draw_id`)."""
+    """The purpose of a random number. A purpose that recurs along a trajectory adds the grid index.
+
+    `draw_id` combines the two.
+    """
 
     START_NOISE = 0
     START_INDEX = 1
@@ -36,26 +43,30 @@ class Draw(enum.IntEnum):
 
 
 def draw_id(kind: Draw, grid_index: torch.Tensor | int = -1) -> torch.Tensor | int:
-    """The 32-bit draw id of `kind` at a grid index (-1 stands for t = 0 and for draws made once per trajectory)."""
+    """The draw id of `kind` at a grid index, an int or (B,) int64 like `grid_index`.
+
+    Grid index -1 stands for t = 0, and for purposes that occur once in a trajectory.
+    """
     return (grid_index + 1) * _DRAW_KINDS + int(kind)
 
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Names the normals that an operation draws for itself.
-
-    `sample_ids` (B,) int64; `draws` an int or (B,) int64 of draw ids, of which the lower 32 bits count.
-    """
+    """The key of random numbers that an operation draws itself."""
 
     seed: int
+    """Any integer; its lower 64 bits count."""
     sample_ids: torch.Tensor
+    """(B,) int64."""
     draws: torch.Tensor | int
+    """Draw ids: an int, or (B,) int64; the lower 32 bits count."""
 
 
 def philox(counter: tuple[torch.Tensor, ...], seed: int) -> tuple[torch.Tensor, ...]:
-    """Ten rounds of Philox4x32 on four int64 tensors holding uint32 values; returns four such tensors.
+    """Ten rounds of Philox4x32 on four int64 tensors of one shape that hold uint32 values.
 
-    Products of two 32-bit values wrap in int64 exactly as in uint64, and the mask after the shift drops the sign.
+    Returns four such tensors. Products of two 32-bit values wrap in int64 exactly as in uint64, and
+    the mask after the shift drops the sign.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -82,9 +93,9 @@ def _blocks(key: NoiseKey, blocks: int) -> torch.Tensor:
 
 
 def normal(key: NoiseKey, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Standard normals (B, *shape), Box-Muller in `dtype` (float32 or float64); element = row-major index in a sample.
+    """Standard normals (B, *shape), by Box-Muller in `dtype` (float32 or float64).
 
-    The uniforms are exact in either dtype.
+    Elements are counted in row-major order within a sample. The uniforms are exact in either dtype.
     """
     count = math.prod(shape)
     bits = _blocks(key, -(-count // 4)) >> 8
@@ -96,21 +107,28 @@ def normal(key: NoiseKey, shape: tuple[int, ...], dtype: torch.dtype = torch.flo
 
 
 def uniform(key: NoiseKey) -> torch.Tensor:
-    """One uniform per sample, (B,) float32 in [0, 1) with 24 random bits."""
+    """One uniform number for each sample, (B,) float32 in [0, 1) with 24 random bits."""
     return (_blocks(key, 1)[:, 0, 0] >> 8).float() * 2.0**-24
 
 
 def randint(key: NoiseKey, high: torch.Tensor | int) -> torch.Tensor:
-    """One integer per sample, (B,) int64 uniform in {0, ..., high - 1}; `high` an int or (B,) below 2^31."""
+    """One integer for each sample, (B,) int64, uniform in {0, ..., high - 1}.
+
+    high: an int or (B,) int64, below 2^31.
+    """
     return (_blocks(key, 1)[:, 0, 0] * high) >> 32
 
 
 def permute(position: torch.Tensor, size: int, key: int, epoch: torch.Tensor) -> torch.Tensor:
-    """A keyed permutation of {0, ..., size - 1} per epoch, applied to `position`.
+    """Applies a permutation of {0, ..., size - 1} to `position`; key and epoch choose it.
 
-    position (B,) int64 in that range; epoch (B,) int64; returns (B,) int64. A four-round Feistel network over the next
-    even power of two, walked until it lands inside the range. Its rounds mix by multiplication (xxHash's primes):
-    shuffling needs less than noise does.
+    position: (B,) int64 in that range.
+    epoch: (B,) int64.
+    Returns (B,) int64.
+
+    A Feistel network of four rounds permutes the numbers below the next power of four. It is
+    applied again while a result lies outside the range. Its rounds mix by multiplication with the
+    primes of xxHash, which is enough for shuffling and too little for noise.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     low = (1 << half) - 1

@@ -1,4 +1,4 @@
-"""`selfnpo correlate`: how alike positive and negative predict, and the variance that guidance has."""
+"""`selfnpo correlate`: how similar the predictions are, and the variance of guidance."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from selfnpo_fast.runtime.options import parse_options
 
 @dataclass(kw_only=True)
 class CorrelateOptions:
-    """Say how alike positive and negative predict and what variance guidance has; with --base, recommend alpha."""
+    """Correlate the predictions of positive and negative, with the variance of guidance.
+
+    With --base a value of alpha is recommended.
+    """
 
     model: str = "digits"
     """The positive: `digits`, a folder in diffusers format, or a Hub id."""
     negative: str | None = None
     """The negative model: a run's output folder, full weights or a LoRA."""
     base: str | None = None
-    """The model that the negative was trained from, where the positive is a fine-tune of it."""
+    """The model that the negative was trained from, if the positive is a fine-tune of it."""
     alpha: float = 1.0
-    """Share of the positive's own change in the negative, 0 to 1; other than 1 needs --base."""
+    """Eq. 7: share of the positive's change from the base that the negative takes over, 0 to 1;
+    other than 1 needs --base."""
     beta: float = 1.0
-    """Share of the negative's change, 0 to 1."""
+    """Eq. 7: share of the negative's change from the base, 0 to 1."""
     prompts: str = "shipped"
     """A file of prompts, `digits` or `shipped`."""
     limit: int = 4
     """Use at most this many of `prompts`."""
     guidance_scale: float = 7.5
-    """diffusers' guidance_scale (omega + 1)."""
+    """guidance_scale as in diffusers (omega + 1)."""
     steps: int = 8
-    """Timesteps to look at."""
+    """Number of timesteps to measure at."""
     seed: int = 0
-    """Seed of the first prompt's noise; the next ones count up."""
+    """Seed of the noise of the first prompt; the next prompts have the next seeds."""
 
 
 def run(argv: list[str]) -> None:
-    """The command with its words."""
+    """`selfnpo correlate` with the words that follow it."""
     correlate(parse_options(CorrelateOptions, argv, "selfnpo correlate"))
 
 
 def correlate(options: CorrelateOptions) -> None:
-    """Measure, and print what was found."""
+    """Measure the correlation and print it. Raises UserError for bad options."""
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
@@ -55,26 +59,21 @@ def correlate(options: CorrelateOptions) -> None:
     texts = read_prompts(options.prompts, limit=options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapter = load_adapter(options.model)
-    _check_steps(adapter, options.steps)
+    adapter.check_steps(options.steps)
     positive = adapter.load_denoiser(torch.float32).to(device)
     shared = {"beta": options.beta}
     negative = load_negative(positive, options.negative, alpha=options.alpha, base=options.base, **shared)
     rows, empty = adapter.encode_prompts(texts, device), adapter.encode_empty(device)
-    alphas, own = None, module_weights(positive, "the positive model")
-    if options.base is not None and not matches(fingerprint(load_base(positive, options.base)), own):
+    alphas, weights = None, module_weights(positive, "the positive model")
+    # A positive that is its own base has no change for alpha to share.
+    if options.base is not None and not matches(fingerprint(load_base(positive, options.base)), weights):
         alphas = alphas_of(positive, options.negative, options.base, **shared)
     scale, steps = options.guidance_scale, options.steps
-    found = correlation(
+    report = correlation(
         adapter, positive, negative, rows, empty, guidance_scale=scale, steps=steps, seed=options.seed, alphas=alphas
     )
-    print(found)
+    print(report)
     if alphas is None:
         print(
             "alpha has no effect: the positive is the base" if options.base else "alpha: give --base for a choice of it"
         )
-
-
-def _check_steps(adapter, steps: int) -> None:
-    most = adapter.schedule.num_train_timesteps
-    if not 1 <= steps < most:
-        raise UserError(f"steps: {steps} is not possible; expected 1 to {most - 1}")

@@ -12,15 +12,19 @@ from selfnpo_fast.train import DEFAULT_CONFIG
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Print memory per rank, FLOPs, time and file sizes of a config, computed from the model's config files alone."""
+    """Print memory per rank, FLOPs, time and file sizes of a config.
+
+    They are computed from the config files of the model; no weights are loaded.
+    """
 
     memory_gib: float | None = None
-    """A card's memory: does the run fit, and what would make it fit? 16, 24, 40 and 80 by default."""
+    """Memory of a GPU in GiB: does the run fit, and what would make it fit? By default 16, 24, 40
+    and 80."""
     world_size: int = 1
-    """GPUs (ranks)."""
+    """Number of ranks (GPUs)."""
     verify: bool = False
-    """Hold the memory model against one real update on this machine, of the config that is named or else of digits
-    and half an SD1.5; exit code 1 where the peak is off by more than 10%."""
+    """Compare the memory model with one real update on this machine, of the config that is named or
+    else of digits and of half an SD1.5. The exit code is 1 if the peak is off by more than 10%."""
 
     def __post_init__(self) -> None:
         if self.memory_gib is not None and not 0 < self.memory_gib < 2**20:
@@ -30,7 +34,10 @@ class DoctorOptions:
 
 
 def run(argv: list[str]) -> None:
-    """Print the report; with --verify, RunError where the memory model is off."""
+    """`selfnpo doctor` with the words that follow it.
+
+    Raises UserError for bad options, and RunError where --verify finds the memory model off.
+    """
     from selfnpo_fast.doctor.report import VERIFIED, check, examine
 
     parsed = parse_with_config(DoctorOptions, TrainConfig, argv, "selfnpo doctor", DEFAULT_CONFIG)

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import check_writable
 from selfnpo_fast.runtime.options import parse_options
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from tqdm import tqdm
+
+    from selfnpo_fast.guidance.sampler import GuidedSampler
+    from selfnpo_fast.models import StableDiffusionAdapter
+
+BASELINE = "base"
+"""The arm of plain guidance."""
 FULL_IMAGES = 1120
+"""Pictures per arm and scale with --full: every prompt of the digits twice."""
 FULL_SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+"""Guidance scales with --full."""
 
 
 @dataclass(kw_only=True)
 class EvaluateOptions:
-    """Compare plain guidance with a negative model on the embedded digits model, over a sweep of guidance scales."""
+    """Compare plain guidance with a negative model on the embedded digits, over guidance scales."""
 
     model: str = "digits"
     """A pipeline that draws the digits domain."""
     negative: list[str] = field(default_factory=list)
     """One or more runs' output folders (or their negative/ parts)."""
     negative_prompt: list[Literal["empty", "same"]] = field(default_factory=lambda: ["empty"])
-    """Prompts of the negative branch, empty and/or same; each is an arm of its own."""
+    """Prompts of the negative branch, empty and/or same; each makes another arm."""
     images: int = 96
     """Pictures per arm and scale."""
     guidance_scales: list[float] = field(default_factory=lambda: [1.5, 2.0, 3.0])
@@ -39,80 +52,146 @@ class EvaluateOptions:
     full: bool = False
     """1,120 pictures per arm and ten scales instead."""
     brief: bool = False
-    """Print the comparison in brief alone."""
+    """Print only the brief comparison."""
     output: str = "runs/report"
     """Folder for report.json, report.md, the plots and the grid."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A way to make pictures."""
+
+    sampler: GuidedSampler
+    """Draws with the arm's negative, or without any."""
+    negative_prompt: Literal["empty", "same"]
+    """Prompt of the unconditional or negative branch."""
+
+
 def run(argv: list[str]) -> None:
-    """The command with its words."""
+    """`selfnpo evaluate` with the words that follow it."""
     evaluate(parse_options(EvaluateOptions, argv, "selfnpo evaluate"))
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Sweep, score, write the report and print it in brief."""
+    """Sweeps guidance scales, scores the pictures, writes the report and prints it in brief.
+
+    Raises UserError for mistakes in the options, before anything is written.
+    """
     import torch
+    from tqdm import tqdm
 
-    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
     from selfnpo_fast.models import load_adapter
-    from selfnpo_fast.negatives.load import load_negative
     from selfnpo_fast.scoring import report, sweep
-    from selfnpo_fast.scoring.digits.scorers import DigitsScorers
+    from selfnpo_fast.scoring.digits.cases import make_cases
+    from selfnpo_fast.scoring.digits.measures import digits_measures
+    from selfnpo_fast.scoring.digits.scorer import FittedScorer
 
+    # Options that are wrong by themselves are refused before the networks are read.
     folder = check_writable(options.output)
     if options.full:
         options.images, options.guidance_scales = FULL_IMAGES, list(FULL_SCALES)
-    for scale in options.guidance_scales:
-        SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
+    _check_sampling(options)
     adapter = load_adapter(options.model)
     adapter.check_steps(options.steps)
     adapter.check_size()
+    # Arms, cases and measures are made and checked before any picture is drawn.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    denoiser = adapter.load_denoiser(torch.float32).to(device)
-    arms = {"base": (GuidedSampler(adapter, denoiser), "empty")}
-    for path in options.negative:
-        negative = load_negative(denoiser, path)
-        sampler = GuidedSampler(adapter, denoiser, negative)
-        label = "negative" if len(options.negative) == 1 else Path(path).name
-        for prompt in options.negative_prompt:
-            suffix = "" if prompt == "empty" else ", same prompt"
-            arms[f"base + {label}{suffix}"] = (sampler, prompt)
-    if len(arms) != 1 + len(options.negative) * len(options.negative_prompt):
-        raise UserError(f"negative: {options.negative} share a folder name; give folders of distinct names")
-    cases = sweep.make_cases(options.images, options.seed)
-    sweep.check_sweep(cases, list(arms), options.guidance_scales, "base", 5)
-    distinct = sorted({case.prompt for case in cases})
-    place = {prompt: i for i, prompt in enumerate(distinct)}
-    table, empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
-
-    def generate(arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:
-        """Pictures of one arm at one scale (`scoring.evaluate.Generate`)."""
-        sampler, negative_prompt = arms[arm]
-        settings = SamplerConfig(
-            steps=options.steps,
-            guidance_scale=guidance_scale,
-            solver=options.solver,
-            negative_prompt=negative_prompt,
-            batch_size=options.batch_size,
-        )
-        index = torch.tensor([place[prompt] for prompt in prompts], device=device)
-        rows = {name: value[index] for name, value in table.items()}
-        before = drawn.n
-
-        def done(count: int) -> None:
-            drawn.update(before + count - drawn.n)
-
-        return sampler.images(rows, empty, seeds, settings, done)
-
-    from tqdm import tqdm
-
-    scorers = DigitsScorers.load()
-    total = len(arms) * len(options.guidance_scales) * len(cases)
-    with tqdm(total=total, unit="image", dynamic_ncols=True) as drawn:
-        results = sweep.evaluate(generate, cases, list(arms), options.guidance_scales, scorers)
+    arms = _load_arms(options, adapter, device)
+    cases, scales = make_cases(options.images, options.seed), options.guidance_scales
+    measures = digits_measures(FittedScorer.load())
+    sweep.check_sweep(cases, list(arms), scales, BASELINE, measures)
+    drawing = _Drawing(options, arms, adapter, device, [case.prompt for case in cases])
+    # Draw and measure.
+    total = len(arms) * len(scales) * len(cases)
+    with tqdm(total=total, unit="image", dynamic_ncols=True) as drawing.progress:
+        results = sweep.evaluate(drawing, cases, list(arms), scales, measures, baseline=BASELINE)
+    # The folder is made only now, so that a mistake leaves nothing behind.
     folder.mkdir(parents=True, exist_ok=True)
     written = report.write_report(results, folder, asdict(options))
     print(report.brief(results))
     if not options.brief:
         print(f"report: {written['report.md']}")
     print(f"grid: {written['grid.png']}")
+
+
+def _check_sampling(options: EvaluateOptions) -> None:
+    """Raises UserError where a sampler would refuse one of the scales."""
+    from selfnpo_fast.guidance.sampler import SamplerConfig
+
+    for scale in options.guidance_scales:
+        SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
+
+
+def _load_arms(options: EvaluateOptions, adapter: StableDiffusionAdapter, device: torch.device) -> dict[str, Arm]:
+    """The baseline, and an arm for every negative under every kind of negative prompt, by name.
+
+    Raises UserError where a negative does not load or two share a name.
+    """
+    import torch
+
+    from selfnpo_fast.guidance.sampler import GuidedSampler
+
+    denoiser = adapter.load_denoiser(torch.float32).to(device)
+    arms = {BASELINE: Arm(sampler=GuidedSampler(adapter, denoiser), negative_prompt="empty")}
+    for path in options.negative:
+        sampler = _negative_sampler(path, adapter, denoiser)
+        label = "negative" if len(options.negative) == 1 else Path(path).name
+        for prompt in options.negative_prompt:
+            suffix = "" if prompt == "empty" else ", same prompt"
+            arms[f"{BASELINE} + {label}{suffix}"] = Arm(sampler=sampler, negative_prompt=prompt)
+    if len(arms) != 1 + len(options.negative) * len(options.negative_prompt):
+        raise UserError(f"negative: {options.negative} share a folder name; give folders of distinct names")
+    return arms
+
+
+def _negative_sampler(path: str, adapter: StableDiffusionAdapter, denoiser: nn.Module) -> GuidedSampler:
+    from selfnpo_fast.guidance.sampler import GuidedSampler
+    from selfnpo_fast.negatives.load import load_negative
+
+    return GuidedSampler(adapter, denoiser, load_negative(denoiser, path))
+
+
+class _Drawing:
+    """Draws the pictures of all arms and moves a progress bar; a `scoring.sweep.Generate`.
+
+    Each prompt is encoded once.
+    """
+
+    def __init__(
+        self,
+        options: EvaluateOptions,
+        arms: dict[str, Arm],
+        adapter: StableDiffusionAdapter,
+        device: torch.device,
+        prompts: Sequence[str],
+    ) -> None:
+        from selfnpo_fast.models.conditioning import unique_rows
+
+        self.options, self.arms, self.device = options, arms, device
+        self.progress: tqdm
+        """The bar of the running sweep; set by the caller."""
+        distinct, indices = unique_rows(prompts)
+        self.index_of_prompt = dict(zip(prompts, indices, strict=True))
+        self.table, self.empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
+
+    def __call__(self, arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        """Pictures (N, 3, H, W) float32 in [-1, 1] of one arm at one scale."""
+        import torch
+
+        from selfnpo_fast.guidance.sampler import SamplerConfig
+
+        settings = SamplerConfig(
+            steps=self.options.steps,
+            guidance_scale=guidance_scale,
+            solver=self.options.solver,
+            negative_prompt=self.arms[arm].negative_prompt,
+            batch_size=self.options.batch_size,
+        )
+        index = torch.tensor([self.index_of_prompt[prompt] for prompt in prompts], device=self.device)
+        rows = {name: value[index] for name, value in self.table.items()}
+        before = self.progress.n
+
+        def on_progress(count: int) -> None:
+            self.progress.update(before + count - self.progress.n)
+
+        return self.arms[arm].sampler.images(rows, self.empty, seeds, settings, on_progress)

@@ -1,4 +1,4 @@
-"""`selfnpo merge`: theta + alpha eta + beta delta (Eq. 7) as a network of its own."""
+"""`selfnpo merge`: writes the mixture theta + alpha eta + beta delta (Eq. 7) as one network."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from selfnpo_fast.runtime.options import parse_options
 
 @dataclass(kw_only=True)
 class MergeOptions:
-    """Write the negative model theta + alpha eta + beta delta (Eq. 7) as a network of its own."""
+    """Write the negative model theta + alpha eta + beta delta (Eq. 7) as one network."""
 
     base: str | None = None
     """theta: a diffusers folder or a Hub id."""
     positive: str | None = None
-    """theta + eta: a fine-tune of the base as full weights or a LoRA; none for the base itself."""
+    """theta + eta: a fine-tune of the base, full weights or a LoRA; by default the base itself."""
     negative: str | None = None
-    """The negative model that was trained from the base: a run's output folder, full weights or a LoRA."""
+    """theta + delta: the negative model that was trained from the base; a run's output folder, full
+    weights or a LoRA."""
     alpha: float = 1.0
-    """Share of the positive's change, 0 to 1."""
+    """Share of the positive's change eta, 0 to 1."""
     beta: float = 1.0
-    """Share of the negative's change, 0 to 1."""
+    """Share of the negative's change delta, 0 to 1."""
     output: str | None = None
     """A new or empty folder; the network is written to the denoiser's folder in it."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -30,7 +31,7 @@ class MergeOptions:
 
 
 def run(argv: list[str]) -> None:
-    """The command with its words."""
+    """`selfnpo merge` with the words that follow it. Raises UserError for bad options."""
     from selfnpo_fast.negatives.merge import merge
 
     options = parse_options(MergeOptions, argv, "selfnpo merge")

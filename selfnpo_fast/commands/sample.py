@@ -19,13 +19,15 @@ class SampleOptions:
     model: str = "digits"
     """`digits`, a folder in diffusers format, or a Hub id."""
     negative: str | None = None
-    """A training run's folder, a diffusers folder, a Hub id or a safetensors file, full weights or LoRA; else none."""
+    """The negative model, full weights or a LoRA: the folder of a training run, a diffusers folder,
+    a Hub id or a safetensors file. By default there is none."""
     alpha: float = 1.0
-    """Eq. 7: how much of what the model has learned beyond `base` the negative has, too."""
+    """Eq. 7: share of the model's change from `base` that the negative takes over, 0 to 1."""
     beta: float = 1.0
-    """Eq. 7: strength of the negative's own weights."""
+    """Eq. 7: share of the negative's change from its base, 0 to 1."""
     base: str | None = None
-    """The model that both the model and the negative come from, for alpha below 1 or a fine-tuned model."""
+    """The model from which both the model and the negative were tuned; needed for alpha below 1 and
+    for a fine-tuned model."""
     prompt: str | None = None
     """One prompt."""
     prompts: str | None = None
@@ -33,13 +35,13 @@ class SampleOptions:
     limit: int = 64
     """Use at most this many of `prompts`."""
     images_per_prompt: int = 1
-    """Pictures of each prompt, with consecutive seeds."""
+    """Pictures per prompt, with consecutive seeds."""
     seed: int = 0
-    """Seed of the first picture; the next ones count up."""
+    """Seed of the first picture; the next pictures have the next seeds."""
     steps: int = 20
     """Solver steps."""
     guidance_scale: float = 3.0
-    """diffusers' guidance_scale (omega + 1)."""
+    """guidance_scale as in diffusers (omega + 1)."""
     solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
     """DPM-Solver++(2M), DDIM or Euler."""
     negative_prompt: Literal["empty", "same"] = "empty"
@@ -47,9 +49,9 @@ class SampleOptions:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """Shares of the steps between which guidance acts, two numbers from 0 to 1."""
     guidance_rescale: float = 0.0
-    """0 to 1: diffusers' guidance_rescale."""
+    """guidance_rescale as in diffusers, 0 to 1."""
     resolution: int | None = None
-    """Picture height and width; the model's own by default."""
+    """Picture height and width in pixels; by default those that the model was trained for."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the networks."""
     batch_size: int = 16
@@ -59,18 +61,21 @@ class SampleOptions:
 
 
 def run(argv: list[str]) -> None:
-    """The command with its words."""
+    """`selfnpo sample` with the words that follow it."""
     sample(parse_options(SampleOptions, argv, "selfnpo sample"))
 
 
 def check_seeds(seeds: list[int]) -> None:
-    """UserError where a seed does not fit."""
+    """Raise UserError where one of the consecutive `seeds` is not in 0 to 2^63 - 1."""
     if seeds[0] < 0 or seeds[-1] >= 2**63:
         raise UserError(f"seed: {seeds[0]} is not possible; expected 0 to 2^63 - {len(seeds)}")
 
 
 def sample(options: SampleOptions) -> None:
-    """Write one PNG per picture and grid.png; everything is checked before the folder is made."""
+    """Draw pictures and write one PNG per picture and grid.png.
+
+    Raises UserError for bad options, before the output folder is created.
+    """
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
@@ -80,6 +85,7 @@ def sample(options: SampleOptions) -> None:
     from selfnpo_fast.runtime.dtypes import DTYPES
     from selfnpo_fast.runtime.images import image_grid, to_pil
 
+    # Checks that need no model.
     folder = check_writable(options.output)
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
@@ -96,6 +102,7 @@ def sample(options: SampleOptions) -> None:
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
+    # The model, and the negative model if there is one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[options.precision]
     adapter = load_adapter(options.model, resolution=options.resolution)
@@ -105,11 +112,13 @@ def sample(options: SampleOptions) -> None:
         negative = load_negative(
             denoiser, options.negative, alpha=options.alpha, beta=options.beta, base=options.base,
         )  # fmt: skip
+    # Conditioning and noise, and checks that need the model.
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
     check_seeds(seeds)
     adapter.check_steps(settings.steps)
     adapter.check_size()
+    # Pictures, one file for each, and a grid with the pictures of one prompt in a row.
     with _bar(len(seeds), "image") as done:
         images = GuidedSampler(adapter, denoiser, negative).images(rows, empty, seeds, settings, done)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +131,7 @@ def sample(options: SampleOptions) -> None:
 
 @contextmanager
 def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar; gives the callback `done(count)`."""
+    """A progress bar, as the callback `done(count)` that sets the number of finished units."""
     from tqdm import tqdm
 
     with tqdm(total=total, unit=unit, dynamic_ncols=True) as bar:

@@ -1,6 +1,6 @@
-"""Where prompts come from: the package's own, a file (.txt, .jsonl, .csv, .parquet), or a Hugging Face dataset.
+"""Prompts of the package, of a file (.txt, .jsonl, .csv, .parquet) or of a Hugging Face dataset.
 
-Files are streamed: memory holds the prompts asked for and one bounded line or batch beside them.
+Files are streamed: memory holds the prompts that are asked for, and one bounded line or batch.
 """
 
 from __future__ import annotations
@@ -9,43 +9,50 @@ import csv
 import json
 import os
 import re
-import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-OWN = {"shipped": ASSETS / "prompts.txt", "digits": ASSETS / "digits" / "prompts.txt"}
+PACKAGED = {"shipped": ASSETS / "prompts.txt", "digits": ASSETS / "digits" / "prompts.txt"}
+"""The files of prompts that are part of the package, by the source that names them."""
 
-MAX_CHARACTERS = 10_000  # of one prompt; a text encoder reads some 77 tokens, so anything longer is the wrong file
-MAX_LINE_BYTES = 1 << 20  # of one line in a file, where JSON or CSV may hold other fields beside the prompt
-BATCH_ROWS = 1024  # of a parquet file, read at once
+MAX_CHARACTERS = 10_000
+"""Of one prompt. A text encoder reads some 77 tokens, so a longer prompt is the wrong file."""
+MAX_LINE_BYTES = 1 << 20
+"""Of one line of a file. A line of JSON or CSV may hold other fields than the prompt."""
+BATCH_ROWS = 1024
+"""Rows of a parquet file that are read at once."""
 
-# owner/name:split as the Hub has it, the owner and the split being optional.
 DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+"""`owner/name:split` as on the Hub; owner and split may be left out."""
 
 Rows = Iterator[tuple[int, object]]
 """(line or row number counted from 1, value that should be a prompt)."""
 
-_shortener = reprlib.Repr()
-_shortener.maxstring = _shortener.maxother = _shortener.maxlong = 60
-
 
 class PromptError(UserError):
-    """A prompt source that cannot be read: one line naming the source, the line or row, the value and the mend."""
+    """A source of prompts that cannot be read.
+
+    Its one line names the source, the line or row, the value, and what to do about it.
+    """
 
 
 def read_prompts(source: str, *, column: str = "prompt", limit: int | None = None) -> list[str]:
-    """The prompts of `source`, stripped, blank ones left out, in their order, duplicates kept.
+    """The prompts of `source`, stripped, in order; blank ones are left out, duplicates are kept.
 
-    `source` is `shipped`, `digits`, a file (.txt holds one prompt a line; .jsonl, .csv and .parquet hold them in
-    `column`), or the id or folder of a Hugging Face dataset, streamed from its split `train` or, as `id:split`, from
-    another.
-    Reading stops after `limit` prompts, which bounds memory. Text is UTF-8, with or without a byte order mark.
-    Raises PromptError.
+    `source` is one of
+
+    - `shipped` or `digits`, the prompts of the package
+    - a file: .txt with one prompt a line, or .jsonl, .csv or .parquet with prompts in `column`
+    - the id or the folder of a Hugging Face dataset, which is streamed from its split `train`, or
+      from another as `id:split`
+
+    Reading stops after `limit` prompts, which bounds memory. Text is UTF-8, with or without a byte
+    order mark. Raises PromptError.
     """
     if limit is not None and limit < 1:
         raise PromptError(f"prompts: the limit is {limit}; it has to be at least 1")
@@ -60,16 +67,16 @@ def read_prompts(source: str, *, column: str = "prompt", limit: int | None = Non
                 if len(prompts) == limit:
                     break
         except OSError as error:
-            raise PromptError(f"prompts: {name} cannot be read: {_one_line(error.strerror or error)}") from error
+            raise PromptError(f"prompts: {name} cannot be read: {one_line(error.strerror or error, 200)}") from error
     if not prompts:
         raise PromptError(f"prompts: {name} is empty, or all its {unit}s are blank; put at least one prompt into it")
     return prompts
 
 
 def _open(source: str, column: str) -> tuple[str, str, Rows]:
-    """What a source is called in messages, what its rows are called, and the rows, of which none is read yet."""
-    if source in OWN:
-        return str(OWN[source]), "line", _text_rows(OWN[source], column)
+    """(name of the source in messages, "line" or "row", the rows), before any row is read."""
+    if source in PACKAGED:
+        return str(PACKAGED[source]), "line", _text_rows(PACKAGED[source], column)
     path = os.path.expanduser(source)
     suffix = Path(path).suffix.lower()
     if os.path.isfile(path):
@@ -90,9 +97,13 @@ def _open(source: str, column: str) -> tuple[str, str, Rows]:
 
 
 def _refuse_strange_id(source: str, path: str) -> None:
-    """What was meant as a file, or cannot be an id, is not looked up on the Hub: a typing error gets its own answer."""
+    """Raise PromptError for what was meant as a file or cannot be the id of a dataset.
+
+    A mistyped path is then reported as one, and is not looked up on the Hub.
+    """
     parent = os.path.dirname(path)
-    # A dataset's id has one slash at most, and its owner is hardly ever the name of a folder that exists here.
+    # The id of a dataset has one slash at most, and its owner is hardly ever the name of a local
+    # folder.
     nested = path.count("/") > 1 or (parent != "" and os.path.isdir(parent))
     meant_as_file = Path(path).suffix.lower() in READERS or path.startswith((".", "~", "/")) or nested
     if meant_as_file and "://" not in path:
@@ -119,7 +130,7 @@ def _checked(where: str, value: object) -> str:
     if not prompt.isascii():
         try:
             prompt.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, and no tokenizer takes one
+        except UnicodeEncodeError as error:  # JSON can spell such a half, and no tokenizer takes it
             raise PromptError(
                 f"prompts: {where}: half a surrogate pair (\\u{ord(prompt[error.start]):04x}) in {_short(prompt)}; "
                 "write the whole character"
@@ -128,6 +139,7 @@ def _checked(where: str, value: object) -> str:
 
 
 def _refuse_nul(where: str, text: str) -> None:
+    """Raise PromptError for a text with a NUL character."""
     if "\0" in text:
         at = text.index("\0")
         raise PromptError(
@@ -137,7 +149,10 @@ def _refuse_nul(where: str, text: str) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, text with its line end) of each line of a UTF-8 file, none over MAX_LINE_BYTES. Raises PromptError."""
+    """(number, text with its line end) of each line of a UTF-8 file.
+
+    Raises PromptError, also for a line of more than MAX_LINE_BYTES.
+    """
     with path.open("rb") as file:
         offset = 0
         # One byte beyond the bound tells a line that is too long, without reading the rest of it.
@@ -152,7 +167,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                mark = len(raw) - len(error.object)  # utf-8-sig counts from after the byte order mark
+                mark = len(raw) - len(error.object)  # utf-8-sig does not count the byte order mark
                 raise PromptError(
                     f"prompts: {where}: not UTF-8, byte 0x{error.object[error.start]:02x} at offset "
                     f"{offset + mark + error.start} of the file; save it as UTF-8"
@@ -186,7 +201,7 @@ def _jsonl_rows(path: Path, column: str) -> Rows:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise PromptError(
-                f"prompts: {where}: no JSON ({_one_line(error)}): {_short(text)}; write one object a line"
+                f"prompts: {where}: no JSON ({one_line(error, 200)}): {_short(text)}; write one object a line"
             ) from error
         if not isinstance(row, dict):
             raise PromptError(
@@ -197,33 +212,36 @@ def _jsonl_rows(path: Path, column: str) -> Rows:
 
 
 def _csv_rows(path: Path, column: str) -> Rows:
-    """`column` of each record of a comma-separated file, whose first record that is not blank names the columns."""
+    """`column` of each record of a comma-separated file.
+
+    The first record that is not blank names the columns.
+    """
     table = csv.reader((text for _, text in _lines(path)), strict=True)
-    place = None
+    column_index = None
     while True:
-        number = table.line_num + 1  # a quoted field may span lines: the record's first
+        number = table.line_num + 1  # the first line of the record, whose fields may span lines
         where = f"{path}, line {number}"
         try:
             record = next(table, None)
         except csv.Error as error:
             raise PromptError(
-                f"prompts: {where}: no valid CSV ({_one_line(error)}); close each quote, and double those within"
+                f"prompts: {where}: no valid CSV ({one_line(error, 200)}); close each quote, and double those within"
             ) from error
         if record is None:
             return
         if not record:
             continue
-        if place is None:
+        if column_index is None:
             names = [name.strip() for name in record]
             _refuse_missing(where, column, names)
-            place = names.index(column)
-        elif place >= len(record):
+            column_index = names.index(column)
+        elif column_index >= len(record):
             raise PromptError(
                 f"prompts: {where}: {len(record)} fields, {_short(','.join(record))}, where the first line has "
                 f"{len(names)}; write {_short(column)} in every record"
             )
         else:
-            yield number, record[place]
+            yield number, record[column_index]
 
 
 def _parquet_rows(path: Path, column: str) -> Rows:
@@ -238,12 +256,14 @@ def _parquet_rows(path: Path, column: str) -> Rows:
             cells = chain.from_iterable(batch.column(0) for batch in batches)
             for number, cell in enumerate(cells, 1):
                 yield number, _cell_value(f"{path}, row {number}", cell)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last from damaged column names
-        raise PromptError(f"prompts: {path}: no readable parquet file ({_one_line(error)}); write it again") from error
+    # UnicodeDecodeError comes from damaged column names.
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = one_line(error, 200)
+        raise PromptError(f"prompts: {path}: no readable parquet file ({reason}); write it again") from error
 
 
 def _cell_value(where: str, cell) -> object:
-    """A pyarrow scalar's Python value; Arrow does not check that its text is UTF-8."""
+    """The Python value of a pyarrow scalar. Raises PromptError for text that is not UTF-8."""
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
@@ -260,18 +280,19 @@ def _dataset_rows(name: str, split: str, column: str) -> Rows:
 
     try:
         data = datasets.load_dataset(name, split=split, streaming=True)
-        # Without a declared schema the first row tells; other columns are then dropped, so that no image is decoded.
+        # Without a declared schema the first row tells; other columns are then dropped, so that no
+        # image is decoded.
         columns = data.column_names or list(next(iter(data), {column: ""}))
         _refuse_missing(source, column, columns)
         for number, row in enumerate(data.select_columns([column]), 1):
             yield number, row[column]
     except PromptError:
         raise
-    except Exception as error:  # what the Hub's client and the readers below it raise has no common base class
+    except Exception as error:  # what the Hub's client and its readers raise has no common base
         offline = " (offline: HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
         raise PromptError(
-            f"prompts: the dataset {source} cannot be read{offline}: {_one_line(error)}; check the id, the split and "
-            f"the connection, or give a {_known_suffixes()} file"
+            f"prompts: the dataset {source} cannot be read{offline}: {one_line(error, 200)}; check the id, the split "
+            f"and the connection, or give a {_known_suffixes()} file"
         ) from error
 
 
@@ -281,10 +302,11 @@ READERS: dict[str, tuple[str, Callable[[Path, str], Rows]]] = {
     ".csv": ("line", _csv_rows),
     ".parquet": ("row", _parquet_rows),
 }
-"""By suffix: what its rows are called, and their reader (path, column) -> rows."""
+"""For each suffix: "line" or "row", and the reader (path, column) -> rows."""
 
 
 def _refuse_missing(where: str, column: str, columns) -> None:
+    """Raise PromptError where `column` is not among `columns`."""
     if column in columns:
         return
     shown = ", ".join(_short(name) for name in islice(columns, 20)) or "none"
@@ -296,15 +318,10 @@ def _refuse_missing(where: str, column: str, columns) -> None:
 
 
 def _known_suffixes() -> str:
+    """The suffixes of files that are read, for messages."""
     return "/".join(READERS)
 
 
 def _short(value: object) -> str:
-    """`value` as Python would write it, on one line and shortened."""
-    return _shortener.repr(value)
-
-
-def _one_line(error: object) -> str:
-    """The first line of another library's message, shortened."""
-    first = str(error).strip().partition("\n")[0].rstrip(".")
-    return first if len(first) <= 200 else first[:200] + "..."
+    """`value` in messages."""
+    return shortened(value, 60)

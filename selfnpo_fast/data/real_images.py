@@ -1,4 +1,4 @@
-"""Latents of real images with captions, for rollouts that start from data (Eq. 14)."""
+"""Latents and captions of real images, from which rollouts may start (Eq. 14)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "digits"
 
 @dataclass(frozen=True)
 class RealData:
-    """Scaled latents (N, C, H, W) float32, in host memory or mapped from a file, and one caption each."""
+    """Latents of real images and their captions."""
 
     latents: torch.Tensor
+    """(N, C, H, W) float32, scaled for the denoiser; in host memory or mapped from a file."""
     captions: list[str]
+    """N captions."""
 
 
 def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:
-    """The embedded digits' latents for `digits`, otherwise those that `data.store` keeps of the pictures of a source.
+    """The real images that `config.data` names: the embedded digits, or a source of pictures.
 
-    What it does not have is encoded now; all ranks take part.
-    Raises UserError on all ranks for what is wrong with source or store, and RunError where the disk takes no more.
+    The latents of a source are kept in a store. All ranks together encode what the store lacks.
+    Raises UserError on all ranks for a bad source or store, and RunError on all ranks where the
+    disk is full.
     """
     data = config.data
     if data.source == "digits":
@@ -38,13 +41,14 @@ def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:
 
 
 def _embedded(adapter, limit: int) -> RealData:
+    """The first `limit` embedded digits. Raises UserError for a model with other latents."""
     with safe_open(ASSETS / "latents.safetensors", "pt") as file:
         latents = file.get_tensor("latents")[:limit].float()
-        index = file.get_tensor("prompt_index")[:limit].long().tolist()
+        prompt_indices = file.get_tensor("prompt_index")[:limit].long().tolist()
     if tuple(latents.shape[1:]) != tuple(adapter.latent_shape):
         raise UserError(
             f"data.source: 'digits' holds latents of shape {tuple(latents.shape[1:])}, but the model needs "
-            f"{tuple(adapter.latent_shape)}; it fits the embedded digits model alone"
+            f"{tuple(adapter.latent_shape)}; it fits only the embedded digits model"
         )
     prompts = (ASSETS / "prompts.txt").read_text().splitlines()
-    return RealData(latents, [prompts[i] for i in index])
+    return RealData(latents, [prompts[i] for i in prompt_indices])

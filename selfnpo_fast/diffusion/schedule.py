@@ -1,8 +1,11 @@
-"""Noise schedules, timestep grids and solver coefficients; pure functions in float64.
+"""Noise schedules, timestep grids and coefficients of steps; pure functions in float64.
 
-x_t = alpha_t x_0 + sigma_t eps with alpha^2 + sigma^2 = 1. Every prediction type is linear in the state x and the raw
-network output p, so x0 = k0 x + k1 p and a solver step is x_next = k2 x + k3 p. Coefficients are made here, once, and
-gathered by timestep or grid index later. T is the number of training timesteps, N the number of grid steps.
+x_t = alpha_t x_0 + sigma_t eps with alpha^2 + sigma^2 = 1. Every prediction type is linear in the
+state x and the raw network output p, so x0 = k0 x + k1 p, and a DDIM step is x_next = k2 x + k3 p.
+These functions compute the coefficients once; later they are gathered by timestep or grid index.
+The docstring of `selfnpo_fast.diffusion` tells which paper equation numbers belong to.
+
+Shape letters: T training timesteps, N grid steps, n timesteps of one call.
 """
 
 from __future__ import annotations
@@ -18,10 +21,16 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alphas_cumprod (T,) float64, and what the network predicts: epsilon, v_prediction or sample."""
+    """The noise levels of a model and its prediction type.
+
+    Raises UserError for a prediction type that is unknown, or that leaves x0 undetermined at the
+    last timestep.
+    """
 
     alphas_cumprod: torch.Tensor
+    """(T,) float64: alpha_t^2."""
     prediction_type: str
+    """What the network predicts: epsilon, v_prediction or sample."""
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -36,7 +45,10 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler) -> NoiseSchedule:
-        """Reads a diffusers scheduler instance (which has already applied its beta options)."""
+        """The schedule of a diffusers scheduler, with its beta options.
+
+        Raises UserError for a scheduler without alphas_cumprod.
+        """
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(
                 f"scheduler: {type(scheduler).__name__} has no alphas_cumprod; expected a DDPM-style noise schedule"
@@ -49,24 +61,24 @@ class NoiseSchedule:
             raise ValueError("its betas give an alphas_cumprod outside of 0 to 1")
 
     def to(self, device: torch.device) -> NoiseSchedule:
-        """The same schedule with its table on `device`, where coefficients are then computed."""
+        """The same schedule on `device`, where its coefficients are then computed."""
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
 
     @property
     def num_train_timesteps(self) -> int:
-        """T, usually 1000."""
+        """The number T of training timesteps, usually 1000."""
         return len(self.alphas_cumprod)
 
     def alpha_sigma(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha_t and sigma_t, float64, of int64 timesteps of any shape."""
+        """alpha_t and sigma_t, float64, for int64 timesteps of any shape."""
         a = self.alphas_cumprod[t]
         return a.sqrt(), (1 - a).sqrt()
 
 
 def ddim_grid(num_train_timesteps: int, grid_steps: int) -> torch.Tensor:
-    """The N grid timesteps in ascending order, (N,) int64: {39, 79, ..., 999} for N = 25, T = 1000.
+    """The timesteps of a DDIM grid in ascending order, (N,) int64: 39, 79, ..., 999 for N = 25.
 
-    N has to divide T, so that the last grid point is the noisiest timestep.
+    Raises UserError unless N divides T, since the last grid timestep has to be the noisiest one.
     """
     if grid_steps < 1 or num_train_timesteps % grid_steps:
         raise UserError(
@@ -77,7 +89,7 @@ def ddim_grid(num_train_timesteps: int, grid_steps: int) -> torch.Tensor:
 
 
 def _output_as_x0_eps(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
-    """(n, 4) float64: x0 = c0 x + c1 p and eps = c2 x + c3 p."""
+    """(n, 4) float64 for timesteps t (n,): x0 = c0 x_t + c1 p and eps = c2 x_t + c3 p."""
     alpha, sigma = schedule.alpha_sigma(t)
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if schedule.prediction_type == "epsilon":
@@ -88,13 +100,15 @@ def _output_as_x0_eps(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
 
 
 def x0_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
-    """(n, 2) float64 for timesteps t (n,): x0 = k0 x_t + k1 p."""
+    """(n, 2) float64 for timesteps t (n,): x0 = k0 x_t + k1 p, Tweedie's estimate (Eq. 2, 12)."""
     return _output_as_x0_eps(schedule, t)[:, :2]
 
 
 def ddim_coefficients(schedule: NoiseSchedule, t: torch.Tensor, t_prev: torch.Tensor, w: float = 0.0) -> torch.Tensor:
-    """(n, 7) float64, the rows of `guided_step`: x0 as above, the deterministic DDIM step (eta = 0)
-    x_{t_prev} = k2 x_t + k3 p, nothing of x0_prev and noise, and guidance w.
+    """(n, 7) float64 for steps from timesteps t (n,) to t_prev (n,): rows of `guided_step`.
+
+    k0 and k1 give x0 as in `x0_coefficients`. k2 and k3 give the DDIM step without noise (eta = 0),
+    x_{t_prev} = k2 x_t + k3 p. k4 and k5, for x0_prev and noise, are 0. The last entry is w.
     """
     c0, c1, c2, c3 = _output_as_x0_eps(schedule, t).unbind(-1)
     alpha, sigma = schedule.alpha_sigma(t_prev)
@@ -103,14 +117,18 @@ def ddim_coefficients(schedule: NoiseSchedule, t: torch.Tensor, t_prev: torch.Te
 
 
 def forward_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
-    """(n, 2) float64: x_t = k0 x_0 + k1 noise (also Eq. 15, with the Tweedie estimate in place of x_0)."""
+    """(..., 2) float64 for timesteps t (...): x_t = k0 x_0 + k1 noise.
+
+    With Tweedie's estimate for x_0 this is Eq. 15.
+    """
     return torch.stack(schedule.alpha_sigma(t), dim=-1)
 
 
 def renoise_coefficients(schedule: NoiseSchedule, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """(..., 2) float64 for s > t of equal shapes (...): x_s = k0 x_t + k1 noise (Eq. 16).
+    """(..., 2) float64 for timesteps t and s of one shape (...): x_s = k0 x_t + k1 noise (Eq. 16).
 
-    alpha_t is never 0, since t is not the last step. Entries where s <= t are 0: no noise leads there.
+    Entries are 0 where s <= t, since adding noise does not lead to a lower noise level. Elsewhere
+    alpha_t is not 0, since t is not the last timestep.
     """
     alpha_t, sigma_t = schedule.alpha_sigma(t)
     alpha_s, sigma_s = schedule.alpha_sigma(s)

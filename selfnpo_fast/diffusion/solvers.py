@@ -1,19 +1,21 @@
-"""The solvers of diffusers as tables of coefficients for `selfnpo_kernels.guided_step`; pure, float64, on the host.
+"""The solvers of diffusers as coefficients of `selfnpo_kernels.guided_step`, float64 on the host.
 
-A solver is served if its step is linear in the state x, the network's raw output p, the x0 of the step before and
-noise, and if its state is what the network reads:
+A solver is served if its step is linear in the state x, the raw network output p, the x0 of the
+previous step and noise, and if its state is the input of the network:
 
     x0     = k0 x + k1 p
     x_next = k2 x + k3 p + k4 x0_prev + k5 noise
 
-All that are served come down to `schedule.ddim_coefficients`, a noiseless step from one noise level to another:
+All solvers here are built on `schedule.ddim_coefficients`, a noiseless step between noise levels:
 
-- DDIM is that step. With eta it goes to a cleaner level, from which its noise leads to the level wanted.
+- DDIM is that step. With eta > 0 the step goes to a lower level, from which the noise leads up to
+  the level that is wanted.
 - Euler is that step on x / sqrt(1 + sigma^2), the scaled input that diffusers gives the network.
-- DPM-Solver++ of first order is that step, its SDE variant the step with noise. 2M adds a multiple of x0 - x0_prev.
+- DPM-Solver++ of first order is that step, and its SDE variant is the step with noise. The second
+  order (2M) adds a multiple of x0 - x0_prev.
 
-A noise level is given by its alphas_cumprod a = alpha^2. diffusers' `sigmas` are sigma / alpha: a = 1 / (1 + sigmas^2).
-n is the number of solver steps.
+A noise level is given by its alphas_cumprod a = alpha^2. diffusers' `sigmas` are sigma / alpha: a =
+1 / (1 + sigmas^2). n is the number of solver steps.
 """
 
 from __future__ import annotations
@@ -32,15 +34,17 @@ class SolverSteps:
     """A trajectory from noise to a clean latent, as one row of `guided_step` per step."""
 
     timesteps: torch.Tensor
-    """(n,) what the network is given: int64, or float32 for Euler, which also stops between training timesteps."""
+    """(n,) the timesteps that the network is told: int64, or float32 for Euler, whose timesteps may
+    lie between training timesteps."""
     k: torch.Tensor
     """(n, 7) float64: k0 .. k5 and w."""
     init_scale: float
-    """What standard normals are multiplied by at the start: 1 but for Euler with linspace or trailing spacing."""
+    """The standard deviation of the first state: 1, except for Euler with linspace or trailing
+    spacing."""
 
     @property
     def keeps_x0(self) -> bool:
-        """Whether any step needs the x0 of the one before."""
+        """Whether any step needs the x0 of the previous step."""
         return bool(self.k[:, 4].any())
 
     @property
@@ -50,13 +54,13 @@ class SolverSteps:
 
 
 def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float = 0.0) -> SolverSteps:
-    """The whole trajectory of a diffusers scheduler after its `set_timesteps`.
+    """All steps of a diffusers scheduler on which `set_timesteps` was called.
 
-    w is the paper's omega, guidance_scale - 1. eta (0 to 1) is that of DDIM's `step`. Prediction types: epsilon,
-    v_prediction and sample. The steps are those of diffusers 0.42 with `set_begin_index(0)`. Of what its `step` takes
-    as further arguments, Euler's s_churn is named here to be refused. At the end the state is what diffusers returns.
-
-    Raises UserError for schedulers and options whose step is not linear or not known here.
+    The steps are those of diffusers 0.42 with `set_begin_index(0)`, and the last state is what
+    diffusers returns. w is the paper's omega, guidance_scale - 1. eta (0 to 1) and s_churn are the
+    arguments of diffusers' `step`; s_churn other than 0 is refused. All prediction types of
+    `NoiseSchedule` are served. Raises UserError for schedulers and options whose step is not linear
+    or not known here.
     """
     name = type(scheduler).__name__  # not isinstance: a subclass may step differently
     if name not in _SOLVERS:
@@ -69,8 +73,8 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float 
         raise UserError(f"eta: {eta} is not possible; expected 0 to 1")
     if s_churn:
         raise UserError(
-            f"s_churn: {s_churn} is not served by the fused step, whose network would have to read a state noised "
-            "anew; take 0, or DPM-Solver++ with algorithm_type='sde-dpmsolver++' for a stochastic sampler"
+            f"s_churn: {s_churn} is not served by the fused step, whose network would have to read a state with new "
+            "noise; take 0, or DPM-Solver++ with algorithm_type='sde-dpmsolver++' for a stochastic sampler"
         )
     if eta and name != "DDIMScheduler":
         raise UserError(f"eta: {eta} belongs to DDIMScheduler; {name} takes 0")
@@ -88,6 +92,7 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float 
 
 
 def _refuse(scheduler, option: str, *served) -> None:
+    """Raise UserError unless the scheduler's `option` has one of the values `served`."""
     value = scheduler.config.get(option)
     if value not in served:
         wanted = " or ".join(repr(choice) for choice in served)
@@ -104,9 +109,10 @@ def _between_levels(
     noise: torch.Tensor | None = None,
     curvature: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(n, 7) for the steps from levels `now` to levels `after`, both (n,) alphas_cumprod.
+    """(n, 7) float64 for the steps from levels `now` to levels `after`, both (n,) alphas_cumprod.
 
-    noise (n,) is the standard deviation of the noise that a step adds; curvature (n,) the multiple of x0 - x0_prev.
+    noise (n,) is the standard deviation of the noise that a step adds; curvature (n,) the multiple
+    of x0 - x0_prev.
     """
     n = len(now)
     kept = 1 - noise.square() if noise is not None else torch.ones_like(now)
@@ -122,6 +128,7 @@ def _between_levels(
 
 
 def _ddim(scheduler, timesteps: torch.Tensor, eta: float) -> tuple[torch.Tensor, float]:
+    """(k, init_scale) of DDIMScheduler."""
     _refuse(scheduler, "clip_sample", False)
     _refuse(scheduler, "thresholding", False)
     schedule = NoiseSchedule.from_scheduler(scheduler)
@@ -132,17 +139,18 @@ def _ddim(scheduler, timesteps: torch.Tensor, eta: float) -> tuple[torch.Tensor,
             f"scheduler: {scheduler.num_inference_steps} steps with {scheduler.config.timestep_spacing} spacing lead "
             f"to timestep {outside}, outside of 0 to {count - 1}; take another number of steps or another steps_offset"
         )
-    # diffusers steps back by this much whatever the spacing is.
+    # diffusers steps back by this much for all spacings.
     before = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     now = schedule.alphas_cumprod[timesteps]
     final = scheduler.final_alpha_cumprod.double().cpu()
     after = torch.where(before >= 0, schedule.alphas_cumprod[before.clamp(min=0)], final)
-    # Eq. 16 of the DDIM paper (Song et al.).
+    # Eq. 16 of Song et al., DDIM, arXiv:2010.02502.
     noise = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt() if eta else None
     return _between_levels(schedule.prediction_type, now, after, noise), 1.0
 
 
 def _dpm_solver(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Tensor, float]:
+    """(k, init_scale) of DPMSolverMultistepScheduler, orders 1 and 2."""
     _refuse(scheduler, "algorithm_type", "dpmsolver++", "sde-dpmsolver++")
     _refuse(scheduler, "solver_order", 2, 1)
     _refuse(scheduler, "thresholding", False)
@@ -152,10 +160,12 @@ def _dpm_solver(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Ten
     sde = config.algorithm_type == "sde-dpmsolver++"
     sigmas = scheduler.sigmas.double().cpu()
     levels = 1 / (1 + sigmas.square())
-    h = (sigmas[:-1] / sigmas[1:]).log()  # steps in the logarithm of alpha / sigma; the last is infinite at sigma = 0
+    # Steps in the logarithm of alpha / sigma; the last one is infinite where it ends at sigma = 0.
+    h = (sigmas[:-1] / sigmas[1:]).log()
     noise = ((1 - levels[1:]) * -torch.expm1(-2 * h)).sqrt() if sde else None
 
-    # D1 = (h / h_prev) (x0 - x0_prev) in diffusers' notation, and its factor (Lu et al., DPM-Solver++).
+    # The second order adds `factor` times diffusers' D1 = (h / h_prev) (x0 - x0_prev); Lu et al.,
+    # DPM-Solver++, arXiv:2211.01095.
     reach = 2 * h if sde else h
     decay = -torch.expm1(-reach)
     factor = decay / 2 if config.solver_type == "midpoint" else 1 - decay / reach
@@ -173,11 +183,13 @@ def _dpm_solver(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Ten
 
 
 def _euler(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Tensor, float]:
-    sigmas = scheduler.sigmas.double().cpu()[: len(timesteps) + 1]  # interpolation_type log_linear leaves one more
+    """(k, init_scale) of EulerDiscreteScheduler."""
+    # interpolation_type log_linear leaves one sigma more.
+    sigmas = scheduler.sigmas.double().cpu()[: len(timesteps) + 1]
     norm = (1 + sigmas.square()).sqrt()
     levels = norm.pow(-2)
     k = _between_levels(NoiseSchedule.from_scheduler(scheduler).prediction_type, levels[:-1], levels[1:])
-    k[-1, 2:4] *= norm[-1]  # the end is no network's input; diffusers' own state is not divided
+    k[-1, 2:4] *= norm[-1]  # diffusers returns the last state without the scaling of an input
     largest = scheduler.sigmas.double().max()
     if scheduler.config.timestep_spacing == "leading":  # EulerDiscreteScheduler.init_noise_sigma
         largest = (1 + largest.square()).sqrt()
@@ -189,3 +201,4 @@ _SOLVERS: dict[str, Callable] = {
     "DPMSolverMultistepScheduler": _dpm_solver,
     "EulerDiscreteScheduler": _euler,
 }
+"""For each class of scheduler: (scheduler, timesteps, eta) -> (k, init_scale)."""

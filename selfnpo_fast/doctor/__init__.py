@@ -1,0 +1,1 @@
+"""The doctor room: what a training run will need, computed, and compared with a real update."""

@@ -1,8 +1,12 @@
-"""What a training run will need: memory of a rank, work per update, time, files. Computed, not measured.
+"""What a training run will need: memory per rank, FLOPs per update, sizes of files.
 
-Networks are traced without their weights (`tracing.py`); what DeepSpeed, the optimiser and the reference hold follows
-from their code in closed form. `selfnpo doctor` prints all this, `selfnpo doctor --verify` holds it against a real
-update. Sizes are bytes, times seconds, one multiplication and addition two FLOPs.
+Everything is computed and nothing is measured.
+
+Activations and FLOPs come from tracing the networks without their weights (`tracing.py`). What
+DeepSpeed, the optimiser and the reference hold follows from their code in closed form.
+`selfnpo doctor` prints these figures; `selfnpo doctor --verify` compares them with a real update.
+
+Sizes are in bytes. One multiplication and one addition are two FLOPs.
 """
 
 from __future__ import annotations
@@ -11,39 +15,57 @@ import math
 from dataclasses import dataclass, replace
 
 from selfnpo_fast.config import RolloutConfig, TrainConfig
-from selfnpo_fast.doctor.tracing import FakeDenoiser, Network, Student
-from selfnpo_fast.models import StableDiffusionAdapter
+from selfnpo_fast.doctor.tracing import FakeDenoiser, ParameterCounts, StudentTrace
+from selfnpo_fast.models import Adapter
 from selfnpo_fast.rollout.pairs import forwards_per_state
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.training.engine import deepspeed_config, zero_stage
 
 GIB = 2**30
-REFERENCE = "reference forward"
 DEEPSPEED_BUCKET = 500_000_000
-"""Elements: DeepSpeed's default reduce_bucket_size, and the bucket of its plain all-reduce (ZeRO 0)."""
+"""Elements of DeepSpeed's default reduce_bucket_size, and of its plain all-reduce (ZeRO 0)."""
 MAX_LIVE = 1_000_000_000
-"""Elements: ZeRO 3's stage3_max_live_parameters and max_reuse_distance; up to it nothing gathered is released early."""
+"""Elements of ZeRO 3's stage3_max_live_parameters and stage3_max_reuse_distance.
+
+Up to this number nothing that was gathered is released early.
+"""
+
+REFERENCE_FORWARD = "reference forward"
+STUDENT_PASSES = "student forward and backward"
+GRADIENT_REDUCTION = "gradient reduction"
+OPTIMISER_STEP = "optimiser step"
+"""The phases of an update in order, by the names that the report prints."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A config on a number of ranks, and what was traced of its networks."""
+class PlannedRun:
+    """A config on a number of ranks, with what tracing has found about its networks."""
 
     config: TrainConfig
     world_size: int
-    device: str  # "cuda" or "cpu": optimisers and communication need other memory there
+    device: str
+    """Device type, "cuda" or "cpu": optimisers and communication need different memory on each."""
     denoiser: FakeDenoiser
-    student: Student  # one micro-batch
-    reference_peak: int  # bytes of one call: of a micro-batch, twice that where guidance needs both branches
+    student: StudentTrace
+    """Of one micro-batch."""
+    reference_peak: int
+    """Peak bytes of the reference's forward on a micro-batch.
+
+    Where guidance needs both branches, it has two rows per sample.
+    """
     latent_elements: int
-    row_elements: int  # of one prompt's conditioning
+    """Elements of one sample's latents."""
+    row_elements: int
+    """Elements of one prompt's conditioning."""
     prompts: int
+    """Number of prompts, or of images where rollouts start from real data."""
     timesteps: int
+    """Training timesteps of the noise schedule."""
 
     @property
-    def network(self) -> Network:
+    def parameter_counts(self) -> ParameterCounts:
         """The student's parameters."""
-        return self.denoiser.network
+        return self.denoiser.parameter_counts
 
     @property
     def micro_batch(self) -> int:
@@ -52,38 +74,37 @@ class Run:
 
 
 class Tracer:
-    """Traces configs of one model; those that differ in what no network sees share their traces."""
+    """Plans runs of one model; configs with equal networks and inputs share traces."""
 
-    def __init__(self, adapter: StableDiffusionAdapter, prompts: int) -> None:
+    def __init__(self, adapter: Adapter, prompts: int) -> None:
         self.adapter, self.prompts = adapter, prompts
         self._denoisers: dict[tuple, FakeDenoiser] = {}
-        self._traces: dict[tuple, tuple[Student, int]] = {}
+        self._traces: dict[tuple, tuple[StudentTrace, int]] = {}
 
-    def run(self, config: TrainConfig, world_size: int, device: str) -> Run:
-        """The run's numbers. Raises UserError where batch and ranks, or LoRA and model, do not fit."""
+    def plan(self, config: TrainConfig, world_size: int, device: str) -> PlannedRun:
+        """Traces a config on `world_size` ranks of device type `device`.
+
+        Raises UserError where the ranks cannot share the batch, or LoRA does not fit the model.
+        """
         engine = config.engine
         micro = engine.micro_batch(world_size)
-        kind = (engine.precision, engine.gradient_checkpointing, config.lora.rank, tuple(config.lora.targets))
-        if kind not in self._denoisers:
-            self._denoisers[kind] = FakeDenoiser(
+        # Everything that changes the network itself.
+        denoiser_key = (engine.precision, engine.gradient_checkpointing, config.lora.rank, tuple(config.lora.targets))
+        if denoiser_key not in self._denoisers:
+            self._denoisers[denoiser_key] = FakeDenoiser(
                 self.adapter, DTYPES[engine.precision], config.lora, checkpointing=engine.gradient_checkpointing
             )
-        denoiser = self._denoisers[kind]
-        key = (
-            *kind,
-            micro,
-            forwards_per_state(config.rollout.omega),
-            config.rollout.omega == -1,
-            keeps_gradients(config),
-        )
-        if key not in self._traces:
-            rows = micro * forwards_per_state(config.rollout.omega)
-            self._traces[key] = (
-                denoiser.student(micro, keep_gradients=keeps_gradients(config)),
-                denoiser.forward_peak(rows, one_row=config.rollout.omega == -1),
+        denoiser = self._denoisers[denoiser_key]
+        # Everything that changes the sizes of its inputs, or the life of its gradients.
+        omega, keep_gradients = config.rollout.omega, keeps_gradients(config)
+        trace_key = (*denoiser_key, micro, forwards_per_state(omega), omega == -1, keep_gradients)
+        if trace_key not in self._traces:
+            self._traces[trace_key] = (
+                denoiser.trace_student(micro, keep_gradients=keep_gradients),
+                denoiser.forward_peak(micro * forwards_per_state(omega), one_row=omega == -1),
             )
-        student, reference_peak = self._traces[key]
-        return Run(
+        student, reference_peak = self._traces[trace_key]
+        return PlannedRun(
             config=config,
             world_size=world_size,
             device=device,
@@ -98,10 +119,11 @@ class Tracer:
 
 
 def forwards_per_pair(rollout: RolloutConfig) -> float:
-    """Reference forwards per training pair in the long run, expected over what is drawn.
+    """Expected reference forwards per training pair in the long run.
 
-    A continuous rollout makes a pair of every state. A lockstep sample runs its own steps, and one more evaluation
-    gives the target: from noise k steps or a uniform 1..k, from data min(k, i + 1) from its uniform grid index i < N.
+    A continuous rollout makes a pair of every state. A lockstep sample runs its DDIM steps and one
+    more evaluation, which gives the target. From noise it runs k steps, or a uniform number from 1
+    to k. From data it starts at a uniform grid index i < N and runs min(k, i + 1) steps.
     """
     if rollout.mode == "continuous":
         return forwards_per_state(rollout.omega)
@@ -113,23 +135,24 @@ def forwards_per_pair(rollout: RolloutConfig) -> float:
     return forwards_per_state(rollout.omega) * (steps + 1)
 
 
-def startup_forwards(run: Run) -> int:
-    """Most reference forwards, over all ranks, that fill the slots of a continuous rollout once per run."""
+def startup_forwards(run: PlannedRun) -> int:
+    """Upper bound on the reference forwards of all ranks that fill a continuous rollout's slots.
+
+    A run fills its slots once. Lockstep mode has none, so it needs 0 forwards.
+    """
     rollout = run.config.rollout
-    return (
-        0
-        if rollout.mode == "lockstep"
-        else forwards_per_state(rollout.omega) * slots(run) * run.world_size * rollout.grid_steps
-    )
+    if rollout.mode == "lockstep":
+        return 0
+    return forwards_per_state(rollout.omega) * slots_per_rank(run) * run.world_size * rollout.grid_steps
 
 
-def slots(run: Run) -> int:
-    """Slots of one rank."""
+def slots_per_rank(run: PlannedRun) -> int:
+    """Number of slots of one rank in continuous mode."""
     return run.micro_batch * run.config.rollout.pool * run.config.engine.accumulation
 
 
 @dataclass(frozen=True)
-class Work:
+class UpdateFlops:
     """FLOPs of one update over all ranks."""
 
     reference: float
@@ -137,235 +160,216 @@ class Work:
 
     @property
     def total(self) -> float:
-        """Of both."""
+        """FLOPs of reference and student together."""
         return self.reference + self.student
 
 
-def work(run: Run) -> Work:
-    """Network FLOPs of one update; the fused operations between them do less than a thousandth as many."""
+def update_flops(run: PlannedRun) -> UpdateFlops:
+    """FLOPs of the networks in one update.
+
+    The fused operations between the networks are left out: they take less than a thousandth of it.
+    """
     batch = run.config.engine.batch_size
     forwards = batch * forwards_per_pair(run.config.rollout)
-    return Work(reference=forwards * run.denoiser.forward_flops, student=batch * run.denoiser.student_flops)
+    return UpdateFlops(reference=forwards * run.denoiser.forward_flops, student=batch * run.denoiser.student_flops)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: what lives all the time, and what each phase of an update adds."""
+    """Memory of one rank in an update."""
 
-    rest: dict[str, int]
+    resident: dict[str, int]
+    """Bytes that live all the time, by what holds them."""
     phases: dict[str, int]
+    """Bytes that each phase of an update adds to the resident ones."""
+
+    @property
+    def total_at_rest(self) -> int:
+        """Bytes that live between updates."""
+        return sum(self.resident.values())
 
     @property
     def peak(self) -> int:
-        """The most that an update needs."""
-        return sum(self.rest.values()) + max(self.phases.values())
+        """Most bytes that live at once in an update."""
+        return self.total_at_rest + max(self.phases.values())
 
 
 def keeps_gradients(config: TrainConfig) -> bool:
-    """Whether whole gradients pile up in a backward: ZeRO 2 and 3 move them into a bucket as they come, and after the
-    first micro-batch of several there is room for all of them."""
+    """Whether the gradients of all parameters gather during a backward pass.
+
+    ZeRO 2 and 3 move each gradient into a bucket when it is complete. With several micro-batches
+    the gradients of the first one stay, and those of the later ones are added to them in place.
+    """
     return zero_stage(config) < 2 and config.engine.accumulation == 1
 
 
-def memory(run: Run) -> Memory:
-    """Peak memory of one rank in a steady update, without the allocator's fragmentation or libraries' workspaces."""
-    config, network = run.config, run.network
+def memory(run: PlannedRun) -> Memory:
+    """Memory of one rank in a steady update.
+
+    The allocator's fragmentation and the workspaces of libraries are left out.
+    """
+    config, counts = run.config, run.parameter_counts
     ema = config.reference.kind == "ema"
-    # A copy of what is trained, but none where it is the base under low-rank weights; float32 is its own master.
-    copied = network.trained_bytes if ema or not config.lora.rank else 0
-    apart = ema and config.engine.precision != "fp32"
-    masters = 4 * math.ceil(network.trained / run.world_size) if apart else 0  # each on one rank
-    rest, phases = _engine(run)
-    if config.rollout.overlap:  # the reference runs beside all the rest
-        phases = {name: size + run.reference_peak for name, size in phases.items() if name != REFERENCE}
-    rest |= {"reference": copied, "EMA masters": masters, **_buffers(run)}
-    return Memory({name: size for name, size in rest.items() if size}, phases)
+    # The reference is a copy of the trained weights. A frozen reference under LoRA is the base
+    # network itself, and costs nothing.
+    reference = counts.trained_bytes if ema or not config.lora.rank else 0
+    # A float32 average needs no master; otherwise each rank holds the float32 masters of its shard.
+    has_masters = ema and config.engine.precision != "fp32"
+    masters = 4 * math.ceil(counts.trained / run.world_size) if has_masters else 0
+    resident, phases = _engine_memory(run)
+    if config.rollout.overlap:  # the reference runs at the same time as every other phase
+        phases = {name: size + run.reference_peak for name, size in phases.items() if name != REFERENCE_FORWARD}
+    resident |= {"reference": reference, "EMA masters": masters, **_rollout_buffers(run)}
+    return Memory({name: size for name, size in resident.items() if size}, phases)
 
 
-def _moments(run: Run, share: int) -> int:
-    """Both moments of a rank's share, in bytes; 8-bit ones have a float32 scale per 256 elements each."""
+def _moment_bytes(run: PlannedRun, shard: int) -> int:
+    """Bytes of both Adam moments of `shard` elements.
+
+    8-bit moments have one float32 scale per 256 elements each. Small tensors keep float32 moments,
+    except under ZeRO, which hands the optimiser one flat tensor.
+    """
     if run.config.optimizer.name == "adamw":
-        return 8 * share
-    floats = run.network.small if zero_stage(run.config) == 0 else 0  # ZeRO hands over one flat tensor
-    return 8 * floats + (share - floats) * 2 + 8 * math.ceil((share - floats) / 256)
+        return 8 * shard
+    float32 = run.parameter_counts.small if zero_stage(run.config) == 0 else 0
+    return 8 * float32 + (shard - float32) * 2 + 8 * math.ceil((shard - float32) / 256)
 
 
-def _step_copies(run: Run, share: int) -> int:
-    """What the optimiser needs for itself during a step, in bytes.
+def _step_scratch(run: PlannedRun, shard: int) -> int:
+    """Bytes of the optimiser's temporary tensors during a step.
 
-    torch's fused AdamW needs nothing, nor does the 8-bit AdamW of bitsandbytes on GPUs; on CPUs that works on five
-    float32 copies of a tensor.
+    torch's fused AdamW needs none, nor does the 8-bit AdamW of bitsandbytes on GPUs. On CPUs the
+    latter works on five float32 copies of a tensor.
     """
     if run.config.optimizer.name == "adamw" or run.device == "cuda":
         return 0
-    return 5 * 4 * (run.network.largest_trained if zero_stage(run.config) == 0 else share)
+    return 5 * 4 * (run.parameter_counts.largest_trained if zero_stage(run.config) == 0 else shard)
 
 
-def _engine(run: Run) -> tuple[dict[str, int], dict[str, int]]:
-    """What DeepSpeed holds all the time, and what each phase adds (read from DeepSpeed 0.19.8's runtime)."""
-    config, network, world = run.config, run.network, run.world_size
+def _engine_memory(run: PlannedRun) -> tuple[dict[str, int], dict[str, int]]:
+    """Resident bytes of DeepSpeed's engine, and the bytes that each phase adds, both by name.
+
+    The formulas were read off the code of DeepSpeed 0.19.8's runtime.
+    """
+    config, counts, world = run.config, run.parameter_counts, run.world_size
     stage, precision = zero_stage(config), config.engine.precision
-    several = config.engine.accumulation > 1
-    zero = deepspeed_config(config, world, network.trained)["zero_optimization"]
+    zero = deepspeed_config(config, world, counts.trained)["zero_optimization"]
     bucket = int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
-    share = math.ceil(network.trained / (world if stage else 1))
-    width = network.trained_bytes // network.trained  # of a weight and its gradient
-    gradients = network.trained_bytes
-    rest = {"weights": network.weight_bytes, "moments": _moments(run, share)}
-    step = _step_copies(run, share)
-    in_bucket = width * min(network.trained, bucket)
-    if stage == 0:
-        flat = width * min(network.trained, DEEPSPEED_BUCKET + network.largest_trained)
-        backward, reduction, step, carried = 0, gradients + flat, gradients + step, gradients
-    elif stage == 1 and precision == "bf16":  # DeepSpeed's BF16_Optimizer: whole float32 gradients on every rank
-        rest |= {"fp32 masters": 4 * share, "gradients": 4 * network.trained}
-        backward, reduction, step, carried = 0, gradients + 2 * network.trained, gradients + step, gradients
+    shard = math.ceil(counts.trained / (world if stage else 1))
+    gradients = counts.trained_bytes
+    width = counts.trained_bytes // counts.trained  # bytes of a weight, and of its gradient
+    in_bucket = width * min(counts.trained, bucket)
+    scratch = _step_scratch(run, shard)
+    resident = {"weights": counts.weight_bytes, "moments": _moment_bytes(run, shard)}
+    # Each branch sets what the backward pass, the reduction and the step add, and `carried`: the
+    # gradients that live from one micro-batch to the next.
+    if stage == 0:  # whole gradients, and their copy in the flat tensor of the all-reduce
+        flat = width * min(counts.trained, DEEPSPEED_BUCKET + counts.largest_trained)
+        backward, reduction, step, carried = 0, gradients + flat, gradients + scratch, gradients
+    elif stage == 1 and precision == "bf16":  # BF16_Optimizer: whole float32 gradients on every rank
+        resident |= {"fp32 masters": 4 * shard, "gradients": 4 * counts.trained}
+        backward, reduction, step, carried = 0, gradients + 2 * counts.trained, gradients + scratch, gradients
     elif stage < 3:
-        rest["fp32 masters"] = 4 * share
-        # A second bucket fills while the first is reduced: overlap_comm, which the engine asks for on GPUs.
+        resident["fp32 masters"] = 4 * shard
+        # With overlap_comm, on GPUs, a second bucket fills while the first is reduced.
         buckets = width * bucket * (2 if run.device == "cuda" else 1)
-        own = 4 * share if precision == "bf16" else 0
-        kept = gradients if stage == 1 else 0
-        carried = kept or (own or width * share)
-        backward = buckets  # float32 gradients of the share gather while activations go
-        reduction = buckets + max(kept, in_bucket) + own
-        # Float32 gradients of the share; where they were float32 before, those still live.
-        step = (4 if precision == "bf16" else 8) * share + step
-    else:
-        gathered = width * min(network.trained, MAX_LIVE) if world > 1 else 0
-        rest["weights"] = network.weight_bytes - width * (network.trained - share - network.persistent)
-        rest["fp32 masters"] = 0 if precision == "fp32" else 4 * share
-        rest["gradients"] = (4 if precision == "bf16" else width) * share
-        rest["buckets"] = width * bucket
-        backward, reduction, step, carried = gathered, gathered + in_bucket, 4 * share + step, 0
-    carried = carried if several else 0
+        float32_gradients = 4 * shard if precision == "bf16" else 0
+        whole_gradients = gradients if stage == 1 else 0
+        carried = whole_gradients or (float32_gradients or width * shard)
+        backward = buckets  # the shard's float32 gradients grow while activations are freed
+        reduction = buckets + max(whole_gradients, in_bucket) + float32_gradients
+        # The shard's float32 gradients; where gradients were float32 before, those still live, too.
+        step = (4 if precision == "bf16" else 8) * shard + scratch
+    else:  # weights are gathered layer by layer
+        gathered = width * min(counts.trained, MAX_LIVE) if world > 1 else 0
+        resident["weights"] = counts.weight_bytes - width * (counts.trained - shard - counts.persistent)
+        resident["fp32 masters"] = 0 if precision == "fp32" else 4 * shard
+        resident["gradients"] = (4 if precision == "bf16" else width) * shard
+        resident["buckets"] = width * bucket
+        backward, reduction, step, carried = gathered, gathered + in_bucket, 4 * shard + scratch, 0
+    if config.engine.accumulation == 1:
+        carried = 0
     phases = {
-        REFERENCE: run.reference_peak,  # the pairs of all micro-batches come before the first gradient
-        "student forward and backward": backward + carried + run.student.peak,
-        "gradient reduction": reduction,
-        "optimiser step": step,
+        REFERENCE_FORWARD: run.reference_peak,  # all micro-batches' pairs come before the first gradient
+        STUDENT_PASSES: backward + carried + run.student.peak,
+        GRADIENT_REDUCTION: reduction,
+        OPTIMISER_STEP: step,
     }
-    return rest, phases
+    return resident, phases
 
 
-def _buffers(run: Run) -> dict[str, int]:
-    """Slots, pairs, tables: what the rollout and the loss hold."""
-    rollout, micro, latent = run.config.rollout, run.micro_batch, 4 * run.latent_elements
+def _rollout_buffers(run: PlannedRun) -> dict[str, int]:
+    """Bytes of the tensors that the rollout and the loss keep, by name."""
+    rollout, micro, accumulation = run.config.rollout, run.micro_batch, run.config.engine.accumulation
+    latent = 4 * run.latent_elements
     width = DTYPES[run.config.engine.precision].itemsize
     states = rollout.grid_steps + 1
     out = {
         "prompt table": (run.prompts + 1) * run.row_elements * width,
-        # Guided steps, starts, timesteps; Eq. 16 for every (state, s); weights by state; the loss's x0 by s.
+        # float32: 7 coefficients of the guided step and 2 of the start per state, 2 of Eq. 16 per
+        # state and s, 2 of the loss per s. Then int64 timesteps and float32 weights per state.
         "coefficient tables": 4 * (7 * states + 2 * states + 2 * states * run.timesteps + 2 * run.timesteps)
         + 8 * states
         + 4 * states,
-        # x_s, target; s, t, row, sample id, weight; of all micro-batches, with overlap in two sets of buffers besides.
-        "pairs": (3 if rollout.overlap else 1) * run.config.engine.accumulation * micro * (2 * latent + 5 * 8),
+        # x_s and target; s, t, row, sample id and weight. Overlap keeps two more sets of buffers.
+        "pairs": (3 if rollout.overlap else 1) * accumulation * micro * (2 * latent + 5 * 8),
     }
     if rollout.mode == "continuous":
-        states_held = 2 if rollout.start == "noise" else 1  # x, and where the sample before it ended
-        out["slots"] = slots(run) * (states_held * latent + 4 * 8) + micro * 4 * 8
+        latents_per_slot = 2 if rollout.start == "noise" else 1  # x, and the previous sample's final x
+        out["slots"] = slots_per_rank(run) * (latents_per_slot * latent + 4 * 8) + micro * 4 * 8
         out["latents of real data"] = run.prompts * latent if rollout.start == "data" else 0
     return out
 
 
-def checkpoint_bytes(run: Run) -> int:
-    """One checkpoint of all ranks: float32 weights, moments, masters of a moving reference, rollout slots."""
-    trained = run.network.trained
-    moments = 8 * trained if run.config.optimizer.name == "adamw" else run.world_size * _moments(
-        run, math.ceil(trained / (run.world_size if zero_stage(run.config) else 1))
-    )  # fmt: skip
+def checkpoint_bytes(run: PlannedRun) -> int:
+    """Bytes of one checkpoint of all ranks.
+
+    It holds float32 weights, moments, the masters of a moving reference and the rollout's slots.
+    """
+    trained = run.parameter_counts.trained
+    if run.config.optimizer.name == "adamw":
+        moments = 8 * trained
+    else:
+        shard = math.ceil(trained / (run.world_size if zero_stage(run.config) else 1))
+        moments = run.world_size * _moment_bytes(run, shard)
     masters = 4 * trained if run.config.reference.kind == "ema" else 0
-    return 4 * trained + moments + masters + run.world_size * _buffers(run).get("slots", 0)
+    return 4 * trained + moments + masters + run.world_size * _rollout_buffers(run).get("slots", 0)
 
 
-def negative_bytes(run: Run) -> int:
-    """The negative model on disk: the whole network, or the low-rank weights, in the precision of the run."""
-    elements = run.network.trained if run.config.lora.rank else run.network.total
+def negative_bytes(run: PlannedRun) -> int:
+    """Bytes of the negative model on disk: whole network or LoRA, in the run's precision."""
+    counts = run.parameter_counts
+    elements = counts.trained if run.config.lora.rank else counts.total
     return elements * DTYPES[run.config.engine.precision].itemsize
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Something to train on; `source` says where its numbers come from."""
+def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[str, TrainConfig]]:
+    """Changes of a config that save memory, those with the fewest side effects first.
 
-    name: str
-    flops: dict[str, float]  # FLOP/s by precision
-    bandwidth: float  # bytes/s of its memory
-    utilisation: float  # share of `flops` that the networks are assumed to reach
-    source: str
-    gpu: bool = True
-
-
-UTILISATION = 0.35
-"""Assumed for UNets of Stable Diffusion's size in PyTorch; nothing here was measured on a GPU."""
-
-GPUS = (
-    Machine(
-        name="A100 SXM 80 GB",
-        flops={"fp32": 19.5e12, "bf16": 312e12, "fp16": 312e12},
-        bandwidth=2039e9,
-        utilisation=UTILISATION,
-        source="NVIDIA A100 data sheet, dense; fp32 without TF32",
-    ),
-    Machine(
-        name="H100 SXM 80 GB",
-        flops={"fp32": 67e12, "bf16": 989e12, "fp16": 989e12},
-        bandwidth=3350e9,
-        utilisation=UTILISATION,
-        source="NVIDIA H100 data sheet, dense; fp32 without TF32",
-    ),
-)
-
-
-def update_seconds(run: Run, machine: Machine) -> float | None:
-    """Seconds of one update, or None where the machine has no figure for this precision.
-
-    Networks at the assumed share of the peak, then optimiser and EMA at the memory's full bandwidth. Communication
-    between ranks, host work and data loading are not in it, and nothing overlaps.
+    Each is a pair of the command-line option, such as "--rollout.pool 1", and the changed config.
     """
-    peak = machine.flops.get(run.config.engine.precision)
-    if peak is None:
-        return None
-    networks = work(run).total / run.world_size / (peak * machine.utilisation)
-    return networks + _update_traffic(run) / machine.bandwidth
-
-
-def _update_traffic(run: Run) -> float:
-    """Bytes that optimiser and EMA read and write on a rank."""
-    config, trained = run.config, run.network.trained
-    share = trained / (run.world_size if zero_stage(config) else 1)
-    width = DTYPES[config.engine.precision].itemsize
-    moments = 8 if config.optimizer.name == "adamw" else 2
-    step = share * (2 * 4 + 4 + 2 * moments + (width if width < 4 else 0))  # master, gradient, moments, weight
-    average = trained * (2 * 4 + width + (width if width < 4 else 0)) if config.reference.kind == "ema" else 0
-    return step + average
-
-
-def levers(config: TrainConfig, world_size: int) -> list[tuple[str, TrainConfig]]:
-    """Changes that save memory, gentlest first, each as (what to set, the changed config)."""
     engine = config.engine
-    out = []
+    changes = []
 
-    def offer(words: str, **sections) -> None:
+    def add(option: str, **sections) -> None:
         parts = {name: replace(getattr(config, name), **fields) for name, fields in sections.items()}
-        out.append((words, replace(config, **parts)))
+        changes.append((option, replace(config, **parts)))
 
     if not engine.gradient_checkpointing:
-        offer("--engine.gradient_checkpointing true", engine={"gradient_checkpointing": True})
+        add("--engine.gradient_checkpointing true", engine={"gradient_checkpointing": True})
     if engine.precision == "fp32":
-        offer("--engine.precision bf16", engine={"precision": "bf16"})
+        add("--engine.precision bf16", engine={"precision": "bf16"})
     if config.optimizer.name == "adamw":
-        offer("--optimizer.name adamw8bit", optimizer={"name": "adamw8bit"})
+        add("--optimizer.name adamw8bit", optimizer={"name": "adamw8bit"})
     highest = 2 if config.lora.rank else 3
     for stage in range(zero_stage(config) + 1, highest + 1 if world_size > 1 else 0):
-        offer(f"--engine.zero_stage {stage}", engine={"zero_stage": stage})
+        add(f"--engine.zero_stage {stage}", engine={"zero_stage": stage})
     micro = engine.micro_batch(world_size)
     for divisor in sorted({divisor for divisor in (2, micro) if divisor > 1 and micro % divisor == 0}):
         steps = engine.accumulation * divisor
-        offer(f"--engine.accumulation {steps}", engine={"accumulation": steps})
+        add(f"--engine.accumulation {steps}", engine={"accumulation": steps})
     if config.rollout.mode == "continuous" and config.rollout.pool > 1:
-        offer("--rollout.pool 1", rollout={"pool": 1})
+        add("--rollout.pool 1", rollout={"pool": 1})
     if not config.lora.rank:
-        offer("--lora.rank 16", lora={"rank": 16}, engine={"zero_stage": min(engine.zero_stage, 2)})
-    return out
+        add("--lora.rank 16", lora={"rank": 16}, engine={"zero_stage": min(engine.zero_stage, 2)})
+    return changes

@@ -1,8 +1,11 @@
-"""The memory model of `costs.py` held against a real update, by the allocation records of torch.profiler.
+"""Compares the memory model of `costs.py` with the allocation records of a real update.
 
-The network has its real class and size and random weights, text embeddings are random, and all else is the trainer's
-own: no weights are read. The second update counts, when the optimiser has its moments. On a GPU as on a CPU the records
-are those of PyTorch's allocator, so that neither libraries' workspaces nor fragmentation are in them.
+The records are those of torch.profiler.
+
+The network has its real class and size but random weights, the text embeddings are random, and
+everything else is the trainer's code: no weights are read. The second update is measured, because
+the optimiser has its moments by then. On GPUs and CPUs alike the records are those of PyTorch's
+allocator, so they contain neither the workspaces of libraries nor fragmentation.
 """
 
 from __future__ import annotations
@@ -10,112 +13,153 @@ from __future__ import annotations
 import gc
 import tempfile
 from bisect import bisect_right
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from selfnpo_fast.config import LogConfig, TrainConfig
-from selfnpo_fast.doctor.costs import Memory
-from selfnpo_fast.models import StableDiffusionAdapter
+from selfnpo_fast.doctor.costs import GRADIENT_REDUCTION, OPTIMISER_STEP, REFERENCE_FORWARD, STUDENT_PASSES, Memory
+from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.engine import start_deepspeed
+from selfnpo_fast.training.inputs import Inputs
 from selfnpo_fast.training.recorder import Recorder
-from selfnpo_fast.training.trainer import Inputs, Trainer
+from selfnpo_fast.training.trainer import Trainer
 
 TOLERANCE = 0.10
+"""Largest relative error of the computed peak that passes."""
+AT_REST, PEAK = "at rest", "peak"
+_UPDATE = "update"
 _MARK = "selfnpo.verify."
+"""Prefix of the profiler ranges that mark the phases of the measured update."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Bytes by name: what the model says, and what was allocated."""
+    """Computed and measured bytes, both under the names of `measure`."""
 
     computed: dict[str, int]
     measured: dict[str, int]
 
     @property
     def error(self) -> float:
-        """Of the peak, relative to what was measured."""
-        return self.computed["peak"] / self.measured["peak"] - 1
+        """Error of the computed peak, relative to the measured one."""
+        return self.computed[PEAK] / self.measured[PEAK] - 1
 
     @property
-    def holds(self) -> bool:
-        """Whether the peak is within TOLERANCE."""
+    def within_tolerance(self) -> bool:
+        """Whether the error of the peak is at most TOLERANCE."""
         return abs(self.error) <= TOLERANCE
 
 
 def compare(predicted: Memory, measured: dict[str, int]) -> Comparison:
-    """The model's figures under the names of `measure`: gradients are reduced within the engine's backward."""
-    phases, rest = predicted.phases, sum(predicted.rest.values())
-    backward = max(phases["student forward and backward"], phases["gradient reduction"])
+    """Puts the figures of the memory model next to those of `measure`.
+
+    The engine reduces gradients within its backward pass, so the model's phases of the student's
+    passes and of the reduction are one measured phase, which adds the larger of the two.
+    """
+    phases = predicted.phases
     computed = {
-        "at rest": rest,
-        "reference forward": phases["reference forward"],
-        "student forward and backward": backward,
-        "optimiser step": phases["optimiser step"],
-        "peak": predicted.peak,
+        AT_REST: predicted.total_at_rest,
+        REFERENCE_FORWARD: phases[REFERENCE_FORWARD],
+        STUDENT_PASSES: max(phases[STUDENT_PASSES], phases[GRADIENT_REDUCTION]),
+        OPTIMISER_STEP: phases[OPTIMISER_STEP],
+        PEAK: predicted.peak,
     }
     return Comparison(computed, measured)
 
 
-def measure(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, world: World) -> dict[str, int]:
-    """Bytes that live before the second update, what each phase adds to them, and the peak of that update."""
+def measure(config: TrainConfig, adapter: Adapter, prompts: int, world: World) -> dict[str, int]:
+    """Runs two updates and returns the memory of the second one, in bytes by name.
+
+    "at rest" is what lives before the update and "peak" the most that lives during it. The other
+    names are those of the phases, with what each of them adds to the bytes at rest.
+    """
     config = replace(config, log=LogConfig(sample_every=-1))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])
-    gc.collect()  # what an earlier profile saw made, and this one saw freed, would count against it
-    # From the very start: a block's size is known to the profiler only if it saw the block made.
-    records, alone = profile(activities=activities, profile_memory=True), _nothing_sent(world)
-    with records, alone, tempfile.TemporaryDirectory() as output:
+    # Objects of an earlier profile that are freed during this one would be subtracted from it.
+    gc.collect()
+    # The profile covers the trainer's set-up: the profiler knows the size of a freed block only if
+    # it saw the allocation. DeepSpeed starts before the profile does.
+    records, local = profile(activities=activities, profile_memory=True), _local_communication(world)
+    with records, local, tempfile.TemporaryDirectory() as output:
         trainer = Trainer(config, _random_inputs(config, adapter, prompts, world), world, Path(output))
         recorder = Recorder(config, world, adapter.schedule.num_train_timesteps)
-        trainer.producer.rollout.fill()  # a steady update is what the model describes
+        # The model describes a steady update: slots are filled and the optimiser has its moments.
+        trainer.producer.rollout.fill()
         trainer.train_update(recorder)
-        trainer.producer.take = _marked("reference forward", trainer.producer.take)
-        trainer.pair_loss = _marked("student forward and backward", trainer.pair_loss)
-        trainer.engine.backward = _marked("student forward and backward", trainer.engine.backward)
-        trainer.engine.step = _marked("optimiser step", trainer.engine.step)
-        _marked("update", trainer.train_update)(recorder)
-    return _peaks(records, world.device.type)
+        # In the measured update each phase marks its allocations in the profiler's records.
+        trainer.producer.take = _marked(REFERENCE_FORWARD, trainer.producer.take)
+        trainer.pair_loss = _marked(STUDENT_PASSES, trainer.pair_loss)
+        trainer.engine.backward = _marked(STUDENT_PASSES, trainer.engine.backward)
+        trainer.engine.step = _marked(OPTIMISER_STEP, trainer.engine.step)
+        _marked(_UPDATE, trainer.train_update)(recorder)
+    return _memory_by_phase(records, world.device.type)
 
 
-def _nothing_sent(world: World) -> AbstractContextManager:
-    """With one rank, what DeepSpeed sends around does at once what it comes to.
+def _local_communication(world: World) -> AbstractContextManager[None]:
+    """Starts DeepSpeed; inside the returned context its collectives run at once, in this thread.
 
-    gloo has them done by a thread of its own, which may be the last to let go of a tensor, or copies one; and of what
-    that thread frees the profiler keeps no records.
+    The world has one rank, so every collective keeps or copies its tensor. gloo would run them
+    in another thread, which may be the last one to release a tensor, and the profiler keeps no
+    records of what that thread frees.
     """
     start_deepspeed(world)
     from deepspeed.comm import comm
 
-    def unchanged(*args, **kwargs):
-        """Of an all-reduce, or a broadcast."""
-        return _Done()
+    def keep_input(*args, **kwargs) -> FinishedWork:
+        """The all-reduce and the broadcast of one rank leave their tensor as it is."""
+        return FinishedWork()
 
-    def copied(output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args, **kwargs):
-        """Of an all-gather, or a reduce-scatter."""
+    def copy_input(output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args, **kwargs) -> FinishedWork:
+        """The all-gather and the reduce-scatter of one rank copy their input."""
         output_tensor.copy_(input_tensor)
-        return _Done()
+        return FinishedWork()
 
-    replaced = dict.fromkeys(("all_reduce", "broadcast"), unchanged)
-    replaced |= dict.fromkeys(("all_gather_into_tensor", "reduce_scatter_tensor"), copied)
-    return mock.patch.multiple(comm.cdb, **replaced)
+    replacements = dict.fromkeys(("all_reduce", "broadcast"), keep_input)
+    replacements |= dict.fromkeys(("all_gather_into_tensor", "reduce_scatter_tensor"), copy_input)
+    return replaced_attributes(comm.cdb, replacements)
 
 
-class _Done:
-    """The handle of a reduction that is over."""
+class FinishedWork:
+    """The handle of a collective operation that is over."""
 
     def wait(self) -> None:
         """Returns at once."""
 
 
-def _marked(name: str, function):
+@contextmanager
+def replaced_attributes(target: object, replacements: Mapping[str, object]) -> Iterator[None]:
+    """Sets attributes of an instance inside the context and restores them at its end.
+
+    An attribute that came from the instance's class is deleted from the instance again. Raises
+    AttributeError, before anything is set, where the target lacks one of the attributes.
+    """
+    for name in replacements:
+        getattr(target, name)
+    originals = {name: vars(target)[name] for name in replacements if name in vars(target)}
+    try:
+        for name, value in replacements.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name in replacements:
+            if name in originals:
+                setattr(target, name, originals[name])
+            elif name in vars(target):
+                delattr(target, name)
+
+
+def _marked(name: str, function: Callable) -> Callable:
+    """The function inside a profiler range of this name."""
+
     def call(*args, **kwargs):
         with record_function(_MARK + name):
             return function(*args, **kwargs)
@@ -123,7 +167,8 @@ def _marked(name: str, function):
     return call
 
 
-def _random_inputs(config: TrainConfig, adapter: StableDiffusionAdapter, prompts: int, world: World) -> Inputs:
+def _random_inputs(config: TrainConfig, adapter: Adapter, prompts: int, world: World) -> Inputs:
+    """The trainer's inputs in their real sizes and dtypes, with random values."""
     dtype, device = DTYPES[config.engine.precision], world.device
 
     def rows(count: int) -> dict[str, torch.Tensor]:
@@ -136,24 +181,27 @@ def _random_inputs(config: TrainConfig, adapter: StableDiffusionAdapter, prompts
     return Inputs(adapter, table, [""] * prompts, latents, student, base={})
 
 
-def _peaks(records: profile, device_type: str) -> dict[str, int]:
-    """Running sums of the allocation records, cut by the marks."""
+def _memory_by_phase(records: profile, device_type: str) -> dict[str, int]:
+    """What `measure` returns, from the profiler's records of allocations and marks."""
     kind = torch.autograd.DeviceType.CUDA if device_type == "cuda" else torch.autograd.DeviceType.CPU
     events = records.profiler.kineto_results.events()
+    # Every allocation is a record of its size, every release one of its negative size; the running
+    # sum is what lives after each record.
     blocks = sorted(
         (event.start_ns(), event.nbytes())
         for event in events
         if event.name() == "[memory]" and event.device_type() == kind
     )
     times, live = [time for time, _ in blocks], list(accumulate(size for _, size in blocks))
+    # Each marked range becomes a range of records. A phase may have several, one per micro-batch.
     spans: dict[str, list[tuple[int, int]]] = {}
     for event in events:
         if event.name().startswith(_MARK):
             first, last = (bisect_right(times, t) - 1 for t in (event.start_ns(), event.end_ns()))
             spans.setdefault(event.name().removeprefix(_MARK), []).append((first, last))
-    ((first, last),) = spans.pop("update")
-    rest = live[first]
-    out = {"at rest": rest}
-    for name, parts in spans.items():
-        out[name] = max(max(live[start : end + 1]) for start, end in parts) - rest
-    return out | {"peak": max(live[first : last + 1])}
+    ((first, last),) = spans.pop(_UPDATE)
+    at_rest = live[first]
+    out = {AT_REST: at_rest}
+    for name, ranges in spans.items():
+        out[name] = max(max(live[start : end + 1]) for start, end in ranges) - at_rest
+    return out | {PEAK: max(live[first : last + 1])}

@@ -1,1 +1,1 @@
-"""Negative guidance at inference: the positive model's output is pushed away from the negative model's."""
+"""Guidance by a negative: attached to stock pipelines, in the fast sampler, and measured."""

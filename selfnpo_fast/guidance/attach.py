@@ -1,11 +1,12 @@
-"""A negative model on a stock diffusers pipeline: the rows of its negative branch go through the negative.
+"""A negative model on a stock diffusers pipeline, which computes the negative branch's rows.
 
-The pipeline keeps its denoiser, its forward and its components; two hooks on the denoiser do everything.
+The pipeline keeps its denoiser, that denoiser's forward and its components. Two hooks on the
+denoiser do all the work.
 """
 
 from __future__ import annotations
 
-from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from selfnpo_fast.guidance.pipelines import calling_pipeline, guided_family
 from selfnpo_fast.guidance.two_networks import Follower, TwoNetworks, rows_of
 from selfnpo_fast.models import Family
 from selfnpo_fast.negatives.load import Negative, load_negative
+from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError
 
@@ -24,10 +26,10 @@ if TYPE_CHECKING:  # diffusers' models import bitsandbytes where it is installed
 
 
 class AttachedNegative:
-    """What `attach_negative` returns; a context manager that detaches at its end.
+    """A negative on a denoiser, as `attach_negative` returns it; a context manager that detaches.
 
-    It owns the negative's placement: the negative moves with the denoiser, also under model offload. A denoiser that is
-    called outside of a pipeline's call is the positive model alone, which is said once.
+    The negative moves with the denoiser, also under model offload. A denoiser that is called
+    outside of a pipeline's call computes the positive model only; the first such call is logged.
     """
 
     def __init__(self, called: nn.Module, branch: LowRankBackbone | TwoNetworks, family: Family) -> None:
@@ -40,13 +42,14 @@ class AttachedNegative:
 
     @property
     def attached(self) -> bool:
-        """False once it is detached."""
+        """Whether the negative is still attached."""
         return bool(self._hooks)
 
     def detach(self) -> None:
-        """Leave the pipeline as it was found. A second call does nothing.
+        """Undo all changes to the pipeline. A second call does nothing.
 
-        UserError, and still attached, where a LoRA's layers have been offloaded one by one meanwhile.
+        Raises UserError where a LoRA's layers were offloaded one by one after attaching; the
+        negative stays attached then.
         """
         if not self._hooks:
             return
@@ -63,7 +66,11 @@ class AttachedNegative:
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self._branch.reset()  # an interrupt may have ended the last call without its `_after`
+        """The hook before a forward: lets the branch prepare a guided call.
+
+        Returns arguments that replace those of the call, or None to keep them.
+        """
+        self._branch.reset()  # an interrupt may have ended the last call before `_after`
         if not self._is_guided():
             return None
         rows = rows_of(args, kwargs, self._family)
@@ -73,12 +80,17 @@ class AttachedNegative:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if output is None:  # the forward has failed
+        """The hook after a forward, with output None where it has failed.
+
+        Returns an output that replaces that of the call, or None to keep it.
+        """
+        if output is None:
             self._branch.reset()
             return None
         return self._branch.end(output)
 
     def _is_guided(self) -> bool:
+        """Whether the calling pipeline guides, so that the rows are those of both branches."""
         pipe = calling_pipeline()
         if pipe is not None:
             return guided_family(pipe).is_guided(pipe)
@@ -90,48 +102,56 @@ class AttachedNegative:
 
 def attach_negative(
     pipe: DiffusionPipeline,
-    negative: str | PathLike | Negative,
+    negative: str | Path | nn.Module | Negative,
     alpha: float = 1.0,
     beta: float = 1.0,
     *,
-    base: str | PathLike | None = None,
+    base: str | Path | None = None,
 ) -> AttachedNegative:
-    """Guide a diffusers pipeline away from a negative model instead of from its own unconditional prediction.
+    """Guide a diffusers pipeline away from a negative model, not from its unconditional prediction.
 
-    The rows of the negative branch, under the negative prompt, go through the negative from here on; where a call has
-    no guidance nothing changes and the negative costs nothing. `negative`, `alpha`, `beta` and `base` are as in
-    `load_negative` (Eq. 7). Pipelines that share the denoiser (`from_pipe`) share the negative. UserError, and nothing
-    attached, for a pipeline class that is not known, a negative that does not fit, or a denoiser that has one already.
+    From now on the negative computes the rows of the negative branch, under the negative prompt. A
+    call without guidance does not change, and the negative costs nothing there. Pipelines that
+    share the denoiser (`from_pipe`) share the negative.
+
+    `negative`, `alpha`, `beta` and `base` are those of `load_negative` (Eq. 7).
+
+    Raises UserError where the pipeline's class is not known, the negative does not fit, or the
+    denoiser has a negative already. Nothing is attached then.
     """
+    # Find the denoiser. Hooks go on torch.compile's wrapper, which leaves them out of its graph.
     family = guided_family(pipe)
     name = family.denoiser_name
     called = getattr(pipe, name)
     if called is None:
         raise UserError(f"pipe: it has no {name}; load it with its denoiser")
-    denoiser = getattr(called, "_orig_mod", called)  # under torch.compile, which leaves hooks outside of its graph
+    denoiser = getattr(called, "_orig_mod", called)
     _check_denoiser(denoiser, family)
+    # Load the negative, and give the denoiser its updates or a second network.
     loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
-    if loaded.deltas is not None:
-        branch = install(denoiser, loaded.deltas)
-    else:
+    branch: LowRankBackbone | TwoNetworks
+    if loaded.network is not None:
         branch = TwoNetworks(denoiser, loaded.network, family)
+    else:
+        branch = install(denoiser, loaded.deltas or {})
     logger.info("negative %s (alpha %g, beta %g) on %s: %s", loaded.source, alpha, beta, type(pipe).__name__, branch)
+    # Register the hooks.
     return AttachedNegative(called, branch, family)
 
 
 def has_negative(denoiser: nn.Module) -> bool:
-    """Whether a negative is attached to it."""
+    """Whether a negative is attached to the denoiser."""
     return any(isinstance(module, Follower) or hasattr(module, "low_rank_down") for module in denoiser.modules())
 
 
 def _check_denoiser(denoiser: nn.Module, family: Family) -> None:
-    """UserError where the denoiser cannot take any negative."""
+    """Raise UserError where no negative can be attached to the denoiser."""
     name = family.denoiser_name
     if has_negative(denoiser):
         raise UserError(
             f"pipe: its {name} has a negative already, perhaps by a pipeline that shares it; detach it first"
         )
-    reason = family.why_unguided(denoiser.config)
+    reason = family.why_unguided(config_of(denoiser))
     if reason is not None:
         raise UserError(f"pipe: its {name} {reason}, so it has no negative branch")
     children = [module for module in denoiser.modules() if module is not denoiser]

@@ -1,4 +1,4 @@
-"""The two branches of guidance: who answers for the positive and the negative one, and how their forwards are run.
+"""The two branches of guidance: which network computes each branch, and in how many forwards.
 
 Shape letters: B pictures of a batch.
 """
@@ -18,68 +18,91 @@ from selfnpo_fast.runtime.compiling import compile_blocks
 
 
 class Branches:
-    """The positive network and what stands against it.
+    """The positive network and the network of the negative branch.
 
-    Without a negative that is the same network, with a low-rank one the same backbone, with full weights another
-    network. One network runs both branches as one batch, the negative rows first, or as two; two networks run one after
-    the other.
+    The negative branch is computed by
+    - the positive network, where there is no negative model,
+    - the positive network with low-rank updates, where the negative is a LoRA,
+    - a second network, where the negative has full weights.
+
+    One network computes both branches as one batch, the negative rows first, or as two batches.
+    Two networks run one after the other.
     """
 
     def __init__(self, adapter: Adapter, positive: nn.Module, negative: Negative | None, compile: str = "off") -> None:
+        """`compile` is off, default or max; the caller's positive network is not changed."""
         self.predict, self.positive = adapter.predict, positive
         blocks = adapter.family.repeated_blocks
         self.backbone: LowRankBackbone | None = None
-        against = negative.network if negative is not None else None
+        network = negative.network if negative is not None else None
         deltas = negative.deltas if negative is not None else None
-        if isinstance(against, nn.Module):
+        if isinstance(network, nn.Module):
             like = next(positive.parameters())
-            nn.Module.to(against, like.device, like.dtype)  # without ModelMixin's warning
+            nn.Module.to(network, like.device, like.dtype)  # ModelMixin.to would warn
         if deltas is not None or compile != "off":
-            # A module tree of our own over the caller's tensors: his network keeps its layers and compiles nothing.
+            # Layers are changed and compiled in a copy of the module tree, not in the caller's.
             self.positive = _share(positive)
         if deltas is not None:
             self.backbone = install(self.positive, deltas)
         if compile != "off":
             compile_blocks(self.positive, blocks, compile)
-            if against is not None:
-                against = _share(against)
-                compile_blocks(against, blocks, compile)
-        self.against = against
+            if network is not None:
+                network = _share(network)
+                compile_blocks(network, blocks, compile)
+        self.negative = network
 
     @property
     def one_network(self) -> bool:
-        """Whether both branches can be one batch."""
-        return self.against is None
+        """Whether one network computes both branches, so that they can be one batch."""
+        return self.negative is None
 
     def _rows(self, choice: Rows) -> AbstractContextManager:
+        """The rows that get the low-rank updates within the block, where there are updates."""
         return self.backbone.rows(choice) if self.backbone is not None else nullcontext()
 
     def single(self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning) -> torch.Tensor:
-        """The positive output (B, ...) at states x (B, ...), timesteps t (B,) and the prompts' rows (B, ...)."""
+        """The positive branch's output, in the network's dtype.
+
+        Shapes:
+        - x: (B, ...), the states.
+        - t: (B,), the timesteps.
+        - rows: (B, ...), the prompts' conditioning rows.
+        - result: (B, ...).
+        """
         return self.predict(self.positive, x, t, rows)
 
     def both(
         self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning, batched: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(pos, neg)`, (B, ...) each; rows (2 B, ...) are the negative branch's, then the prompts'."""
+        """`(pos, neg)`, the outputs of both branches, as one batch where `batched`.
+
+        Shapes:
+        - x: (B, ...), the states.
+        - t: (B,), the timesteps.
+        - rows: (2 B, ...), the negative branch's conditioning rows, then the prompts'.
+        - pos, neg: (B, ...).
+        """
         if batched:
             with self._rows(Rows.FIRST_HALF):
                 neg, pos = self.predict(self.positive, torch.cat([x, x]), torch.cat([t, t]), rows).chunk(2)
             return pos, neg
-        against, prompts = halves(rows)
+        negative_rows, prompts = halves(rows)
         pos = self.single(x, t, prompts)
-        if self.against is not None:
-            return pos, self.predict(self.against, x, t, against)
+        if self.negative is not None:
+            return pos, self.predict(self.negative, x, t, negative_rows)
         with self._rows(Rows.ALL):
-            return pos, self.predict(self.positive, x, t, against)
+            return pos, self.predict(self.positive, x, t, negative_rows)
 
 
 def _share(network: nn.Module) -> nn.Module:
-    """A copy of the module tree over the very same tensors, in evaluation mode: layers can be changed in it alone."""
+    """A copy of the module tree, in evaluation mode, over the tensors of `network` itself.
+
+    Layers of the copy can be changed without changing those of `network`.
+    """
     return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())}).eval()
 
 
 def halves(rows: Conditioning) -> tuple[Conditioning, Conditioning]:
-    """The negative branch's rows and the prompts' of (2 B, ...) rows; views."""
+    """Two views (B, ...) of (2 B, ...) rows: the negative branch's and the prompts'."""
     half = len(next(iter(rows.values()))) // 2
     return {name: value[:half] for name, value in rows.items()}, {name: value[half:] for name, value in rows.items()}

@@ -1,8 +1,10 @@
-"""Which diffusers pipelines a negative can be attached to, and which one is calling; the families name the classes."""
+"""Which diffusers pipelines a negative can be attached to, and which one is calling; the families
+name the classes."""
 
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from selfnpo_fast.models import Family, guided_family_of
@@ -30,7 +32,8 @@ _SUPPORTED = (
 
 
 def guided_family(pipe: object) -> Family:
-    """The family that guides pipelines of this class; UserError with the reason where there is none.
+    """The family that guides pipelines of this class; UserError with the reason where there is
+    none.
 
     A subclass of a listed class is not listed: it may order its rows in another way.
     """
@@ -48,12 +51,12 @@ def guided_family(pipe: object) -> Family:
 def calling_pipeline() -> DiffusionPipeline | None:
     """The pipeline in whose call this thread is, read off the stack; None where there is none.
 
-    Pipelines share denoisers (`from_pipe`, `components`), and each keeps its last call's guidance scale: only the one
-    that is being called can say whether these rows are guided.
+    Pipelines share denoisers (`from_pipe`, `components`), and each keeps its last call's guidance
+    scale: only the one that is being called can say whether these rows are guided.
     """
     from diffusers import DiffusionPipeline
 
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and isinstance(caller := frame.f_locals.get("self"), DiffusionPipeline):
             return caller

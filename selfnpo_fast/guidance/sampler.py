@@ -1,9 +1,10 @@
 """Guided sampling with a negative model: the fast path.
 
-p = p_neg + guidance_scale (p_pos - p_neg), diffusers' convention: guidance_scale = omega + 1. Without a negative model
-this is plain classifier-free guidance. Beyond the networks a step is one fused call: guidance, x0 and the solver.
+p = p_neg + guidance_scale (p_pos - p_neg), where guidance_scale is diffusers', omega + 1. Without a
+negative model this is plain classifier-free guidance. Next to the networks, a step is one fused
+call, which computes guidance, x0 and the solver's step.
 
-Shape letters: B pictures of a batch, N pictures, C H W latent channels, height and width.
+Shape letters: B pictures of a batch, N pictures; C, H, W latent channels, height and width.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from selfnpo_fast.guidance.trajectory import Trajectories
 from selfnpo_fast.models import Adapter, Family, adapter_of
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
+from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
 from selfnpo_fast.runtime.console import logger
@@ -39,33 +41,34 @@ SOLVERS = {
     "ddim": "DDIMScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+"""The diffusers scheduler of each solver."""
 OUTPUTS = ("pil", "pt", "latent")
 Progress = Callable[[int, int], None]
-"""Hears (steps done, steps in all) of a call."""
+"""Called with (steps done, steps in total) after every step of a call."""
 
 
 class SamplingCancelled(RunError):
-    """`cancelled` said so between two steps."""
+    """Raised between two steps where the callback `cancelled` has returned true."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How pictures are drawn."""
+    """How pictures are drawn. Raises UserError for values that are not possible."""
 
     steps: int = 20
     """Solver steps."""
     guidance_scale: float = 3.0
-    """diffusers' guidance_scale (omega + 1); 1 uses the positive model alone."""
+    """diffusers' guidance_scale (omega + 1); 1 uses only the positive model."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Shares of the steps between which guidance acts; outside, a step runs the positive model alone."""
+    """Shares of the steps, 0 to 1, between which guidance acts; outside, only the positive runs."""
     guidance_rescale: float = 0.0
-    """0 to 1: diffusers' guidance_rescale (Lin et al., section 3.4)."""
+    """0 to 1: diffusers' guidance_rescale (Lin et al., arXiv 2305.08891, section 3.4)."""
     solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
     """DPM-Solver++(2M), DDIM (eta 0) or Euler."""
     negative_prompt: Literal["empty", "same"] = "empty"
-    """Prompt of the negative branch: empty, or the positive's own, as in autoguidance."""
+    """Prompt of the negative branch: the empty one, or the positive's (autoguidance)."""
     batch_size: int = 64
-    """Pictures per forward (of one branch)."""
+    """Pictures per forward of one branch."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -85,25 +88,34 @@ class SamplerConfig:
             raise UserError(f"batch_size: {self.batch_size} is not possible; expected at least 1")
 
     def guided(self, step: int) -> bool:
-        """Whether guidance acts at a step, as diffusers' control_guidance_start and _end count them."""
+        """Whether guidance acts at a step, counted from 0, by the rule of diffusers' ControlNets.
+
+        That is the rule of control_guidance_start and control_guidance_end.
+        """
         start, end = self.guidance_interval
         return self.guidance_scale != 1 and step / self.steps >= start and (step + 1) / self.steps <= end
 
 
-def make_scheduler(name: str, config: dict):
-    """The diffusers scheduler of a solver name, on the model's own noise schedule."""
+def make_scheduler(name: str, config: dict) -> Any:
+    """The diffusers scheduler of a solver, with the noise schedule of the model's scheduler config.
+
+    Raises UserError for an unknown solver.
+    """
     import diffusers
 
     if name not in SOLVERS:
         raise UserError(f"solver: {name!r} is not supported; expected one of {', '.join(SOLVERS)}")
-    options = {"dpm++": {"algorithm_type": "dpmsolver++", "solver_order": 2}, "ddim": {"clip_sample": False}}
+    options: dict[str, dict[str, Any]] = {
+        "dpm++": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        "ddim": {"clip_sample": False},
+    }
     return getattr(diffusers, SOLVERS[name]).from_config(config, **options.get(name, {}))
 
 
 def start_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Standard normals (B, *shape) float32; a picture's noise depends on its own seed alone.
+    """Standard normals (B, *shape) float32 for B seeds; each picture's depend only on its seed.
 
-    The draw is its own kind, so that no picture starts from the noise of a training rollout.
+    The draw is that of sampling, so that no picture starts from the noise of a training rollout.
     """
     ids = torch.tensor(seeds, dtype=torch.int64, device=device)
     return normal(NoiseKey(0, ids, draw_id(Draw.SAMPLE)), shape)
@@ -111,22 +123,27 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.devi
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What a call of the sampler gives."""
+    """The result of a call of the sampler."""
 
     images: list | torch.Tensor
-    """PIL images; or (N, 3, height, width) float32 in [-1, 1] on the CPU ("pt"); or scaled latents ("latent")."""
+    """N pictures in the form that `output` names.
+
+    - pil: a list of PIL images.
+    - pt: (N, 3, height, width) float32 in [-1, 1], on the CPU.
+    - latent: scaled latents (N, C, H, W) float32, on the CPU.
+    """
     seeds: list[int]
-    """Of each picture: drawing with them again gives the pictures again."""
+    """The seed of each picture; a call with the same seeds draws the same pictures."""
 
 
 class GuidedSampler:
-    """Draws pictures with a positive and a negative model; made once, called often, by any number of threads.
+    """Draws pictures with a positive and a negative model.
 
-    Calls take turns: one lock guards the device, the buffers and the (not thread-safe) tokenizers. A shape of batch,
-    picture and solver keeps static buffers and, on a GPU, one CUDA graph per kind of step; the `max_shapes` that were
-    used last are kept. `branches` says whether one network runs both branches as one batch or as two (auto: whichever
-    the first steps of a shape find faster). `compile` off | default | max compiles the networks' repeated blocks; with
-    max, steps are captured as CUDA graphs as well.
+    Any number of threads may call one sampler. Calls take turns: one lock guards the device, the
+    buffers and the tokenizers, which are not thread-safe.
+
+    Each shape of batch, picture and solver has static buffers and, on a GPU with `compile` max, one
+    CUDA graph per kind of step. The `max_shapes` that were used last are kept.
     """
 
     def __init__(
@@ -140,7 +157,18 @@ class GuidedSampler:
         max_shapes: int = 4,
         solver: Literal["dpm++", "ddim", "euler"] = "dpm++",
     ) -> None:
-        """Of a family's adapter, its denoiser and a negative model (none: plain guidance), all where they shall run."""
+        """A sampler of a family's adapter and its denoiser, which is on the device to run on.
+
+        - negative: None for plain guidance.
+        - compile: torch.compile's mode for the networks' repeated blocks; max also captures steps
+          as CUDA graphs.
+        - branches: one batch or two where one network computes both branches; auto takes what is
+          faster in the first steps of a shape.
+        - max_shapes: how many shapes are kept.
+        - solver: the default of calls.
+
+        Raises UserError for values that are not possible.
+        """
         if compile not in ("off", "default", "max"):
             raise UserError(f"compile: {compile!r} is not possible; expected off, default or max")
         if branches not in BRANCHES:
@@ -164,22 +192,24 @@ class GuidedSampler:
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
-        base: str | None = None,
+        base: str | Path | None = None,
         **options,
     ) -> GuidedSampler:
-        """A sampler over a diffusers pipeline's own networks, which stay where they are and as they are.
+        """A sampler over the networks of a diffusers pipeline, which are neither moved nor changed.
 
-        `negative`, alpha, beta and base as in `attach_negative`; further options as in the constructor. The solver is
-        the pipeline's scheduler where it is DPM-Solver++, DDIM or Euler; calls may name another.
+        `negative`, alpha, beta and base are those of `load_negative`, further options those of the
+        constructor. The default solver is the pipeline's scheduler where that is DPM-Solver++, DDIM
+        or Euler, and else DPM-Solver++.
 
-        Raises UserError for pipelines of other families, offloaded ones, and what `load_negative` refuses.
+        Raises UserError where the pipeline is of another family or is offloaded, where a negative
+        is attached to it, and for all that `load_negative` refuses.
         """
         adapter = adapter_of(pipe)
         denoiser = getattr(pipe, adapter.denoiser_name)
-        denoiser = getattr(denoiser, "_orig_mod", denoiser)  # under torch.compile; we compile a tree of our own
+        denoiser = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile's wrapper
         _check_pipeline(pipe, denoiser, adapter.family)
-        named = {scheduler: name for name, scheduler in SOLVERS.items()}
-        solver = named.get(type(pipe.scheduler).__name__, "dpm++")
+        solver_of_scheduler = {scheduler: name for name, scheduler in SOLVERS.items()}
+        solver = solver_of_scheduler.get(type(pipe.scheduler).__name__, "dpm++")
         loaded = None
         if negative is not None:
             loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
@@ -199,16 +229,21 @@ class GuidedSampler:
         cancelled: Callable[[], bool] | None = None,
         **settings,
     ) -> Drawn:
-        """One picture per prompt. `settings` are fields of `SamplerConfig`: steps, guidance_scale and the like.
+        """One picture per prompt. `settings` are fields of `SamplerConfig`, such as steps.
 
-        seeds: one per picture, or the first of consecutive ones, or None for new random ones; a picture depends on its
-        own seed and prompt alone, to float rounding, whatever else is drawn with it. negative_prompt: none for the
-        family's own unconditional branch. height and width in pixels. `progress` hears of every step, `cancelled` is
-        asked before each; neither may call the sampler.
+        - seeds: one per picture, or the first of consecutive ones, or None for random ones. A
+          picture depends only on its seed and prompt, up to float rounding, and not on others of
+          the call.
+        - negative_prompt: one, or one per picture; None for the family's unconditional branch.
+        - height, width: in pixels; None for the model's resolution.
+        - progress: called after every step with (steps done, steps in total).
+        - cancelled: called before every step; the call ends where it returns true.
 
-        Raises UserError for bad input, SamplingCancelled where `cancelled` says yes. Nothing of a call that ends early
-        stays behind.
+        Neither callback may call the sampler. A call that ends early leaves no state behind.
+
+        Raises UserError for bad input, SamplingCancelled where `cancelled` has returned true.
         """
+        # Check what can be checked before the lock.
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("prompts: there are none; give at least one")
@@ -221,15 +256,10 @@ class GuidedSampler:
         if next(self._branches.positive.parameters()).device != self.device:
             raise UserError(f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a sampler anew")
         with self._lock, torch.no_grad():
-            rows = self.adapter.sized(self.adapter.encode_prompts(prompts, self.device), *size)
-            if negative_prompt is None:
-                against = self.adapter.sized(self.adapter.encode_empty(self.device), *size)
-            else:
-                texts = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-                if len(texts) not in (1, len(prompts)):
-                    raise UserError(f"negative_prompt: {len(texts)} for {len(prompts)} prompts; give one, or one each")
-                against = self.adapter.sized(self.adapter.encode_prompts(texts, self.device), *size)
-            latents = self._latents(rows, against, seeds, config, shape, progress, cancelled)
+            # Encode the prompts of both branches, draw the latents, decode them.
+            rows = self._encode(prompts, size)
+            negative_rows = self._encode_negative(negative_prompt, len(prompts), size)
+            latents = self._latents(rows, negative_rows, seeds, config, shape, progress, cancelled)
             images = latents.cpu() if output == "latent" else self.adapter.decode(latents).cpu()
         return Drawn(images=to_pil(images, least_side=0) if output == "pil" else images, seeds=seeds)
 
@@ -242,7 +272,14 @@ class GuidedSampler:
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """Scaled latents (N, C, H, W) float32 for rows `prompts` (N, ...), `empty` (1, ...) and N seeds."""
+        """Scaled latents (N, C, H, W) float32 for N seeds, at the adapter's resolution.
+
+        Shapes:
+        - prompts: (N, ...), conditioning rows.
+        - empty: (1, ...), the negative branch's row.
+
+        Raises UserError and SamplingCancelled like a call.
+        """
         with self._lock, torch.no_grad():
             return self._latents(prompts, empty, seeds, config, self.adapter.latent_shape, progress, cancelled)
 
@@ -254,32 +291,65 @@ class GuidedSampler:
         config: SamplerConfig,
         progress: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Pictures (N, 3, height, width) float32 in [-1, 1] on the CPU; `progress` hears how many are done."""
+        """Pictures (N, 3, height, width) float32 in [-1, 1] on the CPU; arguments as for `latents`.
+
+        `progress` is called after every batch with the number of pictures that are done.
+        """
         images = []
         for start in range(0, len(seeds), config.batch_size):
-            part = slice(start, start + config.batch_size)
-            latents = self.latents(_part(prompts, part), empty, seeds[part], config)
+            batch = slice(start, start + config.batch_size)
+            latents = self.latents(_part(prompts, batch), empty, seeds[batch], config)
             with self._lock:
                 images.append(self.adapter.decode(latents).cpu())
             if progress is not None:
                 progress(min(start + config.batch_size, len(seeds)))
         return torch.cat(images)
 
-    def _latents(self, prompts, against, seeds, config, shape, progress, cancelled) -> torch.Tensor:
+    def _encode(self, prompts: list[str], size: tuple[int, int]) -> Conditioning:
+        """Conditioning rows (N, ...) of N prompts for pictures of a size in pixels."""
+        return self.adapter.sized(self.adapter.encode_prompts(prompts, self.device), *size)
+
+    def _encode_negative(
+        self, negative_prompt: str | Sequence[str] | None, count: int, size: tuple[int, int]
+    ) -> Conditioning:
+        """The negative branch's conditioning rows, (1, ...) or (count, ...).
+
+        Raises UserError for another number of negative prompts.
+        """
+        if negative_prompt is None:
+            return self.adapter.sized(self.adapter.encode_empty(self.device), *size)
+        texts = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(texts) not in (1, count):
+            raise UserError(f"negative_prompt: {len(texts)} for {count} prompts; give one, or one each")
+        return self._encode(texts, size)
+
+    def _latents(
+        self,
+        prompts: Conditioning,
+        negative_prompts: Conditioning,
+        seeds: Sequence[int],
+        config: SamplerConfig,
+        shape: tuple[int, ...],
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> torch.Tensor:
+        """Scaled latents (N, *shape) float32, batch by batch. Needs the lock."""
         self.adapter.check_steps(config.steps)
         solver = self._solver(config)
         if config.negative_prompt == "same":
-            against = prompts
-        total, done, out = config.steps * math.ceil(len(seeds) / config.batch_size), 0, []
+            negative_prompts = prompts
+        total, done, latents = config.steps * math.ceil(len(seeds) / config.batch_size), 0, []
         for start in range(0, len(seeds), config.batch_size):
-            part = slice(start, start + config.batch_size)
-            mine = seeds[part]
-            x = start_noise(mine, shape, self.device)
+            # The batch's noise, at the variance that the solver starts from.
+            batch = slice(start, start + config.batch_size)
+            x = start_noise(seeds[batch], shape, self.device)
             if solver.init_scale != 1:
                 x = affine_noise(x, torch.tensor([[solver.init_scale, 0.0]], device=self.device), x)
-            rows = _join(_part(against, part), _part(prompts, part), len(mine), self.dtype)
+            # Both branches' rows, and the buffers of this shape.
+            rows = _join(_part(negative_prompts, batch), _part(prompts, batch), len(x), self.dtype)
             trajectory = self._trajectories.of(x, rows, solver.keeps_x0, config.guidance_rescale)
             trajectory.begin(x, rows, solver)
+            # The steps, between which a call can end.
             for step in range(config.steps):
                 if cancelled is not None and cancelled():
                     raise SamplingCancelled(f"cancelled after {done} of {total} steps")
@@ -287,21 +357,24 @@ class GuidedSampler:
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            out.append(trajectory.x.clone())
-        return torch.cat(out)
+            # A copy, since the next batch of this shape overwrites the buffer.
+            latents.append(trajectory.x.clone())
+        return torch.cat(latents)
 
     def _solver(self, config: SamplerConfig) -> SolverSteps:
+        """The coefficients of all steps."""
         scheduler = make_scheduler(config.solver, self.adapter.scheduler_config)
         scheduler.set_timesteps(config.steps)
         return solver_steps(scheduler, w=config.guidance_scale - 1)
 
     def close(self) -> None:
-        """Give back the buffers and graphs of all shapes."""
+        """Free the buffers and graphs of all shapes; later calls allocate them again."""
         with self._lock:
             self._trajectories.clear()
 
 
 def _check_pipeline(pipe, denoiser: nn.Module, family: Family) -> None:
+    """Raise UserError where the sampler cannot use the pipeline's denoiser."""
     name = family.denoiser_name
     if has_negative(denoiser):
         raise UserError(f"pipe: a negative is attached to its {name}; detach it, and give it to the sampler")
@@ -310,7 +383,8 @@ def _check_pipeline(pipe, denoiser: nn.Module, family: Family) -> None:
             f"pipe: its {name} is offloaded, and the sampler keeps its networks where they are; make the sampler "
             "before enable_model_cpu_offload, or use attach_negative"
         )
-    unguided, unsampled = family.why_unguided(denoiser.config), family.why_unsampled(denoiser.config)
+    config = config_of(denoiser)
+    unguided, unsampled = family.why_unguided(config), family.why_unsampled(config)
     if unguided is not None:
         raise UserError(f"pipe: its {name} {unguided}: there is no negative branch")
     if unsampled is not None:
@@ -320,26 +394,33 @@ def _check_pipeline(pipe, denoiser: nn.Module, family: Family) -> None:
 
 
 def _seeds(seeds: int | Sequence[int] | None, count: int) -> list[int]:
+    """`count` seeds. Raises UserError for another number of seeds, and for one out of range."""
     if seeds is None:
         return [secrets.randbelow(2**63) for _ in range(count)]
-    out = [int(seeds) + i for i in range(count)] if isinstance(seeds, Integral) else [int(seed) for seed in seeds]
-    if len(out) != count:
-        raise UserError(f"seeds: {len(out)} for {count} prompts; give one each, or the first of consecutive ones")
-    for seed in out:
+    if isinstance(seeds, int | Integral):  # numpy's integers are Integral
+        values = [int(seeds) + i for i in range(count)]
+    else:
+        values = [int(seed) for seed in seeds]
+    if len(values) != count:
+        raise UserError(f"seeds: {len(values)} for {count} prompts; give one each, or the first of consecutive ones")
+    for seed in values:
         if not 0 <= seed < 2**63:
             raise UserError(f"seeds: {seed} is not possible; expected 0 to 2^63 - 1")
-    return out
+    return values
 
 
 def _part(rows: Conditioning, part: slice) -> Conditioning:
-    """The rows of some pictures; a single row stands for all."""
+    """The rows of some pictures; a single row is that of all pictures."""
     return {name: value if len(value) == 1 else value[part] for name, value in rows.items()}
 
 
-def _join(against: Conditioning, prompts: Conditioning, batch: int, dtype: torch.dtype) -> Conditioning:
-    """(2 B, ...) rows in the network's dtype: the negative branch's first."""
-    both = {name: (against[name], prompts[name]) for name in prompts}
+def _join(negative_rows: Conditioning, prompts: Conditioning, batch: int, dtype: torch.dtype) -> Conditioning:
+    """(2 B, ...) rows in the network's dtype: the negative branch's, then the prompts'.
+
+    Both are (B, ...) or (1, ...), where B is `batch`.
+    """
+    pairs = {name: (negative_rows[name], prompts[name]) for name in prompts}
     return {
         name: torch.cat([value.to(dtype).expand(batch, *value.shape[1:]) for value in pair])
-        for name, pair in both.items()
+        for name, pair in pairs.items()
     }

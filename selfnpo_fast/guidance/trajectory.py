@@ -1,4 +1,4 @@
-"""One shape's way from noise to latents: static buffers, and steps that can be captured.
+"""Trajectories from noise to latents: static buffers for one shape, and steps that can be captured.
 
 Shape letters: B pictures of a batch, n solver steps.
 """
@@ -18,7 +18,7 @@ from selfnpo_kernels import guidance_rescale, guided_step
 
 
 class Trajectory:
-    """The buffers of one shape and its steps: guided ones, and ones of the positive model alone."""
+    """The buffers of one shape, and its steps, with and without the negative branch."""
 
     def __init__(
         self,
@@ -31,20 +31,34 @@ class Trajectory:
         rescale: float,
         most_steps: int,
     ) -> None:
+        """Allocates buffers like x and rows, without their values.
+
+        `choice` is one of `BRANCHES`, `rescale` is diffusers' guidance_rescale, and `keeps_x0` says
+        whether the solver needs the x0 of the step before.
+
+        Shapes:
+        - x: (B, ...) float32.
+        - rows: (2 B, ...) in the network's dtype.
+        """
         self.branches, self.keeps_x0, self.rescale = branches, keeps_x0, rescale
         self.x, self.x0 = torch.empty_like(x), torch.zeros_like(x)
         self.rows = {name: torch.empty_like(value) for name, value in rows.items()}
         self.index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        # As long as any trajectory can be, so that one captured step serves them all.
+        # As long as the longest trajectory, so that one captured step serves all lengths.
         self.k = torch.zeros(most_steps, 7, device=x.device)
-        # Timesteps as float32 whatever the solver: networks embed them as such.
+        # float32 for every solver, since networks embed timesteps in float32.
         self.timesteps = torch.zeros(most_steps, device=x.device)
         self.batched = BatchOrSplit(choice if branches.one_network else "split", f"{len(x)} x {tuple(x.shape[1:])}")
         self._capture = capture
         self._captured: dict[bool, Step] = {}
 
     def begin(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps) -> None:
-        """Start from x (B, ...) float32 with rows (2 B, ...): the negative branch's, then the prompts'."""
+        """Start a trajectory.
+
+        Shapes:
+        - x: (B, ...) float32, the noise.
+        - rows: (2 B, ...), the negative branch's conditioning rows, then the prompts'.
+        """
         self.x.copy_(x)
         self.x0.zero_()
         for name, value in rows.items():
@@ -55,7 +69,7 @@ class Trajectory:
         self.timesteps[:n].copy_(solver.timesteps)
 
     def step(self, guided: bool) -> None:
-        """One solver step of all pictures."""
+        """One solver step of all pictures, captured once it is decided how the branches run."""
         if guided and not self.batched.decided:
             self.batched.run(lambda batched: self._step(True, batched), self.x.device)
             return
@@ -64,6 +78,9 @@ class Trajectory:
         self._captured[guided]()
 
     def _step(self, guided: bool, batched: bool) -> tuple:
+        """The step itself, which reads and overwrites buffers only."""
+        neg: torch.Tensor | None
+        scale: torch.Tensor | None
         t, scale = self.timesteps[self.index], None
         if guided:
             pos, neg = self.branches.both(self.x, t, self.rows, batched)
@@ -71,8 +88,8 @@ class Trajectory:
                 scale = guidance_rescale(pos, neg, self.k, self.rescale, index=self.index)
         else:
             pos, neg = self.branches.single(self.x, t, halves(self.rows)[1]), None
-        before = self.x0 if self.keeps_x0 else None
-        x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, x0_prev=before)
+        x0_prev = self.x0 if self.keeps_x0 else None
+        x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, x0_prev=x0_prev)
         self.x.copy_(x)
         if self.keeps_x0:
             self.x0.copy_(x0)
@@ -81,7 +98,7 @@ class Trajectory:
 
 
 class Trajectories:
-    """The shapes that were used last, at most `most` of them."""
+    """The trajectories of the shapes that were used last, at most `most` of them."""
 
     def __init__(self, branches: Branches, choice: str, capture: Capture, *, most: int, most_steps: int) -> None:
         self.branches, self.choice, self.capture = branches, choice, capture
@@ -89,21 +106,25 @@ class Trajectories:
         self._by_shape: OrderedDict[tuple, Trajectory] = OrderedDict()
 
     def of(self, x: torch.Tensor, rows: Conditioning, keeps_x0: bool, rescale: float) -> Trajectory:
-        """The trajectory for states and rows like these; a new one takes the place of the one used longest ago."""
+        """The trajectory for states (B, ...) and rows (2 B, ...) of these shapes.
+
+        A new one evicts the one that was used longest ago.
+        """
         shapes = tuple((name, tuple(value.shape)) for name, value in sorted(rows.items()))
         key = (tuple(x.shape), shapes, keeps_x0, rescale)
-        found = self._by_shape.pop(key, None)
-        if found is None:
+        trajectory = self._by_shape.pop(key, None)
+        if trajectory is None:
             while len(self._by_shape) >= self.most:
                 self._by_shape.popitem(last=False)
-            made = self.branches, self.choice, self.capture, x, rows, keeps_x0, rescale, self.most_steps
-            found = Trajectory(*made)
-        self._by_shape[key] = found
-        return found
+            trajectory = Trajectory(
+                self.branches, self.choice, self.capture, x, rows, keeps_x0, rescale, self.most_steps
+            )
+        self._by_shape[key] = trajectory
+        return trajectory
 
     def __len__(self) -> int:
         return len(self._by_shape)
 
     def clear(self) -> None:
-        """Drop all."""
+        """Drop all trajectories."""
         self._by_shape.clear()

@@ -1,4 +1,4 @@
-"""A negative with full weights: the rows of a classifier-free batch are parted between two networks."""
+"""A negative with full weights: two networks share the rows of a classifier-free batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from selfnpo_fast.runtime.errors import UserError
 
 
 def rows_of(args: tuple, kwargs: dict, family: Family) -> int:
-    """How many rows a call of the denoiser has: those of its first argument."""
+    """The number of rows in a call of the denoiser, which is that of its first argument."""
     return len(args[0] if args else kwargs[family.input_name])
 
 
 def take_rows(value: Any, rows: slice, batch: int, whole: Collection[str] = ()) -> Any:
-    """`value` with every tensor of `batch` rows, at any depth of lists, tuples and dicts, cut to `rows`.
+    """`value` with every tensor of `batch` rows cut to `rows`, a view of it.
 
-    0-d tensors, tensors of other lengths and all else are left as they are, and so are the dict entries
-    named in `whole`. Lists and dicts are new: denoisers pop from them.
+    Tensors are found at any depth of lists, tuples and dicts. Tensors of another length, 0-d
+    tensors, other values and the dict entries named in `whole` are not cut. Lists and dicts are
+    copied, since denoisers pop from them.
     """
     if isinstance(value, torch.Tensor):
         return value[rows] if value.ndim and len(value) == batch else value
@@ -35,40 +36,48 @@ def take_rows(value: Any, rows: slice, batch: int, whole: Collection[str] = ()) 
 
 
 def join_rows(first: Any, second: Any) -> Any:
-    """A denoiser's outputs of two halves as its output of the whole: a tuple, or diffusers' output object."""
+    """One output from a denoiser's outputs for two halves: tuples, or diffusers' output objects."""
     if isinstance(first, tuple):
         return tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
     return type(first)(sample=torch.cat([first.sample, second.sample]))
 
 
 class Follower(nn.Module):
-    """A child of the denoiser that moves another network wherever the denoiser is moved.
+    """A child of the denoiser; when the denoiser is moved, the child moves another network with it.
 
-    It has no parameters and registers nothing, so state dicts, parameter counts and `save_pretrained` do not see the
-    negative, while `to`, `half` and accelerate's offload, which all come down to `_apply`, take it along.
+    The child registers neither parameters nor modules, so state dicts, parameter counts and
+    `save_pretrained` do not see the negative. `to`, `half` and accelerate's offload all call
+    `_apply`, which moves the negative too.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self._held = (network,)  # in a tuple: nn.Module registers a bare one
+        self._held = (network,)  # a tuple, since nn.Module registers an attribute that is a module
 
     def _apply(self, fn, recurse: bool = True) -> Follower:
+        """Apply `fn`, such as a move to a device, to the other network."""
         self._held[0]._apply(fn, recurse)
         return self
 
 
 _CHILD = "negative_follower"
+"""The name of the denoiser's child."""
 
 
 class TwoNetworks:
-    """The denoiser computes the positive rows, `network` the negative ones; `remove` undoes what this adds."""
+    """The denoiser computes the positive rows, `network` computes the negative rows."""
 
     def __init__(self, denoiser: nn.Module, network: nn.Module, family: Family) -> None:
-        """Raises UserError where the network cannot run beside the denoiser; then neither has changed."""
+        """Adds a `Follower` to the denoiser.
+
+        `network` is brought to the denoiser's device and dtype, and is put into evaluation mode,
+        without gradients. Raises UserError where both are one network; nothing is changed then.
+        """
         if network is denoiser:
             raise UserError("negative: it is the pipeline's own denoiser; give a network of its own")
         first = next(denoiser.parameters())
-        nn.Module.to(network.requires_grad_(False).eval(), first.device, first.dtype)  # without ModelMixin's warning
+        # ModelMixin.to would warn.
+        nn.Module.to(network.requires_grad_(False).eval(), first.device, first.dtype)
         self._denoiser, self._network, self._family = denoiser, network, family
         self._shared = family.shared_parts(denoiser, network)
         self._pending = threading.local()
@@ -79,33 +88,40 @@ class TwoNetworks:
         return f"full weights, {size:.1f} MiB: a second network computes the negative rows"
 
     def reset(self) -> None:
-        """Forget this thread's negative rows."""
+        """Forget the negative rows of a call in this thread."""
         self._pending.call = None
 
     def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The positive rows' arguments, from those of a call with both; the negative rows, the first half, are kept."""
+        """(args, kwargs) of the positive rows, the second half, of a call with both branches.
+
+        Keeps those of the negative rows, the first half, for `end`.
+        """
         batch, whole = rows_of(args, kwargs, self._family), self._family.not_rows
-        first, second = slice(0, batch // 2), slice(batch // 2, batch)
-        self._pending.call = tuple(take_rows(value, first, batch, whole) for value in (args, kwargs))
-        return take_rows(args, second, batch, whole), take_rows(kwargs, second, batch, whole)
+        negative, positive = slice(0, batch // 2), slice(batch // 2, batch)
+        self._pending.call = tuple(take_rows(value, negative, batch, whole) for value in (args, kwargs))
+        return take_rows(args, positive, batch, whole), take_rows(kwargs, positive, batch, whole)
 
     def end(self, output: Any) -> Any:
-        """The denoiser's output for both, from that for the positive rows; None where `begin` was not called."""
+        """The output for both branches, from the denoiser's output for the positive rows.
+
+        Returns None where `begin` was not called. Raises UserError where the networks are on
+        different devices.
+        """
         call = getattr(self._pending, "call", None)
         self.reset()
         if call is None:
             return None
-        here, there = next(self._network.parameters()).device, output[0].device
-        if here != there:
+        network_device, output_device = next(self._network.parameters()).device, output[0].device
+        if network_device != output_device:
             raise UserError(
-                f"negative: it is on {here}, the denoiser computes on {there}: offload layer by layer does not take "
-                "it along; use enable_model_cpu_offload(), or a LoRA as the negative"
+                f"negative: it is on {network_device}, the denoiser computes on {output_device}: offload layer by "
+                "layer does not take it along; use enable_model_cpu_offload(), or a LoRA as the negative"
             )
         self._shared.follow()
         args, kwargs = call
         return join_rows(self._network(*args, **kwargs), output)
 
     def remove(self) -> None:
-        """Leave the denoiser and the network as they were found."""
+        """Remove the `Follower`, and undo what the network has borrowed from the denoiser."""
         self._shared.restore()
         delattr(self._denoiser, _CHILD)

@@ -16,12 +16,14 @@ from selfnpo_fast.runtime.errors import UserError, one_line
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 DIGITS = ASSETS / "digits"
 SD15_SMALL = ASSETS / "sd15_small"
-"""A pipeline of configs without weights, which benchmarks and `selfnpo doctor --verify` fill with random ones."""
+"""A pipeline of configs without weights, which benchmarks and `selfnpo doctor --verify` fill with
+random ones."""
 
 FAMILIES: dict[str, Family] = {}
 """By the class name of the pipeline."""
 
-# Where a pipeline's parts may come from; the last is how diffusers names the safety checker's module.
+# Where a pipeline's parts may come from; the last is how diffusers names the safety checker's
+# module.
 LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")
 
 
@@ -42,9 +44,11 @@ def resolve_path(path: str) -> str:
 def load_adapter(
     path: str, *, revision: str | None = None, variant: str | None = None, resolution: int | None = None
 ) -> Adapter:
-    """The adapter of the pipeline at `path` (`digits`, a diffusers folder or a Hub id); loads no weights yet.
+    """The adapter of the pipeline at `path` (`digits`, a diffusers folder or a Hub id); loads no
+    weights yet.
 
-    Raises UserError where there is no such folder, it is no pipeline, or its family is not supported.
+    Raises UserError where there is no such folder, it is no pipeline, or its family is not
+    supported.
     """
     from diffusers import DiffusionPipeline
 
@@ -67,7 +71,8 @@ def load_adapter(
 
 
 def adapter_of(pipe: Any) -> Adapter:
-    """The adapter of a diffusers pipeline that is loaded. Raises UserError for a class it does not know."""
+    """The adapter of a diffusers pipeline that is loaded. Raises UserError for a class it does not
+    know."""
     name = type(pipe).__name__
     if name not in FAMILIES:  # by name: a subclass may call its denoiser in another way
         raise UserError(f"pipe: a {name} is not supported; expected one of {', '.join(FAMILIES)}")
@@ -80,7 +85,8 @@ def denoiser_names() -> tuple[str, ...]:
 
 
 def family_of(denoiser: nn.Module | str, what: str = "model") -> Family:
-    """A family that has denoisers of this class (or of the class so named), by which families differ in no way here.
+    """A family that has denoisers of this class (or of the class so named), by which families
+    differ in no way here.
 
     Raises UserError where there is none, which calls the denoiser `what`.
     """
@@ -98,7 +104,8 @@ def guided_family_of(pipeline_name: str) -> Family | None:
 
 
 def _check_parts(path: str, index: dict, family: Family) -> None:
-    """Refuse a model_index.json whose parts come from other modules than those of the libraries: it names code."""
+    """Refuse a model_index.json whose parts come from other modules than those of the libraries: it
+    names code."""
     libraries = (*LIBRARIES, family.library)
     for part, entry in index.items():
         if isinstance(entry, list) and entry and entry[0] not in libraries:

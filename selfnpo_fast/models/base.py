@@ -1,6 +1,8 @@
-"""The socket for model families: `Family` holds the facts about one, `Adapter` loads and calls its parts.
+"""The socket for model families: `Family` holds the facts about one, `Adapter` loads and calls its
+parts.
 
-Everything outside models/ and diffusion/ asks these two and names no family. docs/adding_a_model.md lists the steps.
+Everything outside models/ and diffusion/ asks these two and names no family. docs/adding_a_model.md
+lists the steps.
 
 Shape letters: B samples, N prompts.
 """
@@ -27,18 +29,24 @@ Conditioning = dict[str, torch.Tensor]
 """Named tensors with one row per prompt, as the denoiser's keyword arguments."""
 
 
+Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+"""(x (B, ...), t (B,), conditioning rows (B, ...)) -> raw network output (B, ...)."""
+
+
 class SharedParts:
     """What a second network borrows from the denoiser while both run; the base borrows nothing."""
 
     def follow(self) -> None:
-        """Called before each forward of the second network: take over what the denoiser carries now."""
+        """Called before each forward of the second network: take over what the denoiser carries
+        now."""
 
     def restore(self) -> None:
         """Give back what was taken over."""
 
 
 class Family:
-    """The facts about one model family. Class attributes are the facts; methods have defaults that suit most families.
+    """The facts about one model family. Class attributes are the facts; methods have defaults that
+    suit most families.
 
     An instance is registered in `selfnpo_fast.models` under its pipeline's class name.
     """
@@ -50,15 +58,17 @@ class Family:
     denoiser_class: str
     """The class of the network that is trained and guided."""
     denoiser_name: str
-    """The pipeline's attribute, the folder of its weights, and the prefix of its keys in LoRA files."""
+    """The pipeline's attribute, the folder of its weights, and the prefix of its keys in LoRA
+    files."""
     library: str = "diffusers"
     """The module that holds both classes."""
     guided_pipelines: tuple[str, ...] = ()
-    """Pipeline classes that a negative can be attached to. Each has been read: at every step it calls its denoiser
-    once, with 2B rows of which the first B are negative where `is_guided` says so, and with unguided rows elsewhere."""
+    """Pipeline classes that a negative can be attached to. Each has been read: at every step it
+    calls its denoiser once, with 2B rows of which the first B are negative where `is_guided` says
+    so, and with unguided rows elsewhere."""
     repeated_blocks: tuple[str, ...] = ()
-    """Classes of the blocks that a denoiser has many of: they are compiled one by one. diffusers' own list
-    (`_repeated_blocks`) is added."""
+    """Classes of the blocks that a denoiser has many of: they are compiled one by one. diffusers'
+    own list (`_repeated_blocks`) is added."""
     input_name: str = "hidden_states"
     """The denoiser's first argument, whose rows are samples."""
     not_rows: frozenset[str] = frozenset()
@@ -81,11 +91,13 @@ class Family:
         return NoiseSchedule.from_scheduler(scheduler)
 
     def is_guided(self, pipe: Any) -> bool:
-        """Whether guidance is on for the step that a pipeline of `guided_pipelines` is computing."""
+        """Whether guidance is on for the step that a pipeline of `guided_pipelines` is
+        computing."""
         return bool(pipe.do_classifier_free_guidance)
 
     def checkpoint_gradients(self, denoiser: nn.Module, function: Callable | None = None) -> None:
-        """Recompute the blocks' activations in the backward pass, through `function` where one is given."""
+        """Recompute the blocks' activations in the backward pass, through `function` where one is
+        given."""
         denoiser.enable_gradient_checkpointing(function)
 
     def why_unguided(self, config: dict) -> str | None:
@@ -101,18 +113,22 @@ class Family:
         return SharedParts()
 
     def from_original_names(self, keys: list[str], config: dict) -> dict[str, str] | None:
-        """The file's key of each of the denoiser's tensors in a checkpoint of the original authors' naming.
+        """The file's key of each of the denoiser's tensors in a checkpoint of the original authors'
+        naming.
 
-        None where the keys are not of such a checkpoint. Raises ValueError where they do not fit the config.
+        None where the keys are not of such a checkpoint. Raises ValueError where they do not fit
+        the config.
         """
         return None
 
     def from_foreign_lora(
         self, tensors: dict[str, torch.Tensor], denoiser: nn.Module
     ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-        """A LoRA in a naming of other programs as `<layer>.lora_A.weight` and `.lora_B.weight`, and alpha by layer.
+        """A LoRA in a naming of other programs as `<layer>.lora_A.weight` and `.lora_B.weight`, and
+        alpha by layer.
 
-        None where the keys are of no such naming. Raises ValueError where they do not fit the denoiser.
+        None where the keys are of no such naming. Raises ValueError where they do not fit the
+        denoiser.
         """
         return None
 
@@ -120,7 +136,8 @@ class Family:
 class Adapter:
     """Loads the parts of a pipeline one by one and calls its denoiser.
 
-    No pickled weights are read: every part comes from safetensors. Subclasses say what latents, text and pictures are.
+    No pickled weights are read: every part comes from safetensors. Subclasses say what latents,
+    text and pictures are.
     """
 
     family: Family
@@ -141,7 +158,8 @@ class Adapter:
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> Adapter:
-        """An adapter over the parts of a pipeline that is loaded: nothing is read, copied or moved."""
+        """An adapter over the parts of a pipeline that is loaded: nothing is read, copied or
+        moved."""
         adapter = cls(str(pipe.config.get("_name_or_path") or type(pipe).__name__))
         adapter._loaded = pipe
         adapter.denoiser_config = adapter.checked_config(dict(getattr(pipe, adapter.denoiser_name).config))
@@ -168,16 +186,19 @@ class Adapter:
             return self.checked_config(config)
 
     def checked_config(self, config: dict) -> dict:
-        """The denoiser's config with the types that this adapter relies on. Raises any error where they are others."""
+        """The denoiser's config with the types that this adapter relies on. Raises any error where
+        they are others."""
         return config
 
     def new_denoiser(self, dtype: torch.dtype) -> nn.Module:
-        """The denoising network with random weights in `dtype`, in evaluation mode; reads config.json only."""
+        """The denoising network with random weights in `dtype`, in evaluation mode; reads
+        config.json only."""
         with loading(self.path, self.denoiser_name):
             return self.family.new_denoiser(self.denoiser_config).to(dtype).eval()
 
     def load_denoiser(self, dtype: torch.dtype, field: str = "model.path") -> nn.Module:
-        """The denoising network with its weights in `dtype`, in evaluation mode; errors name `field`."""
+        """The denoising network with its weights in `dtype`, in evaluation mode; errors name
+        `field`."""
         with loading(self.path, self.denoiser_name, field):
             refuse_pickles(self.path, self.denoiser_name)
             denoiser, info = self.family.load_class(self.family.denoiser_class).from_pretrained(
@@ -194,9 +215,11 @@ class Adapter:
         return denoiser.eval()
 
     def predict(self, denoiser: Callable, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The raw network output (B, ...) at states x (B, ...), timesteps t (B,) and conditioning rows (B, ...).
+        """The raw network output (B, ...) at states x (B, ...), timesteps t (B,) and conditioning
+        rows (B, ...).
 
-        Inputs are cast to the network's dtype; the output keeps it and is row-major, as the fused ops need it.
+        Inputs are cast to the network's dtype; the output keeps it and is row-major, as the fused
+        ops need it.
         """
         dtype = next(denoiser.parameters()).dtype
         cond = {name: rows.to(dtype) for name, rows in cond.items()}
@@ -250,10 +273,12 @@ class Adapter:
             return schedule
 
     def check_steps(self, steps: int, field: str = "steps") -> None:
-        """UserError that names `field` where the model has too few timesteps for `steps` solver steps."""
+        """UserError that names `field` where the model has too few timesteps for `steps` solver
+        steps."""
         most = self.schedule.num_train_timesteps
-        if steps >= most:
-            raise UserError(f"{field}: {steps} is not possible; the model has {most} timesteps, give fewer")
+        if not 1 <= steps < most:
+            expected = f"expected 1 to {most - 1} of the model's {most} timesteps"
+            raise UserError(f"{field}: {steps} is not possible; {expected}")
 
     # Sizes
 
@@ -291,12 +316,14 @@ class Adapter:
 
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's row by name, as `encode_prompts` makes it; reads config files only."""
+        """The shape of one prompt's row by name, as `encode_prompts` makes it; reads config files
+        only."""
         raise NotImplementedError
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], device: torch.device, batch_size: int = 64) -> Conditioning:
-        """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the text encoders."""
+        """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the
+        text encoders."""
         pipe = self._text_pipeline(device)
         with loading(self.path, "text encoder"):
             parts = [
@@ -316,7 +343,8 @@ class Adapter:
         raise NotImplementedError
 
     def _text_pipeline(self, device: torch.device) -> Any:
-        """The pipeline class with its text parts only: its own encode_prompt is the truth about prompts."""
+        """The pipeline class with its text parts only: its own encode_prompt is the truth about
+        prompts."""
         if self._loaded is not None:
             return self._loaded
         cls = self.family.load_class(self.family.pipeline_class)
@@ -333,7 +361,8 @@ class Adapter:
 
     @property
     def vae_sha256(self) -> str:
-        """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal latents."""
+        """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal
+        latents."""
         raise NotImplementedError
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -341,7 +370,8 @@ class Adapter:
         raise NotImplementedError
 
     def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:
-        """Scaled latents (B, ...) float32 from pictures (B, 3, height, width) in [-1, 1], on their device.
+        """Scaled latents (B, ...) float32 from pictures (B, 3, height, width) in [-1, 1], on their
+        device.
 
         A latent's noise depends on the seed and its own id in ids (B,) int64 only.
         """
@@ -363,7 +393,8 @@ def loading(path: str, part: str, field: str = "model.path") -> Iterator[None]:
 
 
 def refuse_pickles(path: str, part: str) -> None:
-    """ValueError where a folder's list of shards names other files than safetensors, which loaders then unpickle."""
+    """ValueError where a folder's list of shards names other files than safetensors, which loaders
+    then unpickle."""
     for index in Path(path).glob(f"{part}/*.index*.json"):
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         if not all(str(name).endswith(".safetensors") for name in named):

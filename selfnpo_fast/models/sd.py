@@ -33,7 +33,8 @@ class StableDiffusionAdapter(UNetAdapter):
 
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's row by name, as `encode_prompts` makes it, read from the encoder's config.json."""
+        """The shape of one prompt's row by name, as `encode_prompts` makes it, read from the
+        encoder's config.json."""
         text = self._text_config("text_encoder")
         return {"encoder_hidden_states": (text.max_position_embeddings, text.hidden_size)}
 
@@ -76,7 +77,8 @@ class StableDiffusionAdapter(UNetAdapter):
 
     @functools.cached_property
     def vae_sha256(self) -> str:
-        """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal latents."""
+        """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal
+        latents."""
         config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, value in self.vae.state_dict().items():
@@ -104,10 +106,12 @@ class StableDiffusionAdapter(UNetAdapter):
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:
-        """Scaled latents (B, C, H, W) float32 from pictures (B, 3, height, width) in [-1, 1], on their device.
+        """Scaled latents (B, C, H, W) float32 from pictures (B, 3, height, width) in [-1, 1], on
+        their device.
 
-        Sampled from the autoencoder's posterior: a picture's noise depends on the seed and its own id in ids (B,)
-        int64 only, so that batches may be cut in any way. About a million pixels at a time, as in `decode`.
+        Sampled from the autoencoder's posterior: a picture's noise depends on the seed and its own
+        id in ids (B,) int64 only, so that batches may be cut in any way. About a million pixels at
+        a time, as in `decode`.
         """
         vae = self.vae.to(images.device)
         size = max(1, 2**20 // images[0, 0].numel())
@@ -115,7 +119,8 @@ class StableDiffusionAdapter(UNetAdapter):
         for part, key_ids in zip(images.float().split(size), ids.split(size), strict=True):
             posterior = vae.encode(part).latent_dist
             noise = normal(NoiseKey(seed, key_ids, draw_id(Draw.POSTERIOR)), posterior.mean.shape[1:])
-            # The posterior has a deviation for each element, which no fused op knows: each picture meets this once.
+            # The posterior has a deviation for each element, which no fused op knows: each picture
+            # meets this once.
             sample = torch.addcmul(posterior.mean, posterior.std, noise)
             latents.append((sample - (vae.config.shift_factor or 0)) * vae.config.scaling_factor)
         return torch.cat(latents)

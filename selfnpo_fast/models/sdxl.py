@@ -16,7 +16,8 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
 
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's row by name: both encoders' states side by side, and what SDXL adds."""
+        """The shape of one prompt's row by name: both encoders' states side by side, and what SDXL
+        adds."""
         first, second = self._text_config("text_encoder"), self._text_config("text_encoder_2")
         return {
             "encoder_hidden_states": (first.max_position_embeddings, first.hidden_size + second.hidden_size),
@@ -39,11 +40,13 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
 
     @staticmethod
     def _time_ids(rows: int, like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Original size, crop corner and target size: an uncropped picture of (height, width) pixels."""
+        """Original size, crop corner and target size: an uncropped picture of (height, width)
+        pixels."""
         return torch.tensor([[*size, 0, 0, *size]], device=like.device, dtype=torch.float32).expand(rows, 6)
 
     def encode_empty(self, device: torch.device) -> Conditioning:
-        """Zeros for both text embeddings where the pipeline forces them (SDXL base does), size conditioning kept."""
+        """Zeros for both text embeddings where the pipeline forces them (SDXL base does), size
+        conditioning kept."""
         row = self.encode_prompts([""], device)
         if self._force_zeros:
             row = {name: torch.zeros_like(value) if name != "time_ids" else value for name, value in row.items()}

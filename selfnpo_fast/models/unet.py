@@ -1,4 +1,5 @@
-"""What the families around diffusers' UNet2DConditionModel share: names, namings, image prompts, latents of a grid."""
+"""What the families around diffusers' UNet2DConditionModel share: names, namings, image prompts,
+latents of a grid."""
 
 from __future__ import annotations
 
@@ -89,14 +90,16 @@ class UNetFamily(Family):
 
 
 class ImagePrompts(SharedParts):
-    """IP-Adapter: a second network uses the denoiser's image projections and the attention processors with them."""
+    """IP-Adapter: a second network uses the denoiser's image projections and the attention
+    processors with them."""
 
     def __init__(self, denoiser: nn.Module, network: nn.Module) -> None:
         self._denoiser, self._network = denoiser, network
         self._before: tuple | None = None
 
     def follow(self) -> None:
-        """Take over an IP-Adapter that was loaded onto the denoiser, and give it back when it has left."""
+        """Take over an IP-Adapter that was loaded onto the denoiser, and give it back when it has
+        left."""
         from diffusers.models.embeddings import MultiIPAdapterImageProjection
 
         network, denoiser = self._network, self._denoiser

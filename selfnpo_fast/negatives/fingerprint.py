@@ -1,7 +1,8 @@
-"""Which base a negative model was trained from: some weights of the base itself, noted in the negative's files.
+"""The fingerprint of a base model: some of its weights, noted in the files of its negative.
 
-A sum or a hash would change when weights are cast. Single weights move by at most 2^-9 of themselves in bfloat16 and
-2^-11 in float16, but by more than that in any fine-tune worth the name.
+A sum or a hash would change when weights are cast. A single weight moves by at most 2^-9 of its
+size when it is cast to bfloat16, and by at most 2^-11 when it is cast to float16. Any real
+fine-tune moves weights by more.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import torch
 from selfnpo_fast.negatives.weights import WeightReader
 
 TOLERANCE = 2**-7
-"""Largest ratio |a - b| / |a| over a tensor's noted values: two casts to bfloat16 are below 2^-8."""
+"""Largest ratio |a - b| / |a| over a tensor's values: two casts to bfloat16 stay below 2^-8."""
 _TENSORS, _VALUES = 32, 16
 _SUBNORMAL = 2**-24
-"""float16 moves what is below 2^-14 by up to this much."""
+"""A cast to float16 moves values below 2^-14 by up to this much."""
 
 
 def fingerprint(weights: WeightReader) -> dict[str, dict]:
-    """By name: shape and 16 values, evenly spaced, of 32 evenly chosen matrices and kernels; fit for JSON."""
+    """Shape and 16 evenly spaced values, by name, of 32 evenly chosen matrices and kernels.
+
+    JSON can hold the result.
+    """
     names = sorted(name for name, shape in weights.shapes.items() if len(shape) > 1)
     count = min(_TENSORS, len(names))
     chosen = [names[i * len(names) // count] for i in range(count)]
@@ -26,21 +30,25 @@ def fingerprint(weights: WeightReader) -> dict[str, dict]:
 
 
 def _values(tensor: torch.Tensor) -> list[float]:
+    """16 evenly spaced elements of a tensor of any shape."""
     flat = tensor.detach().flatten()
-    places = torch.arange(_VALUES, device=flat.device) * len(flat) // _VALUES
-    return flat[places].double().tolist()
+    index = torch.arange(_VALUES, device=flat.device) * len(flat) // _VALUES
+    return flat[index].double().tolist()
 
 
 def matches(saved: dict[str, dict], weights: WeightReader) -> bool:
-    """Whether the weights are those whose fingerprint was saved, casts aside. ValueError for what is no fingerprint."""
+    """Whether `saved` is the fingerprint of these weights, up to casts.
+
+    Raises ValueError where `saved` is no fingerprint.
+    """
     try:
         for name, entry in saved.items():
             if weights.shapes.get(name) != tuple(entry["shape"]):
                 return False
-            noted = torch.tensor(entry["values"], dtype=torch.float64)
-            found = torch.tensor(_values(weights.read(name)), dtype=torch.float64)
-            slack = TOLERANCE * noted.norm() + _SUBNORMAL * len(noted) ** 0.5
-            if not (found - noted).norm() <= slack:
+            expected = torch.tensor(entry["values"], dtype=torch.float64)
+            values = torch.tensor(_values(weights.read(name)), dtype=torch.float64)
+            slack = TOLERANCE * expected.norm() + _SUBNORMAL * len(expected) ** 0.5
+            if not (values - expected).norm() <= slack:  # also where a value is not finite
                 return False
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"no fingerprint: {error}") from error
@@ -48,5 +56,5 @@ def matches(saved: dict[str, dict], weights: WeightReader) -> bool:
 
 
 def base_record(path: str, revision: str | None, weights: WeightReader) -> dict:
-    """What a negative model says of its base: where it was read from, and its fingerprint."""
+    """What a negative's files record of its base: path, revision and fingerprint."""
     return {"path": path, "revision": revision, "fingerprint": fingerprint(weights)}

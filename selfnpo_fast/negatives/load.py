@@ -1,7 +1,11 @@
-"""Loading a negative model: full weights or a LoRA, as it is or mixed with a fine-tuned positive (Eq. 7).
+"""Loading a negative model: full weights or a LoRA, unmixed or mixed with a fine-tune (Eq. 7).
 
-theta_neg = theta + alpha eta + beta delta. theta is the base, theta + eta the positive model that is guided, theta +
-delta the negative as it was trained. Where no base is given the positive is the base, and eta is zero.
+theta_neg = theta + alpha eta + beta delta, where
+- theta is the base,
+- theta + eta is the positive model, which is guided,
+- theta + delta is the negative as it was trained.
+
+Where no base is given, the positive is the base, and eta is zero.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from selfnpo_fast.negatives.weights import (
     WeightReader,
     check_class,
     check_shapes,
+    config_of,
     file_weights,
     has_adapters,
     materialise,
@@ -36,31 +41,34 @@ from selfnpo_fast.runtime.errors import UserError, one_line
 
 @dataclass(frozen=True)
 class Negative:
-    """A negative model that fits the positive it was loaded for: a network of its own, or updates of the positive's."""
+    """A negative model for one positive: either a second network, or updates of the positive's."""
 
     source: str
-    """Where it came from, for messages."""
+    """Where the negative came from, for messages."""
     network: nn.Module | None = None
     """In evaluation mode, without gradients, in the positive's dtype and on its device."""
     deltas: Deltas | None = None
-    """Low-rank updates on top of the positive's own weights, in its dtype and on its device."""
+    """Low-rank updates of the positive's weights, in the positive's dtype and on its device."""
 
     def __post_init__(self) -> None:
         assert (self.network is None) != (self.deltas is None), "either a network or deltas"
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A negative as its files hold it: theta + delta as weights or delta as low-rank updates, and its base's record."""
+class LoadedModel:
+    """A model as its files hold it, before it is mixed with others."""
 
     source: str
-    part: WeightReader | Deltas
+    """Where the model came from, for messages."""
+    content: WeightReader | Deltas
+    """Full weights (theta + delta of a negative), or a LoRA's updates (delta)."""
     record: dict | None = None
+    """The record of the model's base (`fingerprint.base_record`); None without one."""
 
     @property
     def is_lora(self) -> bool:
-        """Whether `part` is delta."""
-        return not isinstance(self.part, WeightReader)
+        """Whether the model is a LoRA."""
+        return not isinstance(self.content, WeightReader)
 
 
 def load_negative(
@@ -73,20 +81,26 @@ def load_negative(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Negative:
-    """The negative model for a positive denoiser of a known family, whose weights are left as they are.
+    """The negative model for a positive denoiser of a known family, which is not changed.
 
-    `source`: a training run's output folder or its negative/ part; a pipeline or denoiser folder in diffusers format; a
-    Hub id, owner/name, with a folder or a .safetensors file behind it if need be (`revision` and `variant` are of it);
-    a safetensors file with full weights or a LoRA; a module, which is taken over; or a Negative, whose network is
-    returned as it is unless alpha, beta or base change it.
-    `base` is theta, a folder, Hub id or file; needed for alpha other than 1 and where the positive is a fine-tune of
-    what the negative was trained from. alpha = 0 takes a negative of full weights as it is, whatever the positive is.
+    `source` is one of
+    - a training run's output folder, or the folder negative/ in it,
+    - a pipeline's or a denoiser's folder in diffusers format,
+    - a Hub id, owner/name, which a folder or a .safetensors file may follow; `revision` and
+      `variant` are the Hub's and diffusers',
+    - a safetensors file with full weights or a LoRA,
+    - a module, which becomes the negative's network without a copy where nothing is mixed,
+    - a Negative; its network is returned unchanged unless alpha, beta or base change it.
 
-    A LoRA at alpha 1 costs no network: it comes back as updates of the positive's layers, times beta. Everything else
-    is a second network, mixed in float32 tensor by tensor.
+    `base` is theta: a folder, a Hub id or a file. It is needed for alpha other than 1, and where
+    the positive is a fine-tune of the model that the negative was trained from. alpha = 0 takes
+    full weights unchanged, next to any positive.
 
-    Raises UserError, one line, for what cannot be read or does not fit, is not finite, is equal to the positive, or was
-    trained from another model; nothing is changed then.
+    A LoRA at alpha = 1 needs no second network: it is returned as updates of the positive's
+    layers, times beta. All else is a second network, mixed in float32 tensor by tensor.
+
+    Raises UserError, one line, where the source cannot be read, does not fit the positive, is not
+    finite, equals the positive, or was trained from another base. Nothing is changed then.
     """
     check_strengths(alpha, beta)
     positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
@@ -95,13 +109,11 @@ def load_negative(
             return source
         source = source.network
     loaded = _load(positive, source, revision, variant)
-    theta = None
-    if base is not None:
-        theta = load_base(positive, base)
-    check_base(loaded, theta or _own_weights(positive), alpha, beta, None if base is None else str(base))
-    if loaded.is_lora and alpha == 1:
-        return Negative(loaded.source, deltas=_scaled(loaded, beta, positive))
-    if isinstance(source, nn.Module) and (beta == 1 and (alpha == 0 or (alpha == 1 and theta is None))):
+    theta = None if base is None else load_base(positive, base)
+    check_base(loaded, theta or _resident_weights(positive), alpha, beta, None if base is None else str(base))
+    if not isinstance(loaded.content, WeightReader) and alpha == 1:
+        return Negative(loaded.source, deltas=_scaled(loaded.content, beta, positive, loaded.source))
+    if isinstance(source, nn.Module) and is_unmixed(alpha, beta, theta):
         _refuse_adapters(positive, alpha)
         return Negative(loaded.source, network=_taken_over(source, positive))
     weights = mixed(loaded, positive, theta, alpha, beta)
@@ -109,16 +121,28 @@ def load_negative(
 
 
 def check_strengths(alpha: float, beta: float) -> None:
-    """UserError where alpha or beta is outside of Eq. 7's range."""
+    """Raise UserError where alpha or beta is outside the range of Eq. 7, 0 to 1."""
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:
             raise UserError(f"{name}: {value} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta")
 
 
-def _load(positive: nn.Module, source, revision: str | None, variant: str | None) -> Loaded:
+def is_unmixed(alpha: float, beta: float, theta: WeightReader | None) -> bool:
+    """Whether Eq. 7 leaves the full weights of a negative, theta + delta, unchanged.
+
+    theta is None where the positive is the base.
+    """
+    return beta == 1 and (alpha == 0 or (alpha == 1 and theta is None))
+
+
+def _load(
+    positive: nn.Module, source: str | Path | nn.Module | Negative, revision: str | None, variant: str | None
+) -> LoadedModel:
+    """The negative, checked against the positive, before it is mixed. Raises UserError."""
     if isinstance(source, Negative):
-        _check_deltas(source, positive)
-        return Loaded(source.source, source.deltas)
+        assert source.deltas is not None, "load_negative has taken the network"
+        _check_deltas(source.deltas, positive)
+        return LoadedModel(source.source, source.deltas)
     if isinstance(source, nn.Module):
         name = f"the given {type(source).__name__}"
         if type(source) is not type(positive):
@@ -128,34 +152,40 @@ def _load(positive: nn.Module, source, revision: str | None, variant: str | None
         if has_adapters(source):
             raise UserError(f"negative: {name} has PEFT adapters loaded; fuse and unload them first")
         weights = module_weights(source, name)
-        check_class({**source.config, "_class_name": type(source).__name__}, positive, name, "negative")
+        check_class({**config_of(source), "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
-        return Loaded(name, weights)
-    found = locate(source, [family_of(positive).denoiser_name], "negative", revision, variant)
-    return read_files(found, positive, "negative")
+        return LoadedModel(name, weights)
+    files = locate(source, [family_of(positive).denoiser_name], "negative", revision, variant)
+    return read_files(files, positive, "negative")
 
 
-def read_files(found: ModelFiles, model: nn.Module, field: str) -> Loaded:
-    """The files of a model that is a fine-tune or an update of `model`, checked against it (its weights are not read).
+def read_files(files: ModelFiles, model: nn.Module, field: str) -> LoadedModel:
+    """Full weights for the architecture of `model`, or a LoRA for it; no weight of `model` is read.
 
-    Raises UserError, one line that starts with `field`.
+    Raises UserError, one line that starts with `field`, where the files do not fit.
     """
-    if found.is_lora:
-        deltas = read_lora(found.files[0], model, field)
-        return Loaded(found.name, deltas, read_record(found.files[0], field))
-    weights = file_weights(found, family_of(model), dict(model.config), field)
+    if files.is_lora:
+        deltas = read_lora(files.files[0], model, field)
+        return LoadedModel(files.name, deltas, read_record(files.files[0], field))
+    return LoadedModel(files.name, read_full_weights(files, model, field), files.record)
+
+
+def read_full_weights(files: ModelFiles, model: nn.Module, field: str) -> WeightReader:
+    """The weights in files of full weights, checked like `read_files` does."""
+    weights = file_weights(files, family_of(model), config_of(model), field)
     check_shapes(weights, _shapes(model), field)
-    if found.config is not None:
-        check_class(found.config, model, found.name, field)
-    return Loaded(found.name, weights, found.record)
+    if files.config is not None:
+        check_class(files.config, model, files.name, field)
+    return weights
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the module by name, without adapters."""
     return {name: tuple(value.shape) for name, value in plain_state(module).items()}
 
 
-def _own_weights(positive: nn.Module) -> WeightReader | None:
-    """The positive's weights, or None where they are not in memory (sequential offload keeps them elsewhere)."""
+def _resident_weights(positive: nn.Module) -> WeightReader | None:
+    """The positive's weights; None where sequential offload keeps them out of the module."""
     weights = module_weights(positive, "the positive model")
     return None if any(value.is_meta for value in positive.parameters()) else weights
 
@@ -163,15 +193,17 @@ def _own_weights(positive: nn.Module) -> WeightReader | None:
 def load_base(model: nn.Module, base: str | Path) -> WeightReader:
     """theta, checked against the model's architecture. Raises UserError that starts with `base`."""
     loaded = read_files(locate(base, [family_of(model).denoiser_name], "base"), model, "base")
-    if loaded.is_lora:
+    if not isinstance(loaded.content, WeightReader):
         raise UserError(f"base: {base} is a LoRA; give the model that it belongs to")
-    return loaded.part
+    return loaded.content
 
 
-def check_base(loaded: Loaded, theta: WeightReader | None, alpha: float, beta: float, base: str | None) -> None:
-    """Hold the negative's own record of its base against theta: UserError for full weights, a warning for a LoRA.
+def check_base(loaded: LoadedModel, theta: WeightReader | None, alpha: float, beta: float, base: str | None) -> None:
+    """Compare the negative's record of its base with theta, the base that it will be used with.
 
-    theta is the base that was given or, where `base` is None, the positive itself.
+    theta is the base that was given or, where `base` is None, the positive.
+
+    Raises UserError for full weights with another base; a LoRA with another base is a warning.
     """
     if loaded.record is None or theta is None or (not loaded.is_lora and (alpha, beta) == (0, 1)):
         return
@@ -195,6 +227,7 @@ def check_base(loaded: Loaded, theta: WeightReader | None, alpha: float, beta: f
 
 
 def _refuse_adapters(positive: nn.Module, alpha: float) -> None:
+    """Raise UserError where the positive's weights are needed and PEFT adapters change them."""
     if has_adapters(positive) and alpha != 0:
         raise UserError(
             f"alpha: {alpha} needs the positive model's weights, and it has PEFT adapters loaded; fuse and unload them "
@@ -203,76 +236,93 @@ def _refuse_adapters(positive: nn.Module, alpha: float) -> None:
 
 
 def mixed(
-    loaded: Loaded, positive: nn.Module | WeightReader, theta: WeightReader | None, alpha: float, beta: float
+    loaded: LoadedModel, positive: nn.Module | WeightReader, theta: WeightReader | None, alpha: float, beta: float
 ) -> WeightReader:
-    """Eq. 7 as weights that are computed when they are read; theta None takes the positive as the base.
+    """Eq. 7 as a reader, which mixes each tensor when it is read.
 
-    Raises UserError where alpha or beta need what is not there: a base, or the positive's own weights.
+    theta is None where the positive is the base.
+
+    Raises UserError where alpha or beta need weights that are missing: the base's or the
+    positive's.
     """
-    as_it_is = beta == 1 and (alpha == 0 or (alpha == 1 and theta is None))
+    unmixed = is_unmixed(alpha, beta, theta)
+    positive_weights: WeightReader | None
     if isinstance(positive, nn.Module):
-        if loaded.is_lora or not (as_it_is and alpha == 0):
+        if loaded.is_lora or not (unmixed and alpha == 0):
             _refuse_adapters(positive, alpha or 1)
-        own = _own_weights(positive)
+        positive_weights = _resident_weights(positive)
     else:
-        own = positive
-    if not loaded.is_lora and as_it_is:
-        return loaded.part
+        positive_weights = positive
+    if isinstance(loaded.content, WeightReader) and unmixed:
+        return loaded.content
     if theta is None and alpha != 1:
         raise UserError(f"alpha: {alpha} needs the base model, from which eta = positive - base; give base=...")
-    if own is None:
+    if positive_weights is None:
         raise UserError("negative: the positive model's weights are offloaded; load the negative before you offload it")
-    return mixture(theta or own, own, loaded.part, alpha, beta, loaded.source)
+    return mixture(theta or positive_weights, positive_weights, loaded.content, alpha, beta, loaded.source)
 
 
-def _scaled(loaded: Loaded, beta: float, positive: nn.Module) -> Deltas:
-    """The updates times beta, in dtype and on the device of the positive's layers."""
+def _scaled(deltas: Deltas, beta: float, positive: nn.Module, source: str) -> Deltas:
+    """The updates times beta, in dtype and on the device of the positive's layers.
+
+    Raises UserError where beta is 0, and where an update overflows the dtype.
+    """
     if beta == 0:
         raise UserError("beta: 0 leaves nothing of the negative: guidance would have no effect; give more than 0")
-    deltas = {}
-    for path, delta in loaded.part.items():
-        like = positive.get_submodule(path).weight
+    scaled = {}
+    for path, delta in deltas.items():
+        like: torch.Tensor = positive.get_submodule(path).weight  # type: ignore[assignment]
         device = torch.device("cpu") if like.is_meta else like.device
         down, up = (factor.to(device, like.dtype) for factor in (delta.down, delta.up))
         if not (down.isfinite().all() and up.isfinite().all()):
-            raise UserError(f"negative: {loaded.source}: the update of {path} is too large for {like.dtype}")
-        deltas[path] = dataclasses.replace(delta, down=down, up=up, scale=delta.scale * beta)
-    return deltas
+            raise UserError(f"negative: {source}: the update of {path} is too large for {like.dtype}")
+        scaled[path] = dataclasses.replace(delta, down=down, up=up, scale=delta.scale * beta)
+    return scaled
 
 
-def _check_deltas(negative: Negative, positive: nn.Module) -> None:
+def _check_deltas(deltas: Deltas, positive: nn.Module) -> None:
+    """Raise UserError where updates do not fit the positive's layers, as for a LoRA file."""
     state = {
         f"{path}.lora_{key}.weight": value
-        for path, delta in negative.deltas.items()
+        for path, delta in deltas.items()
         for key, value in (("A", delta.down), ("B", delta.up))
     }
     read_lora(state, positive)
 
 
 def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
-    """A module that is the negative as it is; its weights are looked at and not copied."""
+    """`network` as the negative's network, brought to the positive's device and dtype; no copy.
+
+    Raises UserError where a weight is not finite, or where all are equal to the positive's.
+    """
     differs = has_adapters(positive)
-    own = plain_state(positive)
+    positive_state = plain_state(positive)
     for name, value in network.state_dict().items():
         if not value.isfinite().all():
             raise UserError(f"negative: the given {type(network).__name__} is damaged: {name} is not finite")
-        differs = differs or own[name].is_meta or not torch.equal(value.to(own[name]), own[name])
+        like = positive_state[name]
+        differs = differs or like.is_meta or not torch.equal(value.to(like), like)
     if not differs:
         raise UserError("negative: the given module equals the positive model: guidance would have no effect")
-    like = next(positive.parameters())
-    if not like.is_meta:
-        network = network.to(like.device)
-    if network.dtype != like.dtype:
-        network = network.to(like.dtype)
+    first = next(positive.parameters())
+    if not first.is_meta:
+        network = network.to(first.device)
+    if network.dtype != first.dtype:
+        network = network.to(first.dtype)
     return network.eval().requires_grad_(False)
 
 
 def as_network(positive: nn.Module, negative: Negative) -> nn.Module:
-    """The negative as a network of its own: with a LoRA a second one is made, the update folded into its weights."""
+    """The negative as a network: for a LoRA, one of the positive's weights plus the updates.
+
+    Raises UserError for a LoRA where the positive has adapters, is offloaded, or where the sum is
+    not finite or equals the positive.
+    """
     if negative.network is not None:
         return negative.network
-    weights = mixed(Loaded(negative.source, negative.deltas), positive, None, 1.0, 1.0)
+    assert negative.deltas is not None
+    weights = mixed(LoadedModel(negative.source, negative.deltas), positive, None, 1.0, 1.0)
     return materialise(weights, positive, "negative")
 
 
-__all__ = ["LORA_FILE", "Loaded", "Negative", "as_network", "load_negative", "mix"]
+__all__ = ["LORA_FILE", "LoadedModel", "Negative", "as_network", "load_negative", "mix"]

@@ -1,7 +1,8 @@
-"""Reading LoRA files: diffusers' old and new naming, PEFT's and kohya's, all as `Deltas`.
+"""Reading LoRA files in diffusers' old and new naming, PEFT's and kohya's, all as `Deltas`.
 
-The renaming is diffusers' own. Nothing is injected anywhere: the file is held against the denoiser's layers, and either
-every key of it has its place or one line says which has not.
+diffusers itself renames the keys. No adapter is injected into the denoiser: the file's keys are
+compared with the denoiser's layers. Every key belongs to a layer, or one line names one that does
+not.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from selfnpo_fast.models import Family, family_of
-from selfnpo_fast.negatives.low_rank import Deltas, LowRank
-from selfnpo_fast.negatives.sources import open_safetensors, read_json, refuse_pickle
+from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes
+from selfnpo_fast.negatives.sources import PEFT_CONFIG, read_json, refuse_pickle, tensor_names
+from selfnpo_fast.negatives.weights import without_adapter
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line
 
@@ -37,23 +39,26 @@ _UNSUPPORTED = {
     r"\.diff(_b)?$": "LyCORIS of full differences",
     r"\.(glora|ia3)": "GLoRA or IA3",
 }
-"""By a pattern of a key: forms that no plain product of two matrices is."""
+"""Forms of updates that are not the product of two matrices, by a pattern of a key."""
 RECORD_KEY = "selfnpo_base"
-"""In the metadata of a LoRA file: the base that it was trained from."""
+"""Key in a LoRA file's metadata of the record of its base (`fingerprint.base_record`)."""
 _PEFT = "base_model.model."
-_PART = re.compile(r"(.+)\.lora_([AB])\.weight")
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
 class _Scaling:
-    """alpha of each layer by its path, what applies to the others (None: alpha = rank), and rank stabilisation."""
+    """Where the scale of a file's updates comes from."""
 
     alphas: dict[str, float]
+    """alpha by the path of the layer."""
     alpha: float | None = None
+    """alpha of all other layers; None: equal to the rank."""
     rank_stabilised: bool = False
+    """Whether alpha is divided by the root of the rank (rsLoRA) instead of the rank."""
 
     def scale(self, layer: str, rank: int) -> float:
-        """What the product up down is multiplied by."""
+        """The factor of the product up down."""
         alpha = self.alphas.get(layer, self.alpha)
         if alpha is None:
             return 1.0
@@ -61,17 +66,21 @@ class _Scaling:
 
 
 def read_lora(source: str | Path | StateDict, denoiser: nn.Module, field: str = "negative") -> Deltas:
-    """The low-rank updates of one safetensors file (or of such a file's state dict), by the denoiser's layers.
+    """The low-rank updates in a safetensors file, or in the state dict of one, by layer.
 
-    Tensors stay on the CPU in the file's dtype; the denoiser is looked at and left alone. Scale: alpha / rank, alpha
-    from the file's metadata, its `.alpha` keys or the adapter_config.json beside it, and else equal to the rank.
-    Weights of text encoders are left out with a warning.
+    Tensors stay on the CPU in the file's dtype. The denoiser is not changed. The scale is
+    alpha / rank. alpha comes from the file's metadata, its `.alpha` keys or the adapter_config.json
+    next to the file; where none of them has it, alpha is the rank. Weights of text encoders are
+    left out with a warning.
 
-    Raises UserError, one line that names `field` and the source, for files that are truncated, pickled, not finite, of
-    an unsupported form, for keys that have no place and shapes that do not fit, and for an update that is zero.
+    Raises UserError, one line that names `field` and the source, where
+    - the file is truncated, pickled, not finite or of an unsupported form,
+    - a key belongs to no layer, or a shape does not fit its layer,
+    - all updates are zero.
     """
     name = "the state dict" if isinstance(source, dict) else str(source)
     try:
+        metadata: dict
         if isinstance(source, dict):
             tensors, metadata, config = dict(source), {}, None
         else:
@@ -80,7 +89,7 @@ def read_lora(source: str | Path | StateDict, denoiser: nn.Module, field: str = 
         family = family_of(denoiser)
         tensors = _without_text_encoders(tensors, family, name)
         layers, scaling = _to_peft(tensors, denoiser, family, metadata, config)
-        return _pair(layers, scaling, denoiser)
+        return _join_factors(layers, scaling, denoiser)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
@@ -88,39 +97,50 @@ def read_lora(source: str | Path | StateDict, denoiser: nn.Module, field: str = 
 
 
 def _read(path: Path, field: str) -> tuple[StateDict, dict, dict | None]:
-    """Tensors, PEFT's config by part (`<denoiser>.r`) from the metadata, and PEFT's own adapter_config.json."""
+    """(tensors, PEFT's config from the metadata, adapter_config.json) of a LoRA file.
+
+    The config in the metadata is diffusers': its keys begin with the part's name, as in `unet.r`.
+    """
     refuse_pickle(path, field)
-    open_safetensors(path, field)
+    tensor_names(path, field)
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-            noted = (file.metadata() or {}).get("lora_adapter_metadata")
-        metadata = json.loads(noted) if noted else {}
-        if not isinstance(metadata, dict):
-            raise ValueError("its lora_adapter_metadata is no JSON object")
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
-    beside = path.with_name("adapter_config.json")
+    metadata = _metadata_object(path, "lora_adapter_metadata", field) or {}
+    config_file = path.with_name(PEFT_CONFIG)
     config = None
-    if any(key.startswith(_PEFT) for key in tensors) and beside.is_file():
-        config = read_json(beside, str(path), field)
+    if any(key.startswith(_PEFT) for key in tensors) and config_file.is_file():
+        config = read_json(config_file, str(path), field)
     return tensors, metadata, config
 
 
 def read_record(path: Path, field: str) -> dict | None:
-    """What the file's metadata says of the base it was trained from (`guidance.fingerprint`), if anything."""
+    """The record of the file's base in its metadata (`fingerprint.base_record`); None without one.
+
+    Raises UserError where the file or the record cannot be read.
+    """
+    return _metadata_object(path, RECORD_KEY, field)
+
+
+def _metadata_object(path: Path, key: str, field: str) -> dict | None:
+    """The JSON object under `key` in a file's metadata; None without the key. Raises UserError."""
     try:
         with safe_open(path, "pt") as file:
-            noted = (file.metadata() or {}).get(RECORD_KEY)
-        record = json.loads(noted) if noted else None
-        if record is not None and not isinstance(record, dict):
-            raise ValueError(f"its {RECORD_KEY} is no JSON object")
-        return record
+            text = (file.metadata() or {}).get(key)
+        if not text:
+            return None
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"its {key} is no JSON object")
+        return value
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
 
 
 def _refuse_unsupported(tensors: StateDict) -> None:
+    """Raise ValueError for a form that is no plain LoRA, and for a tensor that is not finite."""
     for key, value in tensors.items():
         for pattern, form in _UNSUPPORTED.items():
             if re.search(pattern, key):
@@ -130,6 +150,7 @@ def _refuse_unsupported(tensors: StateDict) -> None:
 
 
 def _without_text_encoders(tensors: StateDict, family: Family, name: str) -> StateDict:
+    """The tensors that are not for text encoders; warns where some are left out."""
     text = [key for key in tensors if key.startswith(family.text_lora_prefixes)]
     if text and len(text) < len(tensors):
         logger.warning(
@@ -142,21 +163,30 @@ def _without_text_encoders(tensors: StateDict, family: Family, name: str) -> Sta
 def _to_peft(
     tensors: StateDict, denoiser: nn.Module, family: Family, metadata: dict, config: dict | None
 ) -> tuple[StateDict, _Scaling]:
-    """Keys `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, and the scaling. ValueError for what has no place."""
+    """Tensors named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, and their scaling.
+
+    Raises ValueError for a key that belongs to no layer, and for an alpha that is missing or is not
+    a single number.
+    """
     if not tensors:
         raise ValueError("matches no layer of the model: it holds nothing for the denoiser")
     prefix = f"{family.denoiser_name}."
     scaling = _Scaling({})
     foreign = family.from_foreign_lora(tensors, denoiser)
     if foreign is not None:
+        # Another program's naming, such as kohya's: the family renames the keys and reads alpha.
         tensors, alphas = foreign
         scaling = replace(scaling, alphas=alphas)
     elif all(key.startswith(_PEFT) for key in tensors):
+        # PEFT's naming: alpha is in adapter_config.json.
         if config is None:
-            raise ValueError("is a PEFT adapter without its adapter_config.json, which holds alpha; put it beside")
+            raise ValueError(
+                "is a PEFT adapter without its adapter_config.json, which holds alpha; put it next to the file"
+            )
         tensors = {key.removeprefix(_PEFT): value for key, value in tensors.items()}
         scaling = _from_config(config, tensors)
     elif any(key.startswith(prefix) for key in tensors):
+        # diffusers' naming: alpha is in the metadata, where there is any.
         others = sorted(key for key in tensors if not key.startswith(prefix))
         if others:
             raise ValueError(f"does not fit the model: {others[0]} is not the {family.denoiser_name}'s")
@@ -165,26 +195,31 @@ def _to_peft(
         scaling = _from_config(config, tensors) if config else scaling
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
+    # Older names become PEFT's, and keys that end in `.alpha` override the scaling.
     tensors = convert_unet_state_dict_to_peft(tensors)
-    alphas = {key.removesuffix(".alpha"): value for key, value in tensors.items() if key.endswith(".alpha")}
+    alpha_tensors = {key.removesuffix(".alpha"): value for key, value in tensors.items() if key.endswith(".alpha")}
     layers = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
-    if any(value.numel() != 1 for value in alphas.values()):
+    if any(value.numel() != 1 for value in alpha_tensors.values()):
         raise ValueError("is damaged: an alpha in it is not a single number")
-    return layers, replace(scaling, alphas=scaling.alphas | {key: value.item() for key, value in alphas.items()})
+    return layers, replace(scaling, alphas=scaling.alphas | {key: value.item() for key, value in alpha_tensors.items()})
 
 
 def _from_config(config: dict, tensors: StateDict) -> _Scaling:
-    """Scaling by a PEFT LoraConfig: lora_alpha, alpha_pattern, use_rslora."""
+    """The scaling of a PEFT LoraConfig: its lora_alpha, alpha_pattern and use_rslora.
+
+    Raises ValueError for a form that is not supported, and for a config that is not readable.
+    """
     if config.get("use_dora") or config.get("lora_bias"):
         raise ValueError(f"is a {'DoRA' if config.get('use_dora') else 'LoRA with biases'}, which is not supported")
     alpha, pattern = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     if not isinstance(alpha, int | float) or not isinstance(pattern, dict):
         raise ValueError(f"says lora_alpha {alpha!r}, alpha_pattern {pattern!r} of itself: expected a number, a table")
-    layers = {match[1] for key in tensors if (match := _PART.fullmatch(key))}
+    layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
     alphas = {}
     try:
         for layer in layers:
-            for key, value in pattern.items():  # PEFT takes the first that the path ends in
+            for key, value in pattern.items():
+                # PEFT takes the first pattern that matches.
                 if re.match(rf"(.*\.)?({key})$", layer):
                     alphas[layer] = float(value)
                     break
@@ -193,15 +228,21 @@ def _from_config(config: dict, tensors: StateDict) -> _Scaling:
     return _Scaling(alphas, float(alpha), bool(config.get("use_rslora")))
 
 
-def _pair(layers: StateDict, scaling: _Scaling, denoiser: nn.Module) -> Deltas:
-    """Join the two factors of every layer and hold them against the denoiser. ValueError for what does not fit."""
+def _join_factors(tensors: StateDict, scaling: _Scaling, denoiser: nn.Module) -> Deltas:
+    """Join the two factors of every layer into its update.
+
+    Raises ValueError where a key or a shape does not fit the denoiser, a factor is missing, or all
+    updates are zero.
+    """
     modules = dict(denoiser.named_modules())
+    # Sort the tensors by layer and factor.
     factors: dict[str, StateDict] = {}
-    for key, value in layers.items():
-        match = _PART.fullmatch(key)
+    for key, value in tensors.items():
+        match = _FACTOR.fullmatch(key)
         if not match:
             raise ValueError(f"does not fit the model: the key {key} is not that of a LoRA")
         factors.setdefault(match[1], {})[match[2]] = value
+    # Every layer, and every alpha, has to belong to the denoiser.
     unknown = sorted(path for path in factors if path not in modules)
     if len(unknown) == len(factors):
         raise ValueError(f"matches no layer of the model: it has no {unknown[0]}; was it trained on another?")
@@ -210,6 +251,7 @@ def _pair(layers: StateDict, scaling: _Scaling, denoiser: nn.Module) -> Deltas:
     stray = sorted(scaling.alphas.keys() - factors.keys())
     if stray:
         raise ValueError(f"does not fit the model: it has an alpha but no LoRA for {stray[0]}")
+    # Build the updates.
     deltas = {}
     for path, pair in sorted(factors.items()):
         if pair.keys() != {"A", "B"}:
@@ -225,12 +267,12 @@ def _pair(layers: StateDict, scaling: _Scaling, denoiser: nn.Module) -> Deltas:
 
 
 def _check_layer(path: str, layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
-    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # under a PEFT adapter
+    """Raise ValueError where a layer takes no update, or none of these shapes."""
+    layer = without_adapter(layer)
     if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"does not fit the model: {path} is a {type(layer).__name__}, whose updates are not supported")
     rank, shape = len(down), tuple(layer.weight.shape)
-    ones = (1,) * (len(shape) - 2)
-    if rank < 1 or tuple(down.shape) != (rank, *shape[1:]) or tuple(up.shape) != (shape[0], rank, *ones):
+    if rank < 1 or (tuple(down.shape), tuple(up.shape)) != factor_shapes(shape, rank):
         raise ValueError(
             f"does not fit the model: {path} has shape {shape}, its LoRA {tuple(up.shape)} by {tuple(down.shape)}"
         )

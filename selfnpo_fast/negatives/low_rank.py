@@ -1,4 +1,4 @@
-"""A low-rank update of one layer: what a LoRA holds for it, whatever its file called it."""
+"""Low-rank updates of layers: what a LoRA holds, independent of how its file names things."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """W + scale up down. For a Linear: down (r, in), up (out, r). For a Conv2d: down (r, in, h, w), up (out, r, 1, 1).
+    """A low-rank update of one layer: its weight W becomes W + scale up down.
 
-    `scale` is alpha / rank times whatever weight the user gave the whole update.
+    Shapes for rank r:
+    - Linear, W (out, in): down (r, in), up (out, r).
+    - Conv2d, W (out, in, h, w): down (r, in, h, w), up (out, r, 1, 1).
     """
 
     down: torch.Tensor
+    """The factor that is applied to the layer's input."""
     up: torch.Tensor
+    """The factor that is applied to the result of `down`."""
     scale: float
+    """alpha / rank, times the weight that the user gave to the whole update."""
 
     @property
     def rank(self) -> int:
@@ -24,10 +29,20 @@ class LowRank:
         return len(self.down)
 
     def delta(self) -> torch.Tensor:
-        """The whole update in the layer's shape, float32; (out, in) or (out, in, h, w)."""
+        """The whole update as one float32 tensor of the weight's shape.
+
+        Shapes:
+        - Linear: (out, in).
+        - Conv2d: (out, in, h, w).
+        """
         up, down = self.up.float(), self.down.float()
         return (self.scale * (up.flatten(1) @ down.flatten(1))).reshape(len(up), *down.shape[1:])
 
 
 Deltas = dict[str, LowRank]
-"""By the dotted path of the layer in the denoiser, as in `denoiser.get_submodule(path)`."""
+"""Updates by the dotted path of their layer, as in `denoiser.get_submodule(path)`."""
+
+
+def factor_shapes(weight: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of `(down, up)` of rank `rank` for a layer whose weight has the shape `weight`."""
+    return (rank, *weight[1:]), (weight[0], rank, *(1,) * (len(weight) - 2))

@@ -1,4 +1,4 @@
-"""Writing a negative model that is mixed once and for all (Eq. 7): from files to files, one tensor at a time."""
+"""Mixing a negative model once and for all (Eq. 7): from files to files, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from selfnpo_fast.models import denoiser_names, family_of
 from selfnpo_fast.negatives.fingerprint import base_record
-from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files
+from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files, read_full_weights
 from selfnpo_fast.negatives.sources import RECORD, locate
 from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
@@ -29,13 +29,16 @@ def merge(
     beta: float = 1.0,
     dtype: str = "fp32",
 ) -> Path:
-    """Write theta + alpha eta + beta delta to `output` in diffusers' format, and return that folder.
+    """Write theta + alpha eta + beta delta to `output` in diffusers' format; returns that folder.
 
-    Sources are as for `load_negative`; base and fine-tune come as files, never as modules. Computed in float32 and
-    rounded once. In memory is one tensor of each source at a time, and the folder appears when all of it is written.
+    `base`, `negative` and `positive` (the fine-tune, theta + eta) are sources as for
+    `load_negative`, but no modules. `dtype` is fp32, bf16 or fp16. The mixture is computed in
+    float32 and rounded once. Only one tensor of each source is in memory at a time, and the folder
+    appears once all of it is written.
 
-    Raises UserError for what cannot be read or does not fit, for a folder that is not empty and for a result that is
-    not finite or equal to the positive; RunError where it cannot be written.
+    Raises UserError where a source cannot be read or does not fit, where the folder is not empty,
+    and where the result is not finite or equals the positive; RunError where the folder cannot be
+    written.
     """
     check_strengths(alpha, beta)
     if positive is None and alpha != 1:
@@ -43,27 +46,32 @@ def merge(
     folder = check_writable(str(output))
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output: {folder} is not empty; name a new folder")
-    found = locate(base, denoiser_names(), "base")
-    if found.is_lora or found.config is None:
+    # The base gives the architecture, theta its weights.
+    base_files = locate(base, denoiser_names(), "base")
+    if base_files.is_lora or base_files.config is None:
         raise UserError(f"base: {base} is no diffusers folder with a config.json; give one, or a Hub id")
-    model = empty_model(found.config, str(base))
+    model = empty_model(base_files.config, str(base))
     denoiser = family_of(model).denoiser_name
-    theta = read_files(found, model, "base").part
+    theta = read_full_weights(base_files, model, "base")
+    # The positive: theta, or a fine-tune, or theta plus the updates of a LoRA.
     tuned, tuned_name = theta, str(base)
     if positive is not None:
-        part = read_files(locate(positive, [denoiser], "positive"), model, "positive").part
-        tuned = part if isinstance(part, WeightReader) else mixture(theta, theta, part, 0.0, 1.0, str(positive))
-        tuned_name = str(positive)
+        content = read_files(locate(positive, [denoiser], "positive"), model, "positive").content
+        if not isinstance(content, WeightReader):
+            content = mixture(theta, theta, content, 0.0, 1.0, str(positive))
+        tuned, tuned_name = content, str(positive)
+    # The negative, and the mixture, of which nothing is computed before it is written.
     loaded = read_files(locate(negative, [denoiser], "negative"), model, "negative")
     check_base(loaded, theta, alpha, beta, str(base))
     result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
 
+    # Write next to the folder, and rename at the end.
     aside = folder.with_name(ASIDE + folder.name)
     try:
         if aside.exists():
             remove(aside)  # of a merge that was killed
         (aside / denoiser).mkdir(parents=True)
-        model.save_config(aside / denoiser)
+        model.save_config(aside / denoiser)  # type: ignore[operator]
         write_weights(aside / denoiser, _checked(result, tuned, dtype), dtype)
         record = json.dumps(base_record(tuned_name, None, tuned), indent=1)
         (aside / RECORD).write_text(record, encoding="utf-8")
@@ -77,23 +85,31 @@ def merge(
 
 
 def empty_model(config: dict, source: str) -> nn.Module:
-    """The network of a denoiser's config.json without memory behind its weights. Raises UserError."""
+    """The network of a denoiser's config.json, whose weights take no memory.
+
+    Raises UserError where the class is not known or the config is wrong.
+    """
     from accelerate import init_empty_weights
 
     family = family_of(str(config.get("_class_name")), f"base: {source}")
     try:
         with init_empty_weights():
             return family.new_denoiser(config)
-    except Exception as error:  # a config that is wrong fails wherever the constructor trips over it
+    except Exception as error:  # a constructor raises any type for a wrong config
         raise UserError(f"base: cannot load {source}: {one_line(error)}") from error
 
 
 def _checked(result: WeightReader, positive: WeightReader, dtype: str) -> WeightReader:
-    """`result` in its final dtype; the read of the last tensor raises UserError if all were equal to the positive's."""
-    target, seen, differs = DTYPES[dtype], set(), False
+    """`result` in its final dtype. Raises UserError while it is read.
+
+    A tensor that is not finite raises. So does the last tensor where all are equal to the
+    positive's.
+    """
+    target, differs = DTYPES[dtype], False
+    seen: set[str] = set()
 
     def read(name: str) -> torch.Tensor:
-        """One tensor, checked."""
+        """One tensor, cast and checked."""
         nonlocal differs
         value = result.read(name).to(target).contiguous()
         if not value.isfinite().all():

@@ -1,6 +1,7 @@
-"""Where a model's files are: a training run, a diffusers folder, a Hub repository or one safetensors file.
+"""Where a model's files are: a run's output, a diffusers folder, a Hub repository or one file.
 
-A folder and a repository are the same thing here, a list of file names and a way to get one of them. No pickle is read.
+A folder and a repository look alike to this module: a list of file names, and a function that
+fetches one of the files. No pickle is read.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from selfnpo_fast.runtime.errors import UserError, one_line
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+"""PEFT writes this file next to PEFT_FILE; it holds alpha."""
 WEIGHTS = "diffusion_pytorch_model"
 RECORD = "selfnpo.json"
-"""Beside a negative of full weights: the base that it was trained from (`guidance.fingerprint`)."""
+"""A file next to a negative of full weights: the record of its base (`fingerprint.base_record`)."""
 PICKLED = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[^/]+)*)")
@@ -35,36 +38,41 @@ class ModelFiles:
     """The files of one model, all of them on this machine."""
 
     name: str
-    """As the user gave it, for messages."""
+    """The source as the user wrote it, for messages."""
     files: tuple[Path, ...]
-    """safetensors files: one, or the shards."""
+    """One safetensors file, or all shards."""
     is_lora: bool
-    """A low-rank update rather than full weights; of full weights `config` says the architecture, if it is known."""
+    """True for a low-rank update, False for full weights."""
     config: dict | None = None
+    """The denoiser's config.json; None where no such file lies with the weights."""
     record: dict | None = None
-    """What `selfnpo.json` says."""
+    """The content of RECORD; None where there is no such file."""
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """A folder, here or on the Hub: its files' names, relative to it, and how to have one of them."""
+    """The files of a folder on this machine or on the Hub."""
 
     name: str
+    """The folder as the user wrote it, for messages."""
     field: str
+    """The option that errors name."""
     files: frozenset[str]
+    """File names relative to the folder."""
     fetch: Callable[[str], Path]
+    """The path on this machine of one of the files, which is downloaded where needed."""
 
-    def refuse(self, why: str) -> UserError:
-        """The error to raise."""
-        return UserError(f"{self.field}: {why}")
+    def error(self, message: str) -> UserError:
+        """An error to raise, whose line starts with the field."""
+        return UserError(f"{self.field}: {message}")
 
     def json(self, name: str) -> dict:
-        """The JSON object in one file."""
+        """The JSON object in one file. Raises UserError where it is none."""
         return read_json(self.fetch(name), self.name, self.field)
 
 
 def read_json(path: Path, name: str, field: str) -> dict:
-    """The JSON object in a file. Raises UserError that names `field`, the source's `name` and the file."""
+    """The JSON object in a file. Raises UserError that names `field`, the file and its source."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -81,16 +89,18 @@ def locate(
     revision: str | None = None,
     variant: str | None = None,
 ) -> ModelFiles:
-    """Find a model's files, and download those that are needed where the source is a Hub id.
+    """Find a model's files; where the source is a Hub id, download those that are needed.
 
-    `denoiser_names` are the folders that a pipeline may keep its denoiser in.
+    `denoiser_names` are the folders in which a pipeline may keep its denoiser. `revision` and
+    `variant` are those of the Hub and of diffusers.
 
-    Raises UserError, one line that starts with `field`, where there is nothing, or nothing that may be read.
+    Raises UserError, one line that starts with `field`, where the source does not exist, holds no
+    model, or holds only pickles.
     """
     name = str(source)
     path = os.path.expanduser(resolve_path(name))
     refuse_pickle(path, field)
-    if os.path.isdir(path):  # which, unlike Path.is_dir, takes names of any length
+    if os.path.isdir(path):  # Path.is_dir raises for very long names
         return _choose(_folder(name, Path(path), denoiser_names, field), denoiser_names, variant)
     if os.path.isfile(path):
         return _file(name, Path(path), field)
@@ -100,17 +110,17 @@ def locate(
             f"{field}: no such folder or file: {name}; give a run's output folder, a diffusers folder, a .safetensors "
             "file or a Hub id"
         )
-    repository, inside = hub_id[1], hub_id[2].strip("/")
-    if inside.endswith(".safetensors"):
+    repository, subfolder = hub_id[1], hub_id[2].strip("/")
+    if subfolder.endswith(".safetensors"):
         listing = _repository(repository, "", field, revision)
-        if inside not in listing.files:
-            raise listing.refuse(f"{repository} on the Hub has no file {inside}")
-        return _file(name, listing.fetch(inside), field)
-    return _choose(_repository(repository, inside, field, revision), denoiser_names, variant)
+        if subfolder not in listing.files:
+            raise listing.error(f"{repository} on the Hub has no file {subfolder}")
+        return _file(name, listing.fetch(subfolder), field)
+    return _choose(_repository(repository, subfolder, field, revision), denoiser_names, variant)
 
 
 def refuse_pickle(path: str | Path, field: str) -> None:
-    """UserError where the file's name says that it is a pickle; reads nothing."""
+    """Raise UserError where the file's name is that of a pickle; reads nothing."""
     if str(path).lower().endswith(PICKLED):
         raise UserError(
             f"{field}: cannot load {path}: it is a pickle, which may run code when it is read; give a .safetensors file"
@@ -118,48 +128,54 @@ def refuse_pickle(path: str | Path, field: str) -> None:
 
 
 def _folder(name: str, folder: Path, denoiser_names: Sequence[str], field: str) -> _Listing:
+    """The files of a folder on this machine that may belong to a model."""
     files: set[str] = set()
     for part in ("", "negative", *denoiser_names, *(f"negative/{denoiser}" for denoiser in denoiser_names)):
         try:
-            inside = list((folder / part).iterdir()) if (folder / part).is_dir() else []
+            entries = list((folder / part).iterdir()) if (folder / part).is_dir() else []
         except OSError as error:
             raise UserError(f"{field}: cannot load {name}: {one_line(error)}") from error
-        files |= {f"{part}/{path.name}".lstrip("/") for path in inside if path.is_file()}
+        files |= {f"{part}/{path.name}".lstrip("/") for path in entries if path.is_file()}
     return _Listing(name, field, frozenset(files), lambda file: folder / file)
 
 
-def _repository(repository: str, inside: str, field: str, revision: str | None) -> _Listing:
-    """A Hub repository, or the folder `inside` of it; without the network, what was downloaded before."""
+def _repository(repository: str, subfolder: str, field: str, revision: str | None) -> _Listing:
+    """A Hub repository or one folder of it; without network, the files downloaded before."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    name = f"{repository}/{inside}".rstrip("/")
+    name = f"{repository}/{subfolder}".rstrip("/")
     try:
         try:
-            found = HfApi().list_repo_files(repository, revision=revision)
+            files = HfApi().list_repo_files(repository, revision=revision)
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
             raise
-        except Exception:  # offline, a timeout, a proxy: each library below has its own
+        except Exception:  # offline, a timeout, a proxy: each is another type
             root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
             logger.warning("%s: the Hub was not reached; what was downloaded before is used", name)
-            found = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+            files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     except Exception as error:
         raise UserError(
             f"{field}: no such folder or file: {name}, and it was not found on the Hub: {one_line(error, 200)}"
         ) from error
 
     def fetch(file: str) -> Path:
+        """Download one file of the folder. Raises UserError."""
         try:
-            return Path(hf_hub_download(repository, f"{inside}/{file}".lstrip("/"), revision=revision))
+            return Path(hf_hub_download(repository, f"{subfolder}/{file}".lstrip("/"), revision=revision))
         except Exception as error:  # a lost connection surfaces as any of a dozen types
             raise UserError(f"{field}: cannot download {file} of {name}: {one_line(error, 200)}") from error
 
-    prefix = f"{inside}/" if inside else ""
-    return _Listing(name, field, frozenset(f.removeprefix(prefix) for f in found if f.startswith(prefix)), fetch)
+    prefix = f"{subfolder}/" if subfolder else ""
+    return _Listing(name, field, frozenset(f.removeprefix(prefix) for f in files if f.startswith(prefix)), fetch)
 
 
 def _choose(listing: _Listing, denoiser_names: Sequence[str], variant: str | None) -> ModelFiles:
-    """A pipeline's denoiser or a LoRA, directly in the listing or in its `negative` part; or a denoiser alone."""
+    """The model in a listing. Raises UserError where there is none.
+
+    Looks for a pipeline's denoiser or a LoRA, at the top and then in the folder `negative`; then
+    for a denoiser at the top; then for a single safetensors file.
+    """
     for part in ("", "negative/"):
         record = listing.json(f"{part}{RECORD}") if f"{part}{RECORD}" in listing.files else None
         for denoiser in denoiser_names:
@@ -167,58 +183,69 @@ def _choose(listing: _Listing, denoiser_names: Sequence[str], variant: str | Non
                 return _full(listing, f"{part}{denoiser}/", variant, record)
         for file in (LORA_FILE, PEFT_FILE):
             if part + file in listing.files:
-                if f"{part}adapter_config.json" in listing.files:
-                    listing.fetch(f"{part}adapter_config.json")  # PEFT's: lora_files looks for it beside the weights
+                if part + PEFT_CONFIG in listing.files:
+                    listing.fetch(part + PEFT_CONFIG)  # lora_files looks for it next to the weights
                 return ModelFiles(listing.name, (listing.fetch(part + file),), is_lora=True)
     if "config.json" in listing.files and any(name.startswith(WEIGHTS) for name in listing.files):
         return _full(listing, "", variant, None)
-    alone = [name for name in listing.files if "/" not in name and name.endswith(".safetensors")]
-    if len(alone) == 1:
-        return _file(listing.name, listing.fetch(alone[0]), listing.field)
+    top_level = [name for name in listing.files if "/" not in name and name.endswith(".safetensors")]
+    if len(top_level) == 1:
+        return _file(listing.name, listing.fetch(top_level[0]), listing.field)
     pickled = sorted(name for name in listing.files if name.lower().endswith(PICKLED))
     hint = f"; {pickled[0]} is a pickle, which is not read" if pickled else ""
-    raise listing.refuse(f"{listing.name} holds neither {denoiser_names[0]}/config.json nor {LORA_FILE}{hint}")
+    raise listing.error(f"{listing.name} holds neither {denoiser_names[0]}/config.json nor {LORA_FILE}{hint}")
 
 
 def _full(listing: _Listing, part: str, variant: str | None, record: dict | None) -> ModelFiles:
-    """Full weights in the folder `part` ("" or the denoiser's, with a slash): one file, or an index and its shards."""
+    """Full weights in the folder `part`, which is empty or ends in a slash: one file, or shards.
+
+    Raises UserError where the variant or a shard is missing, or the index names other files than
+    safetensors.
+    """
+    # Find one entry file, weights or the index of shards, for each variant.
     pattern = re.compile(re.escape(part + WEIGHTS) + r"(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
-    found: dict[str | None, str] = {}
+    file_of_variant: dict[str | None, str] = {}
     for name in sorted(listing.files):
         match = pattern.fullmatch(name)
         if match:
-            found[match[1] or match[2]] = name
+            file_of_variant[match[1] or match[2]] = name
     label = part.rstrip("/") or WEIGHTS
-    if variant is None and None not in found and len(found) == 1:
-        variant = next(iter(found))
-        logger.warning("%s holds the %s variant alone: it is used", listing.name, variant)
-    if variant not in found:
+    # Where no variant is asked for, a single variant will do.
+    if variant is None and None not in file_of_variant and len(file_of_variant) == 1:
+        variant = next(iter(file_of_variant))
+        logger.warning("%s holds only the %s variant: it is used", listing.name, variant)
+    if variant not in file_of_variant:
         pickled = any(name.startswith(part + WEIGHTS) and name.endswith(PICKLED) for name in listing.files)
-        shown = ", ".join(sorted(str(key) for key in found)) or ("only pickles" if pickled else "none")
-        raise listing.refuse(
+        shown = ", ".join(sorted(str(key) for key in file_of_variant)) or ("only pickles" if pickled else "none")
+        raise listing.error(
             f"cannot load {label} from {listing.name}: no {WEIGHTS}{f'.{variant}' if variant else ''}.safetensors "
             f"(there is: {shown})"
         )
     config = listing.json(f"{part}config.json")
-    chosen = found[variant]
-    if not chosen.endswith(".json"):
-        return ModelFiles(listing.name, (listing.fetch(chosen),), False, config, record)
-    named = listing.json(chosen).get("weight_map")
-    shards = sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
+    entry = file_of_variant[variant]
+    if not entry.endswith(".json"):
+        return ModelFiles(listing.name, (listing.fetch(entry),), False, config, record)
+    # Follow the index to its shards, none of which may lie elsewhere or be a pickle.
+    weight_map = listing.json(entry).get("weight_map")
+    shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     if not shards or not all(name.endswith(".safetensors") and "/" not in name for name in shards):
-        raise listing.refuse(f"cannot load {label} from {listing.name}: {chosen} names files that are not safetensors")
+        raise listing.error(f"cannot load {label} from {listing.name}: {entry} names files that are not safetensors")
     missing = [name for name in shards if part + name not in listing.files]
     if missing:
-        raise listing.refuse(f"cannot load {label} from {listing.name}: {missing[0]} is missing")
+        raise listing.error(f"cannot load {label} from {listing.name}: {missing[0]} is missing")
     return ModelFiles(listing.name, tuple(listing.fetch(part + name) for name in shards), False, config, record)
 
 
 def _file(name: str, path: Path, field: str) -> ModelFiles:
-    return ModelFiles(name, (path,), is_lora=any(_ADAPTER.search(key) for key in open_safetensors(path, field)))
+    """A single safetensors file, whose keys tell a LoRA from full weights."""
+    return ModelFiles(name, (path,), is_lora=any(_ADAPTER.search(key) for key in tensor_names(path, field)))
 
 
-def open_safetensors(path: Path, field: str) -> list[str]:
-    """The names of a file's tensors; UserError where it is no whole safetensors file."""
+def tensor_names(path: Path, field: str) -> list[str]:
+    """The names of the tensors in a safetensors file.
+
+    Raises UserError where the file is truncated or no safetensors file.
+    """
     try:
         with safe_open(path, "pt") as file:
             return list(file.keys())

@@ -1,4 +1,4 @@
-"""A network's weights by name, read one tensor at a time: of files, of a module, or computed from such (Eq. 7)."""
+"""A network's weights by name, read one at a time: from files, of a module, or mixed (Eq. 7)."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from torch import nn
 
 from selfnpo_fast.models import Family, family_of
 from selfnpo_fast.negatives.low_rank import Deltas
-from selfnpo_fast.negatives.sources import ModelFiles, open_safetensors
+from selfnpo_fast.negatives.sources import ModelFiles, tensor_names
 from selfnpo_fast.runtime.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
 class WeightReader:
-    """Tensors by name, none of them held: `read` makes one, and to drop it gives its memory back."""
+    """A network's weights by name; the reader itself keeps no tensor in memory."""
 
     source: str
-    """For messages."""
+    """Where the weights come from, for messages."""
     shapes: dict[str, tuple[int, ...]]
+    """The shape of every tensor by name."""
     read: Callable[[str], torch.Tensor]
-    """Raises UserError for a file that became unreadable."""
+    """The tensor of a name. Raises UserError for a file that has become unreadable."""
 
 
 def mix(
     theta: torch.Tensor, positive: torch.Tensor, delta: torch.Tensor | None, alpha: float, beta: float
 ) -> torch.Tensor:
-    """theta + alpha eta + beta delta (Eq. 7) with eta = positive - theta; any shape, in the arguments' dtype.
+    """theta + alpha eta + beta delta (Eq. 7), with eta = positive - theta, as a new tensor.
 
-    A new tensor; alpha = 1 and alpha = 0 give positive and theta exactly. None for a delta of zero.
+    The arguments have one shape and one dtype, which the result takes. A delta of None is zero.
+    alpha = 1 and alpha = 0 give positive and theta exactly.
     """
     mixed = torch.lerp(theta, positive, alpha)
     return mixed if delta is None else mixed.add_(delta, alpha=beta)
@@ -41,15 +43,17 @@ def mix(
 def mixture(
     theta: WeightReader, positive: WeightReader, negative: WeightReader | Deltas, alpha: float, beta: float, source: str
 ) -> WeightReader:
-    """Eq. 7 as weights: float32, of which nothing is computed before it is read.
+    """Eq. 7 as a reader, which computes each tensor in float32 when it is read.
 
-    `negative` is theta + delta, or delta itself as low-rank updates. theta may be `positive` itself: eta is zero then.
+    `negative` is theta + delta as full weights, or delta as low-rank updates. Where theta is
+    `positive` itself, eta is zero.
     """
 
     def read(name: str) -> torch.Tensor:
-        """One tensor of the mixture, computed now."""
+        """One tensor of the mixture."""
         tuned = positive.read(name).float()
         base = tuned if theta is positive else theta.read(name).to(tuned.device).float()
+        delta: torch.Tensor | None
         if isinstance(negative, WeightReader):
             delta = negative.read(name).to(base.device).float() - base
         else:
@@ -60,13 +64,25 @@ def mixture(
     return WeightReader(source, positive.shapes, read)
 
 
+def config_of(model: nn.Module) -> dict:
+    """The config of a diffusers model, as config.json holds it."""
+    return dict(model.config)  # type: ignore[arg-type]
+
+
 def has_adapters(module: nn.Module) -> bool:
     """Whether PEFT adapters are loaded on the module."""
     return any(name.endswith(".base_layer") for name, _ in module.named_modules())
 
 
+def without_adapter(layer: nn.Module) -> nn.Module:
+    """The layer that a PEFT adapter wraps, or the layer itself where no adapter is on it."""
+    while (base_layer := getattr(layer, "base_layer", None)) is not None:
+        layer = base_layer
+    return layer
+
+
 def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict that the module has without PEFT adapters: its own weights under their own names."""
+    """The module's state dict under the names that it has without PEFT adapters; no copies."""
     state = module.state_dict()
     if not has_adapters(module):
         return state
@@ -74,25 +90,27 @@ def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def module_weights(module: nn.Module, source: str) -> WeightReader:
-    """A module's own weights, whatever adapters are on it; `read` gives the very tensors."""
+    """A module's weights without PEFT adapters; `read` gives the module's tensors, no copies."""
     state = plain_state(module)
     return WeightReader(source, {name: tuple(value.shape) for name, value in state.items()}, state.__getitem__)
 
 
 def file_weights(source: ModelFiles, family: Family, config: dict, field: str) -> WeightReader:
-    """WeightReader of safetensors files in diffusers' naming or the original one of Stable Diffusion.
+    """Weights in safetensors files, in diffusers' naming or Stable Diffusion's original one.
 
-    `config` is that of the denoiser that they are for. A file is mapped only as long as one tensor of it is in use.
-    Raises UserError where a file is truncated or no safetensors file, or holds what are no plain weights.
+    `config` is that of the denoiser which the weights are for. A file is mapped into memory only
+    while one of its tensors is read.
+
+    Raises UserError where a file is truncated, is no safetensors file, or holds quantised weights.
     """
-    file_of_key = {key: path for path in source.files for key in open_safetensors(path, field)}
+    file_of_key = {key: path for path in source.files for key in tensor_names(path, field)}
     try:
         key_of_name = family.from_original_names(list(file_of_key), config) or {key: key for key in file_of_key}
     except ValueError as error:
         raise UserError(f"{field}: {source.name} {one_line(error)}") from error
 
     def read(name: str) -> torch.Tensor:
-        """One tensor from its file, which is mapped for as long as this takes."""
+        """One tensor from its file."""
         path = file_of_key[key_of_name[name]]
         try:
             with safe_open(path, "pt") as file:
@@ -100,41 +118,46 @@ def file_weights(source: ModelFiles, family: Family, config: dict, field: str) -
         except (OSError, SafetensorError) as error:
             raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
 
+    # Shapes and dtypes come from the headers: no weight is read here.
     shapes = {}
     for path in source.files:
         with safe_open(path, "pt") as file:
             for name, key in key_of_name.items():
                 if file_of_key[key] == path:
-                    part = file.get_slice(key)
-                    if not part.get_dtype().startswith(("F", "BF")):
+                    header = file.get_slice(key)
+                    if not header.get_dtype().startswith(("F", "BF")):
                         raise UserError(
-                            f"{field}: {source.name} is quantised: {name} is stored as {part.get_dtype()}; "
+                            f"{field}: {source.name} is quantised: {name} is stored as {header.get_dtype()}; "
                             "give weights in fp32, bf16 or fp16"
                         )
-                    shapes[name] = tuple(part.get_shape())
+                    shapes[name] = tuple(header.get_shape())
     return WeightReader(source.name, shapes, read)
 
 
 def check_class(config: dict, model: nn.Module, source: str, field: str) -> None:
-    """UserError where a config.json is another architecture's than the model's, in a way that shapes may not show."""
+    """Raise UserError where `config` is that of another architecture than the model's.
+
+    Options are compared one by one, since some of them change the network but no shape.
+    """
     cls, inert = type(model), family_of(model).inert_options
     if config.get("_class_name") != cls.__name__:
         shown = one_line(ValueError(config.get("_class_name")), 60)
         raise UserError(f"{field}: {source} does not fit the model: it is a {shown}, the model a {cls.__name__}")
+    model_config = config_of(model)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         if name == "self" or name in inert or parameter.default is inspect.Parameter.empty:
             continue
-        theirs, ours = (values.get(name, parameter.default) for values in (config, dict(model.config)))
-        if not _same(theirs, ours):
-            shown = one_line(ValueError(theirs), 60)
+        value, expected = (values.get(name, parameter.default) for values in (config, model_config))
+        if not _same(value, expected):
+            shown = one_line(ValueError(value), 60)
             raise UserError(
-                f"{field}: {source} does not fit the model: its {name} is {shown}, the model's {ours}; "
+                f"{field}: {source} does not fit the model: its {name} is {shown}, the model's {expected}; "
                 "train it from this model"
             )
 
 
 def _same(a, b) -> bool:
-    """Equal as JSON tells them apart, one value also standing for a list of it."""
+    """Whether two options are equal; one value also stands for a list of equal values."""
     a, b = (list(v) if isinstance(v, tuple) else v for v in (a, b))
     if isinstance(a, list) != isinstance(b, list):
         values, value = (a, b) if isinstance(a, list) else (b, a)
@@ -143,29 +166,29 @@ def _same(a, b) -> bool:
 
 
 def check_shapes(weights: WeightReader, expected: dict[str, tuple[int, ...]], field: str) -> None:
-    """UserError where names or shapes are others than `expected`."""
+    """Raise UserError where a name or a shape differs from `expected`."""
     for name in sorted(expected.keys() | weights.shapes.keys()):
-        found, wanted = weights.shapes.get(name), expected.get(name)
-        if found != wanted:
+        shape, wanted = weights.shapes.get(name), expected.get(name)
+        if shape != wanted:
             raise UserError(
-                f"{field}: {weights.source} does not fit the model: {name} has shape {found}, "
+                f"{field}: {weights.source} does not fit the model: {name} has shape {shape}, "
                 f"the model has {wanted}; train it from this model"
             )
 
 
 def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Module:
-    """A network of the model's class, dtypes and device with these weights, in evaluation mode, without gradients.
+    """A network with these weights and the class, dtypes and device of `model`.
 
-    Besides the result one tensor of each source is in memory at a time. Raises UserError for weights that are not
-    finite, or all equal to the model's own.
+    The network is in evaluation mode and needs no gradients. Next to it, only one tensor of each
+    source is in memory at a time.
+
+    Raises UserError where a weight is not finite, or where all are equal to those of `model`.
     """
     from accelerate import init_empty_weights
 
-    own = plain_state(model)
-    adapters = has_adapters(model)
-    differs = adapters
+    differs = has_adapters(model)
     state = {}
-    for name, like in own.items():
+    for name, like in plain_state(model).items():
         device = torch.device("cpu") if like.is_meta else like.device
         state[name] = value = weights.read(name).to(device, like.dtype, copy=True)
         if not value.isfinite().all():
@@ -174,6 +197,6 @@ def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Modul
     if not differs:
         raise UserError(f"{field}: {weights.source} equals the positive model: guidance would have no effect")
     with init_empty_weights():
-        network = type(model).from_config(model.config)
+        network = type(model).from_config(model.config)  # type: ignore[attr-defined]
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Writing a negative model: a run's own, and weights that are computed while they are written."""
+"""Writing a negative model: that of a training run, or weights of any reader."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from selfnpo_fast.models import Adapter
 from selfnpo_fast.negatives.lora_files import RECORD_KEY
 from selfnpo_fast.negatives.sources import LORA_FILE, RECORD, WEIGHTS
 from selfnpo_fast.negatives.weights import WeightReader
@@ -19,7 +21,7 @@ from selfnpo_fast.runtime.world import World
 from selfnpo_fast.runtime.writer import Tensors, Writer
 
 SHARD_BYTES = 5 * 10**9
-
+"""Largest size of one safetensors file, as in diffusers."""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 """(parameter name, whole tensor) pairs, which all ranks have to iterate together."""
@@ -30,18 +32,21 @@ def save_negative(
     network: nn.Module,
     trained: NamedTensors,
     frozen: NamedTensors,
-    adapter,
+    adapter: Adapter,
     dtype: torch.dtype,
     world: World,
     *,
     lora: bool,
     base: dict,
 ) -> Path:
-    """Write the negative model: the denoiser as a diffusers component, or a LoRA file that diffusers loads.
+    """Write a run's negative: a denoiser in diffusers format, or a LoRA file that diffusers loads.
 
-    `trained` and `frozen` are the weights of `network`; a LoRA consists of the trained ones. WeightReader are stored in
-    `dtype`. `base` (`fingerprint.base_record`) is noted next to full weights, and in a LoRA file's metadata.
-    All ranks take part; rank 0 writes. Raises RunError on all of them.
+    `trained` and `frozen` are the weights of `network`; a LoRA consists of the trained ones.
+    Weights are stored in `dtype`. The record of the base, `base` (`fingerprint.base_record`), is
+    written next to full weights, or into a LoRA file's metadata. All ranks take part; rank 0
+    writes.
+
+    Raises RunError on all ranks where the folder cannot be written.
     """
     writer = Writer(folder, world)
     if lora:
@@ -49,17 +54,25 @@ def save_negative(
         writer.run("LoRA", lambda: write_lora(writer.folder, network, weights, adapter, base))
     else:
         name = f"{adapter.denoiser_name}/{WEIGHTS}.safetensors"
-        writer.save(name, chain(trained, frozen), here=world.is_main, dtype=dtype, metadata={"format": "pt"})
-        writer.run("config.json", lambda: network.save_config(writer.folder / adapter.denoiser_name))
+        writer.save(name, chain(trained, frozen), write=world.is_main, dtype=dtype, metadata={"format": "pt"})
+        writer.run(
+            "config.json",
+            lambda: network.save_config(writer.folder / adapter.denoiser_name),  # type: ignore[operator]
+        )
         writer.run(RECORD, lambda: (writer.folder / RECORD).write_text(json.dumps(base, indent=1), encoding="utf-8"))
     return writer.finish()
 
 
-def write_lora(folder: Path, network: nn.Module, weights: Tensors, adapter, base: dict) -> None:
-    """PEFT's layout with its config in the metadata, as `pipe.load_lora_weights(folder)` expects it."""
+def write_lora(folder: Path, network: nn.Module, weights: Tensors, adapter: Adapter, base: dict) -> None:
+    """Write the LoRA file that `pipe.load_lora_weights(folder)` expects, from weights on the CPU.
+
+    Keys are PEFT's, after the denoiser's name. PEFT's config and the record of the base, `base`,
+    are in the metadata. Raises OSError or SafetensorError where the file cannot be written.
+    """
     from peft.utils import get_peft_model_state_dict
 
-    config = network.peft_config["default"].to_dict()
+    peft_config: dict[str, Any] = network.peft_config  # type: ignore[assignment]
+    config = peft_config["default"].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     prefixed = {f"{adapter.denoiser_name}.{key}": value for key, value in config.items()}
     metadata = {
@@ -69,28 +82,33 @@ def write_lora(folder: Path, network: nn.Module, weights: Tensors, adapter, base
     }
     layers = get_peft_model_state_dict(network, state_dict=weights)
     named = {f"{adapter.denoiser_name}.{key}": value.contiguous() for key, value in layers.items()}
-    # Not by the pipeline's own save_lora_weights, which knows of no metadata but the adapter's.
+    # The pipeline's save_lora_weights would write no metadata but PEFT's config.
     save_file(named, folder / LORA_FILE, metadata=metadata)
 
 
 def write_weights(folder: Path, weights: WeightReader, dtype: str) -> None:
-    """safetensors files under diffusers' names: one, or shards of at most 5 GB and their index.
+    """Write safetensors files with diffusers' names: one, or shards of SHARD_BYTES and an index.
 
-    Holds one tensor at a time, which safetensors' own function does not. Raises OSError.
+    `dtype` is fp32, bf16 or fp16, and `weights` gives contiguous CPU tensors of it. Only one tensor
+    is in memory at a time, which safetensors' function for this does not offer.
+
+    Raises OSError where a file cannot be written, and what `weights.read` raises.
     """
     size = DTYPES[dtype].itemsize
+    # Fill one shard after another in the order of the names.
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(weights.shapes):
-        count = size * torch.Size(weights.shapes[name]).numel()
-        if shards[-1] and filled + count > SHARD_BYTES:
+        nbytes = size * torch.Size(weights.shapes[name]).numel()
+        if shards[-1] and filled + nbytes > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += count
+        filled += nbytes
     if len(shards) == 1:
         _write_file(folder / f"{WEIGHTS}.safetensors", shards[0], weights, dtype)
         return
+    # Several shards need an index of the file of each tensor.
     files = [f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         _write_file(folder / file, names, weights, dtype)
@@ -103,9 +121,14 @@ def write_weights(folder: Path, weights: WeightReader, dtype: str) -> None:
 
 
 def _write_file(path: Path, names: list[str], weights: WeightReader, dtype: str) -> None:
-    """The format: length of the header as 8 bytes, the header (JSON, where each tensor lies), the tensors."""
+    """Write one safetensors file, tensor by tensor.
+
+    The format: the length of the header as 8 bytes, the header as JSON with each tensor's dtype,
+    shape and byte range, and the tensors' bytes.
+    """
     size = DTYPES[dtype].itemsize
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in names:
         start, end = end, end + size * torch.Size(weights.shapes[name]).numel()
         shape = list(weights.shapes[name])
@@ -115,4 +138,4 @@ def _write_file(path: Path, names: list[str], weights: WeightReader, dtype: str)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(weights.read(name).flatten().view(torch.uint8).numpy())
+            file.write(weights.read(name).flatten().view(torch.uint8).numpy().data)

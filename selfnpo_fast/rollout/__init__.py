@@ -1,15 +1,16 @@
-"""The rollout engine: a reference model walks down a DDIM grid and leaves training pairs (x_s, s, target)."""
+"""The rollout room: a reference model walks down a DDIM grid, and its states give training pairs.
+
+A pair is (x_s, s, target): the student's input, its timestep, and what the student's x0 should be.
+"""
 
 from selfnpo_fast.rollout.continuous import ContinuousRollout
 from selfnpo_fast.rollout.grid import Grid, continuous_frequencies, life_states, lockstep_frequencies
 from selfnpo_fast.rollout.lockstep import LockstepDraws, LockstepRollout, lockstep_rollout, walk
 from selfnpo_fast.rollout.pairs import GuidedPredictor, PairMaker, Pairs, UpdatePairs
-from selfnpo_fast.rollout.producer import OverlappedProducer, Producer
-from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
+from selfnpo_fast.rollout.producer import OverlappedProducer, Producer, join_lanes
 
 __all__ = [
     "ContinuousRollout",
-    "CudaGraphs",
     "Grid",
     "GuidedPredictor",
     "LockstepDraws",
@@ -20,9 +21,9 @@ __all__ = [
     "Producer",
     "UpdatePairs",
     "continuous_frequencies",
+    "join_lanes",
     "life_states",
     "lockstep_frequencies",
     "lockstep_rollout",
-    "no_capture",
     "walk",
 ]

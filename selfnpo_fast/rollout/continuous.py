@@ -1,6 +1,9 @@
-"""In-flight batching: every slot at its own grid step, every state a pair, finished slots started anew in the kernel.
+"""Continuous rollouts (in-flight batching): every forward of the reference gives pairs.
 
-Shape letters: B pairs of one micro-batch, and slots of one group.
+Every slot is at its own grid index, every state gives a pair, and the kernel starts a new sample in
+a slot whose sample has ended.
+
+Shape letters: B pairs of one micro-batch, which are also the slots of one group.
 """
 
 from __future__ import annotations
@@ -14,13 +17,18 @@ from selfnpo_fast.runtime.capture import Capture, Step, no_capture
 from selfnpo_fast.runtime.compiling import compiled
 from selfnpo_kernels import Draw, TdftTables, affine_noise, normal, randint, tdft_step
 
+_COLUMNS = ("index", "ids", "left", "rows")
+"""Names of the four slot tables in a checkpoint."""
+
 
 class ContinuousRollout:
-    """In-flight batching: each slot is at its own grid index, one forward moves a group of slots, every state gives a
-    pair, and a slot that ends its trajectory starts a new one. A group has as many slots as a micro-batch has pairs.
+    """Slots whose samples are at different grid indices; one forward moves a group by one step.
 
-    From noise, the state at the last grid index has no s above it; in its stead the sample that just ended in that slot
-    gives its final x as a pair at t = 0, so N forwards give N pairs.
+    A group has as many slots as a micro-batch has pairs, and the groups take turns. A slot whose
+    sample ends starts a new sample.
+
+    From noise, the state at the last grid index has no s above it. The sample that has just ended
+    in the slot gives its final x as a pair at t = 0 instead, so that N forwards give N pairs.
     """
 
     def __init__(
@@ -34,48 +42,62 @@ class ContinuousRollout:
         compile: str = "off",
         capture: Capture = no_capture,
     ) -> None:
+        """Empty slots.
+
+        batch      slots of a group on this rank, B
+        groups     groups of slots
+        compile    `engine.compile` of the config
+        capture    makes a step that can be replayed, such as a CUDA graph
+        """
         self._capture, self._compiled = capture, compiled(self._advance, compile)
-        self._steps: list[Step | None] = [None] * groups  # made when each is first needed
+        self._steps: list[Step | None] = [None] * groups  # each is built when it is first needed
         self.maker, self.batch, self.groups, self.cursor = maker, batch, groups, 0
         self.total_slots = batch * groups * world_size
         group = torch.arange(groups, device=maker.device)[:, None]
         lane = torch.arange(batch, device=maker.device)[None] + rank * batch
-        # One table a group: grid index, sample id, states left in this life after the present one, prompt row.
+        # Per group: grid index, sample id, states left to the sample after this one, table row.
         self.slots = torch.zeros(groups, 4, batch, dtype=torch.int64, device=maker.device)
-        # Ids start at one whole set of slots: the set below it are the samples that ended just before the run began.
+        # Sample ids start at `total_slots`: lower ids are of the samples that ended just before the
+        # run began.
         self.slots[:, 1] = self.total_slots + group * batch * world_size + lane
         self._next_slots = torch.zeros_like(self.slots[0])
         self.x = torch.zeros(groups, batch, *maker.latent_shape, device=maker.device)
         from_noise = maker.config.start == "noise"
-        self.final = torch.zeros_like(self.x) if from_noise else None  # where this slot's previous sample ended
+        # The state in which each slot's previous sample ended.
+        self.final = torch.zeros_like(self.x) if from_noise else None
         self.latents = None if from_noise else maker.latents.to(maker.device)
-        weight = torch.ones(maker.config.grid_steps + 1, dtype=torch.float64)
-        if maker.config.pair_weight == "lockstep":
-            ours = continuous_frequencies(maker.config)
-            weight = torch.where(ours > 0, lockstep_frequencies(maker.config) / ours.clamp(min=1e-12), 0)
-        grid = maker.grid
-        self.tables = TdftTables(
+        self.tables = self._tables()
+        self.rules = maker.rules(self.total_slots)
+        self.filled = 0  # groups whose slots hold samples: the first ones
+
+    def _tables(self) -> TdftTables:
+        """The grid's tables, and the weight of a pair at each grid index."""
+        config, grid = self.maker.config, self.maker.grid
+        weight = torch.ones(config.grid_steps + 1, dtype=torch.float64)
+        if config.pair_weight == "lockstep":
+            frequencies = continuous_frequencies(config)
+            ratio = lockstep_frequencies(config) / frequencies.clamp(min=1e-12)
+            weight = torch.where(frequencies > 0, ratio, 0)
+        return TdftTables(
             step=grid.step,
             start=grid.start,
             renoise=grid.renoise,
             timesteps=grid.timesteps,
-            weight=weight.float().to(maker.device),
+            weight=weight.float().to(self.maker.device),
         )
-        self.rules = maker.rules(self.total_slots)
-        self.filled = 0  # groups whose slots hold samples: the first ones
 
     @property
     def index(self) -> torch.Tensor:
-        """Grid indices of all slots, (groups, B)."""
+        """Grid indices of all slots, (groups, B) int64."""
         return self.slots[:, 0]
 
     @property
     def ids(self) -> torch.Tensor:
-        """Sample ids of all slots, (groups, B)."""
+        """Sample ids of all slots, (groups, B) int64."""
         return self.slots[:, 1]
 
-    def _begin(self, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """First state (B, ...) of samples that start at grid indices (B,)."""
+    def _first_states(self, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """First states (B, ...) of samples `ids` (B,) that start at grid indices `start` (B,)."""
         maker = self.maker
         key = maker.key(Draw.START_NOISE, ids)
         if self.latents is None:
@@ -84,34 +106,38 @@ class ContinuousRollout:
 
     @torch.no_grad()
     def _stagger(self, group: int) -> None:
-        """Fill the slots of a group and walk each to a state drawn from the long-run distribution of states."""
+        """Fill a group's slots, each with a state drawn from the long-run distribution."""
         maker, slots = self.maker, self.slots[group]
+        # Draw each slot's state.
         states = torch.tensor(life_states(maker.config), device=maker.device)
         ids = slots[1]
         start, index, left = states[randint(maker.key(Draw.STAGGER, ids), len(states))].unbind(1)
         slots[0], slots[2], slots[3] = index, left, maker.rows(ids)
-        # A slot at the very start of a sample needs the end of the one before it, for the pair at t = 0.
-        fresh = (index == start) & (self.final is not None)
-        walkers = torch.where(fresh, ids - self.total_slots, ids)
-        first = self._begin(walkers, start)
-        stop = torch.where(fresh, -1, index)
-        x = walk(maker.predictor, maker.grid, first, start.cpu(), stop.cpu(), maker.rows(walkers))
+        # A slot at the very start of a sample needs the end of the sample before, for the pair at
+        # t = 0: there the sample before walks, and to the end of its trajectory.
+        at_start = (index == start) & (self.final is not None)
+        walker_ids = torch.where(at_start, ids - self.total_slots, ids)
+        first = self._first_states(walker_ids, start)
+        stop = torch.where(at_start, -1, index)
+        # Walk. Every step needs to know on the host how many samples still move.
+        x = walk(maker.predictor, maker.grid, first, start.cpu(), stop.cpu(), maker.rows(walker_ids))
         self.x[group] = x
+        # Keep the ends, and put the slot's own sample where the sample before has walked.
         if self.final is not None:
             self.final[group] = x
-            self.x[group][fresh] = self._begin(ids, start)[fresh]
+            self.x[group][at_start] = self._first_states(ids, start)[at_start]
 
     def fill(self) -> None:
-        """Fill the groups that are still empty now, and not each when it is first needed."""
+        """Fill all groups that are still empty, instead of each when it is first needed."""
         for group in range(self.filled, self.groups):
             self._stagger(group)
         self.filled = self.groups
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
-        """Advance one group of slots by one grid step and return the pairs of the states they were in.
+        """Advance one group by one grid step, and return the pairs of the states it was in.
 
-        A group is filled on its first turn: the first update need not wait for the slots of the others.
+        A group is filled on its first turn: the first update need not wait for the other groups.
         """
         group = self.cursor
         if group == self.filled:
@@ -125,9 +151,9 @@ class ContinuousRollout:
         return Pairs(x_s=x_s, s=s, target=target, t=t, rows=rows, weight=weight, sample_ids=sample_ids)
 
     def _step_of(self, group: int) -> Step:
-        """One grid step of a group: a function of nothing, on tensors that stay where they are.
+        """One grid step of a group: a function without arguments, on tensors that never move.
 
-        It is compiled and captured once it is settled how the branches run.
+        The step is compiled and captured once it is settled how the guidance branches run.
         """
         if self._steps[group] is not None:
             return self._steps[group]
@@ -139,7 +165,13 @@ class ContinuousRollout:
         return self._steps[group]
 
     def _advance(self, x: torch.Tensor, final: torch.Tensor | None, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Reference forward and `tdft_step`: (target, x_s, pairs, weight); x, final and slots become the next ones."""
+        """The reference's forward and `tdft_step`; x, final and slots become their next values.
+
+        x, final    (B, ...)
+        slots       (4, B) int64
+
+        Returns (target, x_s, pairs, weight) as `tdft_step` does.
+        """
         maker = self.maker
         pos, neg = maker.predictor.outputs(x, maker.grid.timestep(slots[0]), slots[3])
         out = tdft_step(pos, neg, x, final, slots, self._next_slots, self.tables, self.rules, self.latents)
@@ -147,16 +179,18 @@ class ContinuousRollout:
         return out
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All slots of this rank as (groups, lanes, ...); the lanes of all ranks side by side are those of one."""
-        names = ("index", "ids", "left", "rows")
-        state = {name: column.contiguous() for name, column in zip(names, self.slots.unbind(1), strict=True)}
+        """All slots of this rank as (groups, B, ...) tensors.
+
+        The slots of all ranks, joined along the second dimension, are those of a single rank.
+        """
+        state = {name: column.contiguous() for name, column in zip(_COLUMNS, self.slots.unbind(1), strict=True)}
         state |= {"cursor": torch.tensor(self.cursor), "filled": torch.tensor(self.filled)}
         state |= {"x": self.x, **self.maker.predictor.state_dict()}
         return state if self.final is None else state | {"final": self.final}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict()`."""
-        self.slots.copy_(torch.stack([state[name] for name in ("index", "ids", "left", "rows")], dim=1))
+        """Continue from `state_dict()`."""
+        self.slots.copy_(torch.stack([state[name] for name in _COLUMNS], dim=1))
         self.x.copy_(state["x"])
         if self.final is not None:
             self.final.copy_(state["final"])

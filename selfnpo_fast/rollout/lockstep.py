@@ -1,4 +1,7 @@
-"""The paper's rollouts: all samples of a micro-batch start together, and only their last states give pairs."""
+"""Lockstep rollouts, the paper's: samples start together, and only their last states give pairs.
+
+Shape letter: B samples of one micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,21 @@ from selfnpo_kernels import Draw, NoiseKey, affine_noise, guided_step, normal, r
 
 @dataclass(frozen=True, kw_only=True)
 class LockstepDraws:
-    """All that chance decides about one lockstep micro-batch."""
+    """All random draws of one lockstep micro-batch."""
 
-    start_index: torch.Tensor  # (B,) int64 grid index, on the host: it decides which forwards are run
-    steps: torch.Tensor  # (B,) int64 number of DDIM steps, on the host
-    noise: torch.Tensor | NoiseKey  # (B, ...) start noise; a key of it only beside data
-    s: torch.Tensor  # (B,) int64
-    renoise: torch.Tensor | NoiseKey  # (B, ...) noise of Eq. 16
+    start_index: torch.Tensor
+    """(B,) int64 grid index, on the host: it decides which forwards are run."""
+    steps: torch.Tensor
+    """(B,) int64 number of DDIM steps, on the host."""
+    noise: torch.Tensor | NoiseKey
+    """(B, ...) start noise; may be its key where rollouts start from data."""
+    s: torch.Tensor
+    """(B,) int64 timestep of the student's input."""
+    renoise: torch.Tensor | NoiseKey
+    """(B, ...) noise of Eq. 16, or its key."""
 
     def stop_index(self) -> torch.Tensor:
-        """Grid index (B,) at which each rollout ends, on the host; a sample that has passed index 0 stays at t = 0."""
+        """Grid index (B,) at which each rollout ends, on the host; -1 where it reaches t = 0."""
         return (self.start_index - self.steps).clamp(min=-1)
 
 
@@ -31,10 +39,15 @@ class LockstepResult:
     """A finished lockstep rollout."""
 
     x_start: torch.Tensor
+    """(B, ...) first state."""
     x_t: torch.Tensor
+    """(B, ...) last state."""
     t: torch.Tensor
+    """(B,) int64 timestep of the last state."""
     target: torch.Tensor
+    """(B, ...) x_{t->0}, the Tweedie estimate at the last state."""
     x_s: torch.Tensor
+    """(B, ...) the student's input."""
 
 
 @torch.no_grad()
@@ -46,25 +59,30 @@ def walk(
     stop: torch.Tensor,
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """DDIM steps from states x (B, ...) at grid indices `index` (B,) down to indices `stop` (B,); returns (B, ...).
+    """DDIM steps from states x at grid indices `index` down to grid indices `stop`.
 
-    index and stop are on the host, so that no device is asked how many samples still move: those with the most steps
-    come first, and those that have arrived are left out of the network's batch.
+    x              (B, ...), on the device; so is the result (B, ...)
+    index, stop    (B,) int64, on the host: the device is never asked how many samples still move
+    rows           (B,) int64, on the device: the prompts' rows of the conditioning table
     """
+    # Samples with the most steps come first, so that those that still move are always a prefix.
     order = (index - stop).argsort(descending=True, stable=True)
     steps = (index - stop)[order].tolist()
-    place = order.to(x.device)
-    x, index, rows = x[place], index[order].to(x.device), rows[place]
+    device_order = order.to(x.device)
+    x, index, rows = x[device_order], index[order].to(x.device), rows[device_order]
     arrived = []
     for step in range(steps[0]):
+        # Leave samples that have arrived out of the network's batch.
         moving = sum(n > step for n in steps)
         if moving < len(x):
             arrived.append(x[moving:])
             x, index, rows = x[:moving], index[:moving], rows[:moving]
+        # One guided step of all others.
         pos, neg = predictor(x, grid.timestep(index), rows)
         x, _ = guided_step(pos, neg, x, grid.step, index=index + 1)
         index = index - 1
-    return torch.cat([x, *reversed(arrived)])[place.argsort()]
+    # The last to arrive come first: join all in sorted order, then restore the caller's order.
+    return torch.cat([x, *reversed(arrived)])[device_order.argsort()]
 
 
 @torch.no_grad()
@@ -75,8 +93,12 @@ def lockstep_rollout(
     latents: torch.Tensor | None,
     rows: torch.Tensor,
 ) -> LockstepResult:
-    """Eq. 13 (latents None) or Eq. 14 from scaled latents (B, ...): all samples run together, each for its own number
-    of steps; one more evaluation gives the Tweedie target. rows (B,) are the table rows of the prompts.
+    """One lockstep rollout from noise (Eq. 13, latents None) or from real data (Eq. 14).
+
+    Each sample walks its own number of steps; one more evaluation gives the Tweedie target.
+
+    latents    (B, ...) scaled latents, on the device
+    rows       (B,) int64, on the device: the prompts' rows of the conditioning table
     """
     start, stop = draws.start_index, draws.stop_index()
     if latents is None:
@@ -93,7 +115,10 @@ def lockstep_rollout(
 
 
 class LockstepRollout:
-    """The paper's rollouts: every micro-batch starts anew, and only the last state gives a pair."""
+    """The paper's rollouts: every micro-batch starts new samples, whose last states give its pairs.
+
+    `batch` is the number of samples of a micro-batch on this rank.
+    """
 
     def __init__(self, maker: PairMaker, *, batch: int, rank: int, world_size: int) -> None:
         self.maker, self.batch = maker, batch
@@ -101,7 +126,7 @@ class LockstepRollout:
         self.next_id = self.offset
 
     def draws(self, ids: torch.Tensor) -> LockstepDraws:
-        """The counter-based draws of samples `ids` (B,), which are on the host."""
+        """The keyed draws of samples `ids` (B,), which are on the host."""
         maker, config = self.maker, self.maker.config
         n = config.grid_steps
         if config.start == "data":
@@ -122,11 +147,11 @@ class LockstepRollout:
         )
 
     def fill(self) -> None:
-        """Nothing: no sample outlives its micro-batch."""
+        """Does nothing: no sample outlives its micro-batch."""
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
-        """The next micro-batch."""
+        """The pairs of the next micro-batch."""
         maker = self.maker
         ids = torch.arange(self.next_id, self.next_id + self.batch)
         self.next_id += self.stride
@@ -145,10 +170,10 @@ class LockstepRollout:
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Where the next micro-batch of all ranks begins."""
+        """The first id of the next micro-batch of all ranks, and how the guidance branches run."""
         return {"next_id": torch.tensor(self.next_id - self.offset), **self.maker.predictor.state_dict()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from `state_dict()`."""
+        """Continue from `state_dict()`."""
         self.next_id = int(state["next_id"]) + self.offset
         self.maker.predictor.load_state_dict(state)

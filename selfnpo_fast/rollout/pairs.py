@@ -1,52 +1,63 @@
-"""Training pairs: what they are, who predicts for them, and what chance decides about them.
+"""Training pairs, the guided reference that predicts for them, and the random draws behind them.
 
 Shape letters: B pairs of one micro-batch, T training timesteps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from selfnpo_fast.config import RolloutConfig
+from selfnpo_fast.models.base import Predict
 from selfnpo_fast.models.conditioning import EMPTY_ROW, ConditioningTable
 from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, draw_id, permute, randint, uniform
 
-Predict = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
-"""(x (B, ...), t (B,), conditioning rows) -> raw network output (B, ...)."""
+Branches = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Conditional and unconditional output, (B, ...) each; None where guidance does not need it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """One micro-batch of training pairs, everything on the device of the latents."""
+    """One micro-batch of training pairs, on the device of the latents."""
 
-    x_s: torch.Tensor  # (B, ...) float32, the student's input
-    s: torch.Tensor  # (B,) int64
-    target: torch.Tensor  # (B, ...) float32, x_{t->0}
-    t: torch.Tensor  # (B,) int64
-    rows: torch.Tensor  # (B,) int64, the student's row of the conditioning table
-    weight: torch.Tensor  # (B,) float32
-    sample_ids: torch.Tensor  # (B,) int64
+    x_s: torch.Tensor
+    """(B, ...) float32: the student's input."""
+    s: torch.Tensor
+    """(B,) int64: the timestep of `x_s`."""
+    target: torch.Tensor
+    """(B, ...) float32: x_{t->0}, the reference's estimate of x_0."""
+    t: torch.Tensor
+    """(B,) int64: the timestep of the state that gave the target."""
+    rows: torch.Tensor
+    """(B,) int64: the student's rows of the conditioning table."""
+    weight: torch.Tensor
+    """(B,) float32: the pair's weight in the loss."""
+    sample_ids: torch.Tensor
+    """(B,) int64: the samples whose trajectories gave the pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdatePairs:
-    """The pairs of one update on this rank: what the producer hands to the student."""
+    """The pairs of one update on this rank, as a producer gives them to the trainer."""
 
     micro_batches: tuple[Pairs, ...]
-    version: int  # of the reference that made them: how often it had moved
-    forwards: int  # samples that it forwarded for them
+    """As many as the update accumulates gradients over."""
+    version: int
+    """How often the reference had moved when it made the pairs."""
+    forwards: int
+    """Samples that the reference forwarded for the pairs."""
 
 
 class GuidedPredictor:
     """The reference network under rollout guidance omega; counts the samples it has forwarded.
 
-    omega = -1 needs the unconditional output only and omega = 0 the conditional one. Otherwise both run, as one batch
-    or as two (`branches`): `auto` times the first steps of full batches and keeps to the faster way.
+    omega = -1 needs only the unconditional output, and omega = 0 only the conditional one.
+    Otherwise both branches run, as one batch or as two. `branches` chooses: `batched`, `split`, or
+    `auto`, which times the first steps of full batches and keeps to the faster way.
     """
 
     def __init__(self, predict: Predict, table: ConditioningTable, omega: float, branches: str = "auto") -> None:
@@ -62,16 +73,21 @@ class GuidedPredictor:
 
     @property
     def decided(self) -> bool:
-        """Whether later calls run their branches alike: only then is a step compiled or captured."""
+        """Whether all later calls run their branches alike, so that a step may be captured."""
         return self.forwards_per_state == 1 or self.branches.decided
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
-        """`(pos or None, neg or None)` at states x (B, ...), timesteps t (B,), table rows (B,)."""
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> Branches:
+        """The outputs (conditional, unconditional) at some states.
+
+        x       (B, ...), the states
+        t       (B,), their timesteps
+        rows    (B,), their rows of the conditioning table
+        """
         self.forwards += self.forwards_per_state * len(x)
         return self.outputs(x, t, rows)
 
-    def outputs(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor):
-        """What a call returns, without counting: for a step that is compiled or captured."""
+    def outputs(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> Branches:
+        """What a call returns, without counting, for a step that is compiled or captured."""
         if self.omega == -1:
             return None, self.predict(x, t, self.table.empty(len(x)))
         if self.omega == 0:
@@ -81,11 +97,13 @@ class GuidedPredictor:
         if len(x) > self._largest_batch:
             self._largest_batch = len(x)
             self.branches.restart()
-        if len(x) < self._largest_batch:  # some samples have arrived: its time is no measure of a full batch
+        if len(x) < self._largest_batch:
+            # Some samples have arrived: the time of this call is no measure of a full batch.
             return self._both(x, t, rows, batched=True)
         return self.branches.run(lambda batched: self._both(x, t, rows, batched), x.device)
 
-    def _both(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, batched: bool):
+    def _both(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, batched: bool) -> Branches:
+        """Both outputs, from one forward of 2B samples or from two forwards of B."""
         if not batched:
             return self.predict(x, t, self.table.gather(rows)), self.predict(x, t, self.table.empty(len(x)))
         both = self.table.gather(torch.cat([rows, torch.full_like(rows, EMPTY_ROW)]))
@@ -102,12 +120,12 @@ class GuidedPredictor:
 
 
 def forwards_per_state(omega: float) -> int:
-    """Rows that the reference forwards for one state: both branches, or only the one that counts at -1 and 0."""
+    """Samples that the reference forwards for one state: 1 where omega is -1 or 0, else 2."""
     return 1 if omega in (-1, 0) else 2
 
 
 class PairMaker:
-    """What both modes share: which prompt a sample has, where s falls, what the student sees."""
+    """What both modes share: each sample's prompt, its keyed draws, and the student's prompt."""
 
     def __init__(
         self,
@@ -123,49 +141,56 @@ class PairMaker:
         device: torch.device,
         shuffled: bool = False,
     ) -> None:
+        """A maker of pairs on `device`.
+
+        latents         (num_prompts, ...), the scaled latents of real data; None from noise
+        latent_shape    the shape of one latent
+        dropout         the probability that the student is given the empty prompt
+        shuffled        whether the student is given the prompt of another sample (a control)
+        """
         self.predictor, self.grid, self.config = predictor, grid, config
         self.latent_shape, self.num_prompts, self.latents = latent_shape, num_prompts, latents
         self.seed, self.dropout, self.device, self.shuffled = seed, dropout, device, shuffled
 
     def prompt_index(self, sample_ids: torch.Tensor, order: int = 0) -> torch.Tensor:
-        """Prompt (or image) number of each sample id (B,): a keyed permutation of all of them per epoch.
+        """Prompt (or image) index (B,) of sample ids (B,).
 
-        Another `order` is another permutation.
+        Every epoch is a keyed permutation of all prompts; another `order` is another permutation.
         """
         return permute(
             sample_ids % self.num_prompts, self.num_prompts, self.seed + order, sample_ids // self.num_prompts
         )
 
     def rows(self, sample_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the conditioning table, (B,)."""
+        """Rows (B,) of the conditioning table for sample ids (B,)."""
         return self.prompt_index(sample_ids) + 1
 
     def key(self, kind: Draw, sample_ids: torch.Tensor, index: torch.Tensor | int = -1) -> NoiseKey:
-        """The noise key of one use for these samples."""
+        """The noise key of one use, for samples (B,) at grid indices (B,) or one index for all."""
         return NoiseKey(self.seed, sample_ids, draw_id(kind, index))
 
     def draw_s(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """s (B,) uniform in {t + 1, ..., T - 1} for pairs taken at grid `index` (B,)."""
+        """s (B,), uniform in {t + 1, ..., T - 1}, for samples (B,) at grid indices (B,)."""
         t = self.grid.timestep(index)
-        room = self.grid.schedule.num_train_timesteps - 1 - t
-        return t + 1 + randint(self.key(Draw.RENOISE_TIME, sample_ids, index), room)
+        choices = self.grid.schedule.num_train_timesteps - 1 - t
+        return t + 1 + randint(self.key(Draw.RENOISE_TIME, sample_ids, index), choices)
 
     def student_rows(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The prompts' rows with `dropout` of them replaced by the empty prompt, (B,)."""
+        """The prompts' table rows (B,), with a share `dropout` replaced by the empty row."""
         dropped = uniform(self.key(Draw.PROMPT_DROPOUT, sample_ids, index)) < self.dropout
         rows = self.prompt_index(sample_ids, order=1) + 1 if self.shuffled else self.rows(sample_ids)
         return torch.where(dropped, EMPTY_ROW, rows)
 
     def start_latents(self, sample_ids: torch.Tensor) -> torch.Tensor | None:
-        """Scaled latents (B, ...) of real data, or None when rollouts start from noise."""
+        """Scaled latents (B, ...) of real data, or None where rollouts start from noise."""
         if self.latents is None:
             return None
         return self.latents[self.prompt_index(sample_ids).to(self.latents.device)].to(self.device)
 
     def rules(self, stride: int) -> TdftRules:
-        """What `tdft_step` needs of this; `stride` is the number of slots of all ranks."""
+        """The constants of `tdft_step`; `stride` is the number of slots of all ranks."""
         return TdftRules(
-            items=self.num_prompts,
+            num_prompts=self.num_prompts,
             stride=stride,
             max_steps=self.config.max_steps,
             seed=self.seed,

@@ -1,8 +1,8 @@
-"""Who makes the pairs of the next update, and when: when it begins, or beside the update before it.
+"""Producers make the pairs of the next update: at its start, or while the update before it runs.
 
-Overlap: while the student learns from the pairs of update n, those of update n + 1 are made by the reference as it
-stood after update n - 1; the reference moves when both are done. A frozen reference gives the very pairs that it would
-give without overlap.
+Overlap: while the student learns from the pairs of update n, the reference as it stood after update
+n - 1 makes those of update n + 1. The reference moves when both are done. A frozen reference gives
+the same pairs with overlap as without.
 """
 
 from __future__ import annotations
@@ -14,87 +14,119 @@ from dataclasses import fields, replace
 import torch
 
 from selfnpo_fast.rollout.pairs import GuidedPredictor, Pairs, UpdatePairs
-from selfnpo_fast.runtime.world import region
+from selfnpo_fast.runtime.profiling import region
 
 State = dict[str, torch.Tensor]
 _FIELDS = [field.name for field in fields(Pairs)]
+_PENDING = "pending."
+"""Prefix of the state entries that hold pairs in flight."""
+
+
+def join_lanes(states: list[State], rank: int, world_size: int) -> State:
+    """One rank's part of the states that another number of ranks have saved.
+
+    Tensors (groups, lanes, ...) of all ranks are joined along their lanes, and each rank takes an
+    equal part of the lanes. Tensors of fewer dimensions are the same on all ranks.
+    """
+    state = {}
+    for name, first in states[0].items():
+        if first.ndim < 2:
+            state[name] = first
+        else:
+            joined = torch.cat([saved[name] for saved in states], dim=1)
+            state[name] = joined.chunk(world_size, dim=1)[rank]
+    return state
 
 
 class Producer:
-    """Makes the pairs of an update when it is asked for them.
-
-    `rollout` is a LockstepRollout or a ContinuousRollout, `accumulation` the micro-batches of an update, and `version`
-    tells how often the reference has moved.
-    """
+    """Makes the pairs of an update when the trainer asks for them."""
 
     def __init__(self, rollout, predictor: GuidedPredictor, accumulation: int, version: Callable[[], int]) -> None:
+        """A producer over a rollout.
+
+        rollout         a LockstepRollout or a ContinuousRollout
+        predictor       the reference of that rollout, which counts its forwards
+        accumulation    micro-batches of an update
+        version         returns how often the reference has moved
+        """
         self.rollout, self.predictor, self.accumulation, self.version = rollout, predictor, accumulation, version
 
     def _make(self) -> UpdatePairs:
+        """Run the rollout for one update."""
         before, version = self.predictor.forwards, self.version()
         with region("reference"):
             pairs = tuple(self.rollout.next_pairs() for _ in range(self.accumulation))
         return UpdatePairs(micro_batches=pairs, version=version, forwards=self.predictor.forwards - before)
 
     def take(self) -> UpdatePairs:
-        """The pairs of the next update, good until the one after it is taken."""
+        """The pairs of the next update. They are valid until the next call."""
         return self._make()
 
     def settle(self) -> None:
-        """Returns when the reference may move; raises what has gone wrong beside the update."""
+        """Returns when the reference may move; re-raises an exception of the pairs in flight."""
 
     def state_dict(self) -> State:
-        """All that the pairs to come depend on, beside the reference."""
+        """All that the pairs to come depend on, except for the reference."""
         return self.rollout.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from `state_dict()`."""
+        """Continue from `state_dict()`."""
         self.rollout.load_state_dict(state)
 
     def close(self) -> None:
-        """Let nothing run on."""
+        """Returns when no thread of the producer runs any more."""
 
 
-class _Thread:
-    """Work beside the caller's on a CPU: a thread of its own."""
+class _ThreadWorker:
+    """Runs one action at a time in a second thread: the worker on a CPU."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="selfnpo-rollout")
-        self._work: Future | None = None
+        self._running: Future | None = None
 
     def begin(self, action: Callable[[], UpdatePairs]) -> None:
-        """Start; one action at a time."""
-        self._work = self._pool.submit(action)
+        """Start `action`; the one before it has to be finished."""
+        self._running = self._pool.submit(action)
 
     def finish(self) -> UpdatePairs:
-        """What it made, when it is done; raises its error, whose traceback is the thread's."""
-        return self._work.result()
+        """Waits for the running action and returns its pairs.
+
+        Re-raises the action's exception with the worker's traceback.
+        """
+        return self._running.result()
 
     def close(self) -> None:
-        """Wait for the present action, whatever becomes of it."""
+        """Waits until the running action has ended, by a result or by an exception."""
         self._pool.shutdown()
 
 
-class _Stream:
-    """Work beside the caller's on a GPU: a stream of its own, ordered by events; the host waits for neither."""
+class _StreamWorker:
+    """Runs one action at a time on a second CUDA stream: the worker on a GPU.
+
+    Events order the two streams; the host waits for neither of them.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream, self._done, self._made = torch.cuda.Stream(device), torch.cuda.Event(), None
+        self._stream, self._done = torch.cuda.Stream(device), torch.cuda.Event()
+        self._pairs: UpdatePairs | None = None
 
     def begin(self, action: Callable[[], UpdatePairs]) -> None:
-        """Start after all that the caller's stream has been given: the reference has moved, the buffers are free."""
+        """Enqueue `action` after all that the caller's stream has been given.
+
+        By then the reference has moved and the buffers are free.
+        """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._made = action()
+            self._pairs = action()
             self._done.record()
 
     def finish(self) -> UpdatePairs:
-        """What it made; the caller's stream waits for it."""
+        """Returns the action's pairs, and makes the caller's stream wait for them."""
         torch.cuda.current_stream().wait_event(self._done)
-        return self._made
+        return self._pairs
 
     def close(self) -> None:
-        """Nothing runs on but kernels."""
+        """Does nothing: only kernels can still run."""
 
 
 def _empty_like(pairs: Pairs) -> Pairs:
@@ -102,65 +134,77 @@ def _empty_like(pairs: Pairs) -> Pairs:
 
 
 class OverlappedProducer(Producer):
-    """Makes the pairs of the next update beside the present one, into two sets of buffers in turn."""
+    """Makes the pairs of the next update while the present one runs, in two alternating buffers."""
 
     def __init__(self, *arguments, device: torch.device) -> None:
+        """`arguments` are those of `Producer`; `device` is the device of the pairs."""
         super().__init__(*arguments)
-        self._beside = _Stream(device) if device.type == "cuda" else _Thread()
+        self._worker = _StreamWorker(device) if device.type == "cuda" else _ThreadWorker()
         self._buffers: list[tuple[Pairs, ...]] = []
-        self._turn, self._begun = 0, False
+        self._next_buffers = 0
+        self._in_flight = False
+        """Whether the worker makes, or has made, pairs that nobody has taken."""
 
-    def _copied(self, made: UpdatePairs) -> UpdatePairs:
-        """The same in buffers: what a rollout returns is overwritten by its next step, or belongs to another stream."""
+    def _copied(self, update_pairs: UpdatePairs) -> UpdatePairs:
+        """The same pairs in the next set of buffers.
+
+        What a rollout returns is overwritten by its next step, or belongs to another stream.
+        """
         if not self._buffers:
-            self._buffers = [tuple(_empty_like(pairs) for pairs in made.micro_batches) for _ in range(2)]
-        buffers = self._buffers[self._turn]
-        self._turn = 1 - self._turn
-        for buffer, pairs in zip(buffers, made.micro_batches, strict=True):
+            self._buffers = [tuple(_empty_like(pairs) for pairs in update_pairs.micro_batches) for _ in range(2)]
+        buffers = self._buffers[self._next_buffers]
+        self._next_buffers = 1 - self._next_buffers
+        for buffer, pairs in zip(buffers, update_pairs.micro_batches, strict=True):
             for name in _FIELDS:
                 getattr(buffer, name).copy_(getattr(pairs, name))
-        return replace(made, micro_batches=buffers)
+        return replace(update_pairs, micro_batches=buffers)
 
-    @torch.no_grad()  # a thread has a grad mode of its own, and so it is set here
+    @torch.no_grad()  # Grad mode belongs to a thread, and this may run in the worker's.
     def _make(self) -> UpdatePairs:
         return self._copied(super()._make())
 
     def take(self) -> UpdatePairs:
-        """The pairs of the next update; those of the one after it are begun."""
-        made = self._beside.finish() if self._begun else self._make()
-        self._beside.begin(self._make)
-        self._begun = True
-        return made
+        """The pairs of the next update; starts making those of the update after it."""
+        update_pairs = self._worker.finish() if self._in_flight else self._make()
+        self._worker.begin(self._make)
+        self._in_flight = True
+        return update_pairs
 
     def settle(self) -> None:
-        """Wait for the pairs in flight: the reference that makes them must not move meanwhile."""
-        if self._begun:
-            self._beside.finish()
+        """Waits for the pairs in flight: the reference must not move while it makes them.
+
+        Re-raises the exception that ended their making.
+        """
+        if self._in_flight:
+            self._worker.finish()
 
     def state_dict(self) -> State:
-        """The rollout's state, and the pairs in flight: the reference that made them has moved since."""
-        if not self._begun:
+        """The rollout's state, and the pairs in flight, whose reference has moved since."""
+        if not self._in_flight:
             return super().state_dict()
-        made = self._beside.finish()
-        pending = {f"pending.{n}": torch.stack([getattr(p, n) for p in made.micro_batches]) for n in _FIELDS}
-        pending |= {"pending.version": torch.tensor(made.version), "pending.forwards": torch.tensor(made.forwards)}
+        in_flight = self._worker.finish()
+        pending = {f"{_PENDING}{n}": torch.stack([getattr(p, n) for p in in_flight.micro_batches]) for n in _FIELDS}
+        pending[f"{_PENDING}version"] = torch.tensor(in_flight.version)
+        pending[f"{_PENDING}forwards"] = torch.tensor(in_flight.forwards)
         return super().state_dict() | pending
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from `state_dict()`."""
-        super().load_state_dict({name: value for name, value in state.items() if not name.startswith("pending.")})
-        if "pending.version" not in state:
+        """Continue from `state_dict()`."""
+        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_PENDING)})
+        if f"{_PENDING}version" not in state:
             return
         device = self.rollout.maker.device
-        parts = [{n: state[f"pending.{n}"][i].to(device) for n in _FIELDS} for i in range(self.accumulation)]
-        made = UpdatePairs(
-            micro_batches=tuple(Pairs(**part) for part in parts),
-            version=int(state["pending.version"]),
-            forwards=int(state["pending.forwards"]),
+        micro_batches = (
+            Pairs(**{n: state[f"{_PENDING}{n}"][i].to(device) for n in _FIELDS}) for i in range(self.accumulation)
         )
-        self._beside.begin(lambda: self._copied(made))
-        self._begun = True
+        saved = UpdatePairs(
+            micro_batches=tuple(micro_batches),
+            version=int(state[f"{_PENDING}version"]),
+            forwards=int(state[f"{_PENDING}forwards"]),
+        )
+        self._worker.begin(lambda: self._copied(saved))
+        self._in_flight = True
 
     def close(self) -> None:
-        """Wait for what is in flight."""
-        self._beside.close()
+        """Waits until the pairs in flight are made, or their making has failed."""
+        self._worker.close()

@@ -1,0 +1,1 @@
+"""What all rooms stand on: errors, log, options, folders, ranks, dtypes, CUDA graphs."""

@@ -1,4 +1,4 @@
-"""Both branches of guidance as one batch or as two, whichever is faster on this machine."""
+"""The two branches of guidance as one batch or as two, whichever is faster on this machine."""
 
 from __future__ import annotations
 
@@ -12,56 +12,61 @@ from selfnpo_fast.runtime.console import logger
 
 BRANCHES = ("auto", "batched", "split")
 MARGIN = 0.05
-"""Two batches have to be faster by this share: chance shall not decide between equals."""
+"""Two batches are chosen only if they are faster by this share: noise shall not decide."""
 
 
 class BatchOrSplit:
-    """One batch or two for one shape, chosen by timing the first steps of a real trajectory: no forward is wasted.
+    """Chooses one batch or two for one shape, by timing calls whose results are needed anyway.
 
-    The first call of either kind sets things up and is not counted; the least of the next two decides.
+    `TRIALS` calls of either kind are timed. The first of them sets things up and does not count;
+    the fastest of the others decides.
     """
 
     TRIALS = 3
 
     def __init__(self, choice: str, what: str) -> None:
-        """`choice` is one of BRANCHES; `what` names the shape in the line that says what was chosen."""
+        """`choice` is one of BRANCHES; `what` names the shape in the log."""
         self.batched: bool | None = {"auto": None, "batched": True, "split": False}[choice]
         self.what = what
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
 
     @property
     def decided(self) -> bool:
-        """Whether later calls run alike: before, nothing is to be captured."""
+        """Whether the choice is final. A CUDA graph may be captured only then."""
         return self.batched is not None
 
     def restart(self) -> None:
-        """Forget what was timed: a larger batch is to decide."""
+        """Forget the times so far, because a larger batch is to decide."""
         self._seconds = {True: [], False: []}
 
     def run(self, call: Callable[[bool], tuple], device: torch.device) -> tuple:
-        """`call(batched)`, timed while the choice is open; the device is waited for then."""
+        """The result of `call(batched)`; while the choice is open, the call is timed.
+
+        A timed call waits for `device`.
+        """
         if self.batched is not None:
             return call(self.batched)
         batched = len(self._seconds[True]) <= len(self._seconds[False])
         _wait(device)
         start = time.perf_counter()
-        out = call(batched)
+        result = call(batched)
         _wait(device)
         self._seconds[batched].append(time.perf_counter() - start)
         if len(self._seconds[False]) == self.TRIALS:
             self._decide()
-        return out
+        return result
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The choice as a number: 1 for one batch, 0 for two, -1 while it is open."""
+        """The choice as a number: 1 for one batch, 0 for two, -1 while the choice is open."""
         return {"branches": torch.tensor(-1 if self.batched is None else int(self.batched))}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over a choice from `state_dict()`."""
+        """Take over the choice of a `state_dict()`, if it was final."""
         if state["branches"] >= 0:
             self.batched = bool(state["branches"])
 
     def _decide(self) -> None:
+        """Choose by the fastest counted call of either kind, and log the choice."""
         one, two = (min(self._seconds[batched][1:], default=math.inf) for batched in (True, False))
         self.batched = one <= two * (1 + MARGIN)
         chosen = "one batch" if self.batched else "two batches"
@@ -69,5 +74,6 @@ class BatchOrSplit:
 
 
 def _wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

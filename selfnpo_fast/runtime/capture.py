@@ -1,7 +1,8 @@
-"""Steps that are captured once and replayed: a CUDA graph on a GPU, the plain function elsewhere.
+"""Steps that are captured once and replayed: CUDA graphs on a GPU, plain functions elsewhere.
 
-A step is a function without arguments whose tensors stay where they are: it reads and overwrites buffers that exist and
-returns tensors that the next replay overwrites. Nothing in it may ask the device for a value.
+A step is a function without arguments. It reads and overwrites buffers that stay at their
+addresses, and it returns tensors that the next replay overwrites. It must not read a value back
+from the device.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ import torch
 Tensors = tuple[torch.Tensor, ...]
 Step = Callable[[], Tensors]
 Capture = Callable[[Step], Step]
-"""Makes a step that can be replayed of a plain one."""
+"""Turns a plain step into one that can be replayed."""
 
 
 def no_capture(step: Step) -> Step:
-    """The step itself."""
+    """The step itself: the `Capture` of a CPU."""
     return step
 
 
 class CudaGraphs:
-    """A `Capture` for one device; all its graphs share one pool of memory, since one runs at a time."""
+    """The `Capture` of one GPU. Its graphs share one pool of memory, since they run in turn."""
 
     WARM_UP = 2
-    """Calls that run as they are: kernels compile, tables are uploaded, libraries take their workspaces."""
+    """Calls before the capture. In them kernels compile and libraries allocate their workspaces."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
@@ -35,13 +36,13 @@ class CudaGraphs:
         graph, outputs, calls = torch.cuda.CUDAGraph(), (), 0
 
         def replayed() -> Tensors:
-            """The step, by its graph once there is one."""
+            """Runs the step, by its graph once there is one."""
             nonlocal outputs, calls
             calls += 1
             if calls <= self.WARM_UP:
                 return step()
             if calls == self.WARM_UP + 1:
-                # Capturing runs nothing: state moves at the replay below.
+                # Capturing runs nothing: buffers change only at the replay below.
                 with torch.cuda.graph(graph, pool=self.pool):
                     outputs = step()
             graph.replay()

@@ -1,4 +1,4 @@
-"""torch.compile, for what is worth it: whole steps of the reference, repeated blocks of the student."""
+"""torch.compile where it pays: whole steps of the reference, repeated blocks of the student."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from selfnpo_fast.runtime.console import logger
 
 MODES = {"default": None, "max": "max-autotune-no-cudagraphs"}
-"""torch.compile's mode for each choice of `engine.compile`; CUDA graphs are ours (capture.py)."""
+"""The mode of torch.compile for each `engine.compile`. CUDA graphs are made by capture.py."""
 RECOMPILES = 64
 """Shapes that blocks of one kind may have; torch stops at 8."""
 
 
 def compiled(function: Callable, choice: str, *, dynamic: bool = False) -> Callable:
-    """`function` under torch.compile as one graph, or itself where `choice` is off."""
+    """`function` compiled as one graph, or `function` itself where `choice` is off."""
     if choice == "off":
         return function
     return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=MODES[choice])
@@ -27,9 +27,10 @@ def compile_blocks(module: nn.Module, names: Iterable[str], choice: str, *, trai
 
     `names` are the blocks' classes, to which diffusers' own list (`_repeated_blocks`) is added.
 
-    Blocks of one kind and shape share their code, so this takes a fraction of the time that the whole network does. The
-    module keeps its parameters, names and hooks. With `training`, calls without gradients run as they are: those of
-    sample grids, and of a reference that is the same network, come in too many shapes to compile each.
+    Blocks of one kind and shape share their code, so this takes a fraction of the time that the
+    whole network takes. The module keeps its parameters, names and hooks. With `training`, calls
+    without gradients stay uncompiled: those of sample grids, and of a reference that is the same
+    network, have too many shapes to compile each.
     """
     if choice == "off":
         return 0
@@ -44,6 +45,8 @@ def compile_blocks(module: nn.Module, names: Iterable[str], choice: str, *, trai
 
 
 def _with_gradients(compiled: Callable, plain: Callable) -> Callable:
+    """A function that is `compiled` while gradients are recorded, and `plain` otherwise."""
+
     def call(*args, **kwargs):
         return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
 

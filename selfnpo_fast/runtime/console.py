@@ -1,4 +1,4 @@
-"""What a person sees: our own lines, and none of the chatter of the libraries underneath."""
+"""What a person sees of a run: the lines of our log, without the chatter of the libraries."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ _CHATTY = ("DeepSpeed", "bitsandbytes", "diffusers", "transformers", "datasets",
 
 
 def quiet_libraries() -> None:
-    """Raise the log level of the libraries we build on to errors; called by commands, never on import.
+    """Let the libraries that we build on log errors only, unless SELFNPO_VERBOSE is 1.
 
-    Set SELFNPO_VERBOSE=1 to see everything.
+    Commands call this. An import of the package does not.
     """
     if os.environ.get("SELFNPO_VERBOSE") == "1":
         return
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")  # DeepSpeed's use of old collectives
+    # DeepSpeed calls collectives of which torch warns.
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.c10d_logger")
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     import torch
 
-    # DeepSpeed logs its guess of the accelerator on import; on a machine with a GPU the guess is left to it.
+    # DeepSpeed logs its guess of the accelerator on import; on a machine with a GPU the guess is
+    # left to it.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Read by transformers and diffusers when they set up their own handlers.
+    # transformers and diffusers read these when they set up their handlers.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -41,7 +43,10 @@ def quiet_libraries() -> None:
 
 
 def setup_logging(rank: int, log_file: Path | None = None) -> None:
-    """Our logger: plain lines on standard error (rank 0), and the same with time stamps in `log_file`."""
+    """Set up our logger: plain lines on standard error, and the same with times in `log_file`.
+
+    Rank 0 logs all lines. Other ranks log errors only, to standard error, and name themselves.
+    """
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -50,6 +55,6 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
     logger.addHandler(screen)
     if log_file is not None and rank == 0:
         file = logging.FileHandler(log_file, encoding="utf-8")
-        file.handleError = lambda record: None  # a full disk: the screen still has the line
+        file.handleError = lambda record: None  # on a full disk the screen still has the line
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)

@@ -1,4 +1,4 @@
-"""The exceptions that end a command with a single line instead of a traceback."""
+"""The exceptions that end a command with one line, and the shortening of values for that line."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import reprlib
 
 
 class UserError(ValueError):
-    """Bad input. Commands print the message alone and leave with exit code 2."""
+    """Bad input. A command prints only the message and leaves with exit code 2."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on: a full disk, a lost rank, gradients that stay non-finite. Exit code 1."""
+    """A run that cannot go on, with exit code 1.
+
+    Causes are a full disk, a lost rank or gradients that stay non-finite.
+    """
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of any exception on one line, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
+def one_line(value: object, limit: int = 300) -> str:
+    """The text of `value`, mostly an exception, on one line and cut after `limit` characters.
+
+    An exception without a message gives the name of its class.
+    """
+    text = " ".join(str(value).split()) or type(value).__name__
     return text if len(text) <= limit else text[:limit] + "..."
 
 

@@ -1,6 +1,7 @@
-"""Output folders: checked before any work is done, never emptied of what is not ours, whole or not there.
+"""Output folders: checked before any work, never emptied of foreign files, whole or not there.
 
-A folder of results is written aside (`.writing-NAME` beside it) and renamed when all of it is on the disk.
+A folder NAME of results is written aside, as `.writing-NAME` in the same parent folder. It is
+renamed to NAME when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ RUN_ENTRIES = frozenset(
 )
 """All that a training run writes into its output folder."""
 ASIDE, DOOMED = ".writing-", ".deleting-"
+"""Prefixes of the names of folders that are being written or deleted."""
 MANIFEST = "manifest.json"
+"""The file that holds size and SHA-256 of the other files of a folder."""
 
 
 def check_writable(path: str) -> Path:
-    """The folder `path`, which exists and can be written, or can be made. Raises UserError; changes nothing."""
+    """The folder `path` with `~` expanded, which can be written or created.
+
+    Nothing is changed. Raises UserError where the folder cannot be written or created.
+    """
     folder = Path(os.path.expanduser(path))
     if path.startswith("~") and str(folder).startswith("~"):
         raise UserError(f"output: {path} names nobody's home; name another folder, or ./{path}")
     try:
-        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir():
             raise UserError(f"output: {nearest} is a file; name a folder")
         if not os.access(nearest, os.W_OK | os.X_OK):
@@ -38,19 +44,23 @@ def check_writable(path: str) -> Path:
 
 
 def check_run_folder(path: str, *, resume: bool, overwrite: bool) -> Path:
-    """A folder for a training run: empty, or its contents are a run's and the user said what to do with them."""
+    """The output folder of a training run, which is empty, or holds a run to resume or overwrite.
+
+    Nothing is changed. Raises UserError where the folder holds something and neither `resume` nor
+    `overwrite` is given, and where `overwrite` would delete what no run wrote.
+    """
     folder = check_writable(path)
-    held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if held and not (resume or overwrite):
-        raise UserError(f"output: {folder} is not empty; add --resume to go on, --overwrite to start anew")
-    foreign = [name for name in held if name not in RUN_ENTRIES and not name.startswith((ASIDE, DOOMED))]
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if names and not (resume or overwrite):
+        raise UserError(f"output: {folder} is not empty; add --resume to go on, --overwrite to start over")
+    foreign = [name for name in names if name not in RUN_ENTRIES and not name.startswith((ASIDE, DOOMED))]
     if overwrite and foreign:
         raise UserError(f"output: {folder} holds {foreign[0]!r}, which no run wrote; --overwrite will not delete it")
     return folder
 
 
 def clear_run_folder(folder: Path) -> None:
-    """Delete what a run wrote; anything else was refused by `check_run_folder`."""
+    """Delete all that `folder` holds; `check_run_folder` has refused what no run wrote."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -59,17 +69,20 @@ def clear_run_folder(folder: Path) -> None:
 
 
 def begin_aside(target: Path) -> Path:
-    """An empty folder in which to prepare `target`. Raises OSError."""
+    """A new empty folder in which to prepare `target`, in the same parent folder. Raises OSError.
+
+    What killed runs have left there is deleted.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (*target.parent.glob(f"{ASIDE}*"), *target.parent.glob(f"{DOOMED}*")):
-        remove(leftover)  # of a run that was killed
+        remove(leftover)
     aside = target.with_name(ASIDE + target.name)
     aside.mkdir()
     return aside
 
 
 def finish_aside(aside: Path, target: Path) -> None:
-    """Make `aside` the folder `target`, in place of one that may be there, once its files are on the disk."""
+    """Rename `aside` to `target` once its files are on the disk. An older `target` is deleted."""
     for path in (*aside.rglob("*"), aside):
         _sync(path)
     doomed = target.with_name(DOOMED + target.name)
@@ -81,7 +94,10 @@ def finish_aside(aside: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder or file that may be gone already. What stops half-way is never taken for a whole one."""
+    """Delete a folder or file, if it is there.
+
+    A folder is renamed first, so that a half deleted one never has the name of a whole one.
+    """
     if folder.is_dir() and not folder.is_symlink():
         if not folder.name.startswith((ASIDE, DOOMED)):
             folder = folder.rename(folder.with_name(DOOMED + folder.name))
@@ -91,7 +107,7 @@ def remove(folder: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace a text file as a whole."""
+    """Write a text file, or replace it as a whole."""
     aside = path.with_name(ASIDE + path.name)
     aside.write_text(text, encoding="utf-8")
     _sync(aside)
@@ -99,6 +115,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,18 +124,19 @@ def _sync(path: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, object]:
+    """The entry of a file in a manifest."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_manifest(folder: Path) -> None:
-    """Note size and hash of every file directly in `folder`."""
+    """Write the manifest of all files directly in `folder`."""
     facts = {path.name: _facts(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def why_not_whole(folder: Path) -> str | None:
-    """What is wrong with a folder according to its manifest, or None where all is well."""
+    """Why a folder is not what its manifest describes, or None if it is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():

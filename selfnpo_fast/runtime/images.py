@@ -1,4 +1,4 @@
-"""Tensors to pictures, and pages of them."""
+"""Tensors to PIL images, and pages of images with captions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MIN_TILE = 96  # pixels; smaller pictures are enlarged by a whole factor
 
 
 def to_pil(images: torch.Tensor, least_side: int = MIN_TILE) -> list[Image.Image]:
-    """PIL images of (N, 3, H, W) in [-1, 1]; small ones are enlarged by a whole factor to at least `least_side` pixels.
+    """PIL images of a tensor (N, 3, H, W) in [-1, 1].
 
-    0 keeps their size.
+    Images smaller than `least_side` pixels are enlarged by a whole factor; 0 keeps their size.
     """
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     factor = max(1, -(-least_side // max(pixels.shape[1:3])))
@@ -30,15 +30,17 @@ def image_grid(
     captions: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """A page of pictures, each with its caption wrapped below it.
+    """A page of images in rows of `columns`, each with its caption wrapped below it.
 
-    `images` is (N, 3, H, W) float in [-1, 1] (small ones are enlarged without smoothing), or PIL images of one size.
+    `images` is (N, 3, H, W) float in [-1, 1] (small ones are enlarged without smoothing), or PIL
+    images of one size.
     """
     tiles = to_pil(images) if isinstance(images, torch.Tensor) else list(images)
     if not tiles or columns < 1:
         raise ValueError(f"columns: {columns} for {len(tiles)} images is not possible; give at least one of each")
     if captions is not None and len(captions) != len(tiles):
         raise ValueError(f"captions: {len(captions)} of them for {len(tiles)} images; give one per image")
+    # Sizes: all cells get the room that the longest caption needs.
     font = ImageFont.load_default(CAPTION_SIZE)
     line_height = round(1.3 * CAPTION_SIZE)
     width, height = tiles[0].size
@@ -46,6 +48,7 @@ def image_grid(
     text_height = line_height * max(len(text) for text in texts)
     from diffusers.utils import make_image_grid
 
+    # A cell per image with its caption below it; blank cells fill the last row.
     cells = []
     for tile, text in zip(tiles, texts, strict=True):
         cell = Image.new("RGB", (width + 2 * MARGIN, height + text_height + 2 * MARGIN), "white")
@@ -57,6 +60,7 @@ def image_grid(
     blank = Image.new("RGB", cells[0].size, "white")
     cells += [blank] * (-len(cells) % columns)
     page = make_image_grid(cells, len(cells) // columns, columns)
+    # The title above the page.
     if title is None:
         return page
     heading = _wrap(title, font, page.width - 2 * MARGIN)

@@ -1,12 +1,12 @@
-"""The one parser of all commands: `--name value` words, and for some a YAML config, fill dataclasses.
+"""The one parser of all commands: words, and for some commands a YAML config, fill dataclasses.
 
-A field's docstring is its help. Flags (bool) need no value and lists take several words:
-`--brief`, `--negative runs/a runs/b`.
+Each field of such a dataclass is an option. The docstring below the field is the option's help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, get_args, get_origin, get_type_hints
@@ -18,134 +18,157 @@ from selfnpo_fast.runtime.plain_yaml import load_yaml
 OptionsT = TypeVar("OptionsT")
 ConfigT = TypeVar("ConfigT")
 
-_FAILURES = (TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-"""What jsonargparse raises, besides its own ArgumentError, for values that cannot be."""
-
 
 @dataclass(frozen=True)
 class Parsed(Generic[OptionsT, ConfigT]):
     """A parsed command line of a command that takes a config."""
 
     options: OptionsT
-    """The command's own options."""
+    """The command's options."""
     config: ConfigT
+    """The config."""
     text: str
-    """The whole config as YAML."""
+    """The config as YAML, with the values that nobody gave."""
     config_named: bool
-    """Whether the command line says anything of the config; otherwise it is the default one."""
+    """Whether the command line names a config file or a field of the config."""
 
 
 def parse_options(cls: type[OptionsT], argv: Sequence[str], prog: str) -> OptionsT:
     """An instance of the options dataclass `cls` from `--name value` words.
 
-    Raises UserError, one line, for what cannot be.
+    All fields of `cls` have defaults. `--several-words` and `--several_words` name the same field.
+    A bool is a flag without a value, and a list takes several words: `--brief`,
+    `--negative runs/a runs/b`. `prog` is the command's name in the help. `--help` prints the help
+    and raises SystemExit. Raises UserError, of one line, for unknown options and values that do
+    not fit.
     """
-    parser = _parser(prog, cls.__doc__)
+    parser = _parser(prog, cls)
     _add_options(parser, cls)
-    namespace = _parse(parser, _underscored(argv, cls))
-    return _instance(cls, vars(_instantiate(parser, namespace)))
+    with _user_errors():
+        return cls(**vars(parser.parse_args(_underscored(argv, cls))))
 
 
 def parse_with_config(
     cls: type[OptionsT], config_cls: type[ConfigT], argv: Sequence[str], prog: str, default: Path
 ) -> Parsed[OptionsT, ConfigT]:
-    """The options `cls`, and a `config_cls` from `--config FILE` and dotted `--section.field value` words.
+    """The options `cls` as in `parse_options`, and a `config_cls` from YAML and dotted words.
 
-    Without `--config` the file `default` is read, which is said. Sections of the config are its fields
-    that are dataclasses. Raises UserError, one line, for what cannot be.
+    `--config FILE` reads a file, and `--section.field value` sets one field; the later word wins.
+    Without `--config` the file `default` is read, and the log names it. A field of `config_cls`
+    that holds a dataclass is a section: only the section's fields have values. Raises like
+    `parse_options`.
     """
     import yaml
-    from jsonargparse import Namespace, set_loader
+    from jsonargparse import set_loader
 
+    # What the words name: sections are refused, and without a config the default one is taken.
     sections = section_names(config_cls)
-    for name in (word.partition("=")[0] for word in argv):
-        if name.startswith("--") and name[2:] in sections:  # whose value jsonargparse would try to import
-            raise UserError(f"{name}: it has no value of its own; give its fields, as {name}.field VALUE")
-    set_loader("plain_yaml", lambda text: load_yaml(text, sections), exceptions=(yaml.YAMLError, UserError))
-    parser = _parser(prog, cls.__doc__, parser_mode="plain_yaml")
-    parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    parser.add_class_arguments(config_cls, fail_untyped=True)
-    _add_options(parser, cls)
     words = _underscored(argv, cls)
-    named = [name for word in words if (name := word.partition("=")[0]).startswith(("--", "-h"))]
-    if not any(name in ("--config", "-h", "--help") for name in named):
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for name in names:
+        if name[2:] in sections:
+            raise UserError(f"{name}: it has no value of its own; give its fields, as {name}.field VALUE")
+    if "--config" not in names and not {"-h", "--help"} & set(words):
         logger.info("no --config given: running %s", default)
         words = ["--config", str(default), *words]
-    own = [field.name for field in fields(cls)]
-    namespace = _parse(parser, words)
-    values = {name: namespace.pop(name) for name in own}
-    namespace.pop("config")
-    for name, kind in get_type_hints(cls).items():
-        if kind is bool and not isinstance(values[name], bool):  # a config file can hold the key
-            raise UserError(f"--{name}: it takes no value, not {one_line(values[name], 80)!r}")
-    text = _guarded(lambda: parser.dump(Namespace(**namespace), skip_validation=True))
-    config = vars(_instantiate(parser, namespace))
-    return Parsed(
-        options=_instance(cls, values),
-        config=_instance(config_cls, {key: value for key, value in config.items() if not key.startswith("__")}),
-        text=text,
-        config_named=any(name.lstrip("-") not in own for name in named),
-    )
+
+    # The parser, with a loader of YAML that imports nothing.
+    set_loader("plain_yaml", lambda text: load_yaml(text, sections), exceptions=(yaml.YAMLError, UserError))
+    parser = _parser(prog, cls, parser_mode="plain_yaml")
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    _add_config(parser, config_cls)
+    _add_options(parser, cls)
+    # The values: those of the command's options, and what remains is the config.
+    with _user_errors():
+        values = parser.parse_args(words)
+        values.pop("config")
+        options = {field.name: values.pop(field.name) for field in fields(cls)}
+        for name, kind in get_type_hints(cls).items():
+            # A config file may hold the key, too, and jsonargparse takes any value of a flag there.
+            if kind is bool and not isinstance(options[name], bool):
+                raise UserError(f"--{name}: it takes no value, not {one_line(options[name], 80)!r}")
+        return Parsed(
+            options=cls(**options),
+            config=_instance(config_cls, values),
+            text=parser.dump(values, skip_validation=True),
+            config_named=any(name[2:] not in options for name in names),
+        )
 
 
 def section_names(config_cls: type) -> frozenset[str]:
-    """The fields of a config dataclass that hold fields of their own."""
+    """The fields of a config dataclass that hold dataclasses."""
     return frozenset(name for name, kind in get_type_hints(config_cls).items() if is_dataclass(kind))
 
 
 def _underscored(argv: Sequence[str], cls: type) -> list[str]:
-    """The words with `--several-words` spelt as the option's own field, `--several_words`."""
-    own = {f"--{field.name}" for field in fields(cls)}
+    """The words of `argv`; `--several-words` becomes `--several_words` if `cls` has that field."""
+    option_names = {f"--{field.name}" for field in fields(cls)}
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
-        spelt = "--" + name[2:].replace("-", "_")
-        words.append(spelt + equals + value if word.startswith("--") and spelt in own else word)
+        underscored = "--" + name[2:].replace("-", "_")
+        is_option = word.startswith("--") and underscored in option_names
+        words.append(underscored + equals + value if is_option else word)
     return words
 
 
-def _parser(prog: str, description: str | None, **options):
+def _parser(prog: str, cls: type, **settings):
+    """A jsonargparse.ArgumentParser without options, described by the docstring of `cls`."""
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False, **options)
+    return ArgumentParser(prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False, **settings)
 
 
 def _add_options(parser, cls: type) -> None:
-    """One argument per field of `cls`; its help is the docstring below the field."""
-    kinds, defaults = get_type_hints(cls), cls()
-    flags = {name for name, kind in kinds.items() if kind is bool}
-    lists = {name: get_args(kind)[0] for name, kind in kinds.items() if get_origin(kind) is list}
-    texts = _field_docs(cls)
-    parser.add_class_arguments(cls, skip=flags | lists.keys(), fail_untyped=True)
-    for name, kind in lists.items():
-        parser.add_argument(f"--{name}", nargs="+", type=kind, default=getattr(defaults, name), help=texts[name])
-    for name in flags:
-        parser.add_argument(f"--{name}", action="store_true", help=texts[name])
+    """Add an option for each field of the options dataclass `cls`, in order."""
+    kinds, helps, defaults = get_type_hints(cls), _field_docs(cls), cls()
+    for field in fields(cls):
+        kind, default = kinds[field.name], getattr(defaults, field.name)
+        if kind is bool:
+            form = {"action": "store_true"}
+        elif get_origin(kind) is list:
+            form = {"nargs": "+", "type": get_args(kind)[0], "default": default}
+        else:
+            form = {"type": kind, "default": default}
+        parser.add_argument(f"--{field.name}", help=helps[field.name], **form)
+
+
+def _add_config(parser, cls: type, section: str = "") -> None:
+    """Add an option for each field of the config dataclass `cls` or of its sections, in order.
+
+    jsonargparse is not told the classes of the sections: it would import any class that a value
+    names instead.
+    """
+    kinds, helps, defaults = get_type_hints(cls), _field_docs(cls), cls()
+    group = parser.add_argument_group(section, cls.__doc__) if section else parser
+    for field in fields(cls):
+        name = f"{section}.{field.name}" if section else field.name
+        kind = kinds[field.name]
+        if is_dataclass(kind):
+            _add_config(parser, kind, name)
+        else:
+            group.add_argument(f"--{name}", type=kind, default=getattr(defaults, field.name), help=helps[field.name])
 
 
 def _field_docs(cls: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, by the field's name."""
     from docstring_parser import parse_from_object
 
     return {param.arg_name: param.description for param in parse_from_object(cls).params}
 
 
-def _parse(parser, words: Sequence[str]):
-    return _guarded(lambda: parser.parse_args(list(words)))
+def _instance(cls: type[ConfigT], values) -> ConfigT:
+    """A config dataclass from a jsonargparse.Namespace that holds a Namespace per section."""
+    kinds = get_type_hints(cls)
+    return cls(**{k: _instance(kinds[k], v) if is_dataclass(kinds[k]) else v for k, v in vars(values).items()})
 
 
-def _instantiate(parser, namespace):
-    return _guarded(lambda: parser.instantiate(namespace))
-
-
-def _instance(cls: type[OptionsT], values: dict) -> OptionsT:
-    return _guarded(lambda: cls(**values))
-
-
-def _guarded(action):
-    """What `action` returns; UserError, one line, for what jsonargparse or a dataclass refuses."""
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turns what jsonargparse or a dataclass raises for bad words into a UserError of one line."""
     from jsonargparse import ArgumentError
 
     try:
-        return action()
-    except (ArgumentError, *_FAILURES) as error:
+        yield
+    except (ArgumentError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(one_line(error, 500)) from error

@@ -1,4 +1,4 @@
-"""YAML as plain values: what a config file may hold, and nothing that names code."""
+"""YAML with plain values only: nothing in it can name or run code."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Collection
 
 from selfnpo_fast.runtime.errors import UserError, shortened
 
-MAX_YAML_CHARACTERS, MAX_YAML_DEPTH = 1 << 20, 20  # this config needs 3 levels; libyaml's recursion overflows the stack
-_CODE_KEYS = ("class_path", "init_args")  # with which jsonargparse names a class to import
+MAX_YAML_CHARACTERS = 1 << 20
+MAX_YAML_DEPTH = 20  # a config has 3 levels; the recursion of libyaml can overflow the stack
+_CODE_KEYS = ("class_path", "init_args")  # jsonargparse imports the class that such keys name
 
 
 def load_yaml(text: str, sections: Collection[str] = ()) -> object:
-    """The value of a YAML text made of plain mappings, lists and scalars: it builds no objects and names no code.
+    """The value of a YAML text made of plain mappings, lists and scalars.
 
-    `sections` are the keys at the top that have to hold a mapping. Raises UserError for tags, anchors, keys that
-    are repeated or no plain words, sections that are no mapping, deep nesting, and too long a text;
-    yaml.YAMLError for what is no YAML.
+    `sections` are the keys of the outermost mapping whose values have to be mappings. Raises
+    yaml.YAMLError for a text that is not YAML. Raises UserError for tags and anchors, for keys that
+    are repeated or no plain words, for sections that are no mappings, and for a text that is too
+    long or too deeply nested.
     """
     import yaml
     from jsonargparse import get_loader
@@ -34,14 +36,16 @@ def load_yaml(text: str, sections: Collection[str] = ()) -> object:
     node = yaml.compose(text, Loader=loader)
     _check_keys(node)
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        # jsonargparse imports the module that a string in the place of a section names.
         if key.value in sections and not isinstance(value, yaml.MappingNode):
             raise UserError(f"{key.value}: it has no value of its own; write its fields, indented, below it")
     return get_loader("yaml")(text)
 
 
 def _check_keys(node) -> None:
-    """Refuse keys that are repeated, no plain words, or would name code; `node` is a composed YAML node or None."""
+    """Raise UserError for keys of a YAML node that are repeated, no plain words, or name code.
+
+    `node` is None for an empty text.
+    """
     if not isinstance(getattr(node, "value", None), list):
         return
     pairs = [entry if isinstance(entry, tuple) else (None, entry) for entry in node.value]

@@ -17,9 +17,13 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Writer:
-    """Writes the files of one folder; after the first failure nothing more, since all ranks have to go on together."""
+    """Writes the files of one folder on all ranks.
+
+    A rank that fails to write a file writes nothing more, but stays in step with the other ranks.
+    """
 
     def __init__(self, target: Path, world: World) -> None:
+        """Prepare the folder aside from `target`. Raises RunError on all ranks where that fails."""
         self.target, self.world, self.error = target, world, None
         self.folder = target
         if world.is_main:
@@ -28,39 +32,48 @@ class Writer:
         self._agree()
 
     def _try(self, name: str, action) -> None:
+        """Run `action`, unless this rank has failed before, and keep the message of its failure."""
         try:
             if self.error is None:
                 action()
         except (OSError, SafetensorError) as error:
             self.error = f"{name}: {one_line(error)}"
 
-    def save(self, name: str, items: Iterable[tuple[str, torch.Tensor]], *, here: bool, dtype=None, **options) -> None:
-        """Write tensors by name where `here`; ranks for which it is not take part in gathering the items alone."""
+    def save(self, name: str, items: Iterable[tuple[str, torch.Tensor]], *, write: bool, dtype=None, **options) -> None:
+        """Write tensors, by key, to the safetensors file `name` on ranks where `write` is set.
+
+        All ranks run through `items`, since an item may be gathered from all ranks. `dtype` is that
+        of the file, by default each tensor's. `options` go to safetensors' `save_file`.
+        """
         tensors = {}
         for key, value in items:
-            if here:
+            if write:
                 tensors[key] = value.to("cpu", dtype or value.dtype, copy=True).contiguous()
-        if here:
+        if write:
             path = self.folder / name
             self._try(name, lambda: (path.parent.mkdir(exist_ok=True), save_file(tensors, path, **options)))
 
     def run(self, name: str, action) -> None:
-        """Do something else to the folder on rank 0."""
+        """Run `action` on rank 0, as part of writing `name`."""
         if self.world.is_main:
             self._try(name, action)
 
     def _agree(self) -> None:
-        said = [f"rank {rank}, {text}" for rank, text in enumerate(self.world.gather(self.error)) if text]
-        if said:
+        """Raise RunError on all ranks where any rank has failed; the folder is deleted then."""
+        failures = [f"rank {rank}, {text}" for rank, text in enumerate(self.world.gather(self.error)) if text]
+        if failures:
             if self.world.is_main and self.folder != self.target:
                 try:
                     remove(self.folder)
                 except OSError:
-                    pass  # the next one to be written removes it
-            raise RunError(f"{self.target} could not be written ({'; '.join(said)})")
+                    pass  # the next folder that is written here removes it
+            raise RunError(f"{self.target} could not be written ({'; '.join(failures)})")
 
     def finish(self) -> Path:
-        """Put the folder into its place. Raises RunError on all ranks where any of them has failed."""
+        """Rename the folder to its target, which is returned.
+
+        Raises RunError on all ranks where any rank has failed.
+        """
         self._agree()
         self.run("rename", lambda: finish_aside(self.folder, self.target))
         self._agree()

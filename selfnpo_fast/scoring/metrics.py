@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures, measured on their features. Pure functions, float64 inside.
+"""Distances between two sets of pictures by their features: pure functions, float64 inside.
 
 Shape letters: N generated, M real, D feature width, C rows of a chunk.
 """
@@ -9,15 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 512  # rows of a distance matrix held at a time
+CHUNK = 512
+"""Rows of a distance matrix that are held at a time."""
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to `a` (N, D) and `b` (M, D): |mu_a - mu_b|^2 + tr(A + B - 2 (AB)^1/2).
+    """Frechet distance of the Gaussians fitted to features `a` (N, D) and `b` (M, D).
 
-    The trace of (AB)^1/2 is the sum of the singular values of R_a R_b^T, where A = R_a^T R_a from a QR decomposition of
-    the centred samples. That needs neither a matrix square root nor a positive definite covariance. Estimates from few
-    samples are biased upwards: compare only sets of the same size.
+    With means mu and covariances A and B it is |mu_a - mu_b|^2 + tr(A + B - 2 (AB)^1/2).
+
+    The trace of (AB)^1/2 is the sum of the singular values of R_a R_b^T, where A = R_a^T R_a comes
+    from a QR decomposition of the centred samples. This form needs no matrix square root and no
+    positive definite covariance. Estimates from few samples are biased upwards: compare only sets
+    of the same size. Raises ValueError where a set has fewer than 2 samples, or features do not fit
+    together or are not finite.
     """
     _check_features(a, b, at_least=2)
     root_a, root_b = _covariance_root(a), _covariance_root(b)
@@ -34,45 +39,32 @@ def _covariance_root(features: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnMetrics:
-    """How two sets overlap, by balls around each sample that reach to its k-th nearest neighbour in its own set."""
-
-    precision: float
-    """Share of generated samples inside some ball of a real one (Kynkaanniemi et al. 2019)."""
-    density: float
-    """Mean number of real balls that a generated sample lies in, over k (Naeem et al. 2020); may exceed 1."""
-    recall: float
-    """Share of real samples inside some ball of a generated one (Kynkaanniemi et al. 2019)."""
-    coverage: float
-    """Share of real samples whose ball holds a generated one (Naeem et al. 2020)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class KnnSamples:
-    """The terms whose means are the fields of KnnMetrics, one per sample."""
+    """How two sets overlap, by balls around each sample to its k-th nearest neighbour in its set.
 
-    precision: torch.Tensor  # (N,) bool
-    density: torch.Tensor  # (N,) float64
-    recall: torch.Tensor  # (M,) bool
-    coverage: torch.Tensor  # (M,) bool
+    Each field holds one term per sample; the metric of that name is the mean of its terms. All
+    metrics lie in 0..1, except density, which may exceed 1.
 
-    def means(self) -> KnnMetrics:
-        """The metrics."""
-        return KnnMetrics(
-            precision=self.precision.double().mean().item(),
-            density=self.density.mean().item(),
-            recall=self.recall.double().mean().item(),
-            coverage=self.coverage.double().mean().item(),
-        )
+    [1] Kynkaanniemi et al., Improved precision and recall metric, 2019.
+    [2] Naeem et al., Reliable fidelity and diversity metrics, 2020.
+    """
 
-
-def knn_metrics(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> KnnMetrics:
-    """Precision, density, recall and coverage of `generated` (N, D) against `real` (M, D)."""
-    return knn_samples(generated, real, k).means()
+    precision: torch.Tensor
+    """(N,) bool: the generated sample lies in some ball of a real one [1]."""
+    density: torch.Tensor
+    """(N,) float64: number of real balls that the generated sample lies in, over k [2]."""
+    recall: torch.Tensor
+    """(M,) bool: the real sample lies in some ball of a generated one [1]."""
+    coverage: torch.Tensor
+    """(M,) bool: the ball of the real sample holds a generated one [2]."""
 
 
 def knn_samples(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> KnnSamples:
-    """The terms of `knn_metrics` per sample. Balls are closed, so that a copy of a sample always lies in its ball."""
+    """The terms of all k-NN metrics of `generated` (N, D) against `real` (M, D).
+
+    Balls are closed, so that a copy of a sample always lies in its ball. Raises ValueError where k
+    is below 1, a set has no more than k samples, or features do not fit together or are not finite.
+    """
     if k < 1:
         raise ValueError(f"k: {k} is not possible; give at least 1 neighbour")
     _check_features(generated, real, at_least=k + 1)
@@ -94,16 +86,19 @@ def knn_samples(generated: torch.Tensor, real: torch.Tensor, k: int = 5) -> KnnS
 
 
 def _kth_neighbour(samples: torch.Tensor, k: int) -> torch.Tensor:
-    """Distance (N,) of each sample (N, D) to its k-th nearest neighbour, itself left out."""
+    """Distance (N,) of each sample (N, D) to its k-th nearest neighbour among the others."""
     parts = []
     for start in range(0, len(samples), CHUNK):
-        # The nearest of all is the sample itself at distance 0 (or an equal one: the count is the same).
+        # The nearest of all is the sample itself at distance 0 (or an equal one: the count is the
+        # same).
         parts.append(_distances(samples[start : start + CHUNK], samples).kthvalue(k + 1, dim=1).values)
     return torch.cat(parts)
 
 
 def _distances(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    # Not by |a|^2 + |b|^2 - 2ab: its cancellation puts equal points apart and breaks ties differently in each chunk.
+    """Euclidean distances (C, M) of rows (C, D) to columns (M, D)."""
+    # The form |a|^2 + |b|^2 - 2ab would be faster, but its cancellation puts equal points apart and
+    # breaks ties differently in each chunk.
     return torch.cdist(rows, columns, compute_mode="donot_use_mm_for_euclid_dist")
 
 

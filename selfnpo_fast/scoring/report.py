@@ -1,4 +1,8 @@
-"""Tables, plots and grids of a sweep, in words that claim no more than the intervals show."""
+"""The report of a sweep: JSON, Markdown and a brief text.
+
+Its words claim no more than the intervals show. What rests on set measures that a sweep did not
+have (frontier, gains, best scales) is left out.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +11,36 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from PIL import Image
-
-from selfnpo_fast.runtime.images import MARGIN, image_grid, to_pil
 from selfnpo_fast.scoring.intervals import Interval
-from selfnpo_fast.scoring.sweep import ACCURATE, Comparison, Results, Row
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from selfnpo_fast.scoring.plots import comparison_grid, plot_accuracy, plot_frontier
+from selfnpo_fast.scoring.results import ACCURATE, Comparison, Results, Row, Verdict
 
 SCALE_NOTE = "guidance_scale is diffusers' and equals omega + 1."
-INTERVAL_NOTE = (
-    "Brackets are 95% bootstrap intervals over prompts (recall and coverage: over real pictures), each for itself: "
-    "among many comparisons some exclude zero by chance."
-)
-GAP = 3  # pixels between the arms' pictures of one prompt
-PAGE_WIDTH = 1000  # pixels, about
 BRIEF_ROWS = 6
+"""The most rows that a brief report shows; of more it shows one per arm."""
+TITLES = {"frechet": "Frechet distance"}
+"""What reports call a measure, where that is not its name with spaces for underscores."""
 
 
 def write_report(results: Results, folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
-    """Write report.json, report.md, frontier.png, accuracy.png and grid.png; returns their paths by name.
+    """Writes the report's files into `folder`; returns their paths by name.
 
-    `config` is stored as given and must fit into JSON.
+    They are report.json, report.md, frontier.png, accuracy.png and grid.png. `config` is stored as
+    given and must fit into JSON. There is no frontier.png without precision
+    and recall.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("report.json", "report.md", "frontier.png", "accuracy.png", "grid.png")
+    names = ["report.json", "report.md", "frontier.png", "accuracy.png", "grid.png"]
+    if not results.has_frontier:
+        names.remove("frontier.png")
     paths = {name: folder / name for name in names}
     paths["report.json"].write_text(json.dumps(as_json(results, config), indent=1, allow_nan=False) + "\n")
     paths["report.md"].write_text(markdown(results, config))
-    plot_frontier(results).savefig(paths["frontier.png"])
+    if results.has_frontier:
+        plot_frontier(results).savefig(paths["frontier.png"])
     plot_accuracy(results).savefig(paths["accuracy.png"])
     comparison_grid(results).save(paths["grid.png"])
     return paths
@@ -48,26 +48,27 @@ def write_report(results: Results, folder: Path, config: Mapping[str, Any]) -> d
 
 def as_json(results: Results, config: Mapping[str, Any]) -> dict[str, Any]:
     """Everything but the pictures."""
-    return {
+    record = {
         "config": dict(config),
         "note": SCALE_NOTE,
         "baseline": results.baseline,
-        "accuracy": results.accuracy,
-        "rows": [dataclasses.asdict(row) for row in results.rows],
+        "accuracy": results.roles.accuracy,
+        "rows": [row.record() for row in results.rows],
         "comparisons": [dataclasses.asdict(comparison) for comparison in results.comparisons],
-        "recall_gains": [dataclasses.asdict(gain) for gain in results.recall_gains],
-        "frontier": {
-            arm: [dataclasses.asdict(point) for point in results.frontier(arm)] for arm in results.challengers
-        },
-        "verdicts": {
-            arm: {
-                **dataclasses.asdict(results.verdict(arm)),
-                "gain": results.verdict(arm).gain,
-                "statements": statements(results, arm),
-            }
-            for arm in results.challengers
-        },
     }
+    if results.has_frontier:
+        record["recall_gains"] = [dataclasses.asdict(gain) for gain in results.recall_gains]
+        record["frontier"] = {
+            arm: [dataclasses.asdict(point) for point in results.frontier(arm)] for arm in results.challengers
+        }
+    return record | {"verdicts": {arm: _verdict_json(results, arm) for arm in results.challengers}}
+
+
+def _verdict_json(results: Results, arm: str) -> dict[str, Any]:
+    """The verdict without the fields that the sweep cannot fill."""
+    verdict = results.verdict(arm)
+    record = dataclasses.asdict(verdict) | {"gain": verdict.gain, "statements": statements(results, arm)}
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def markdown(results: Results, config: Mapping[str, Any]) -> str:
@@ -77,238 +78,109 @@ def markdown(results: Results, config: Mapping[str, Any]) -> str:
     parts = [
         "# Evaluation",
         f"`{results.baseline}` (plain guidance) against {others}: {images} pictures per row, the same prompts and "
-        f"seeds in every row. {SCALE_NOTE} {INTERVAL_NOTE}",
+        f"seeds in every row. {SCALE_NOTE} {_interval_note(results)}",
     ]
     for arm in results.challengers:
-        parts += [f"## Verdict on `{arm}`", "\n".join(f"- {line}" for line in statements(results, arm))]
+        if lines := statements(results, arm):
+            parts += [f"## Verdict on `{arm}`", "\n".join(f"- {line}" for line in lines)]
     parts += ["## All points", _table(*_rows_table(results))]
     for arm in results.challengers:
-        parts += [
-            f"## `{arm}` against `{results.baseline}`, pair by pair",
-            "Wins are the share of pairs in which the arm scores higher, ties counted half; differences are arm minus "
-            f"`{results.baseline}`. A negative changes the effective guidance, so equal scales are no fair comparison "
-            "by themselves; every scale is held against every scale.",
-            _table(*_comparison_table(results, arm)),
-            "### Frontier",
-            "A point is dominated by one that has no less precision and recall, and more of one (estimates, without "
-            f"intervals). The gain is recall over `{results.baseline}` of at least equal precision, its scales joined "
-            "by straight lines: sliding along these is what more guidance does anyway. Above the highest precision of "
-            f"`{results.baseline}` it is taken over that point. A gain is claimed where its interval is above zero and "
-            f"the point dominates one of `{results.baseline}`'s frontier.",
-            _table(*_frontier_table(results, arm)),
-        ]
-    parts += ["![Precision against recall](frontier.png)", "![Accuracy against guidance_scale](accuracy.png)"]
-    parts += ["![The first prompts, every arm at its best scale](grid.png)"]
+        parts += _pairs_section(results, arm)
+        if results.has_frontier:
+            parts += _frontier_section(results, arm)
+    if results.has_frontier:
+        parts += ["![Precision against recall](frontier.png)"]
+    parts += ["![Accuracy against guidance_scale](accuracy.png)"]
+    parts += [f"![The first prompts, every arm at its {_representative_word(results)}](grid.png)"]
     parts += ["## Configuration", "```json\n" + json.dumps(dict(config), indent=1) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
+def _interval_note(results: Results) -> str:
+    """What the brackets mean, for the head of the page."""
+    over_real = " and ".join(map(_title, results.over_real))
+    exception = f" ({over_real}: over real pictures)" if over_real else ""
+    return (
+        f"Brackets are 95% bootstrap intervals over prompts{exception}, each for itself: "
+        "among many comparisons some exclude zero by chance."
+    )
+
+
+def _pairs_section(results: Results, arm: str) -> list[str]:
+    return [
+        f"## `{arm}` against `{results.baseline}`, pair by pair",
+        "Wins are the share of pairs in which the arm scores higher, ties counted half; differences are arm minus "
+        f"`{results.baseline}`. A negative changes the effective guidance, so equal scales are no fair comparison "
+        "by themselves; every scale is held against every scale.",
+        _table(*_comparison_table(results, arm)),
+    ]
+
+
+def _frontier_section(results: Results, arm: str) -> list[str]:
+    return [
+        "### Frontier",
+        "A point is dominated by one that has no less precision and recall, and more of one (estimates, without "
+        f"intervals). The gain is recall over `{results.baseline}` of at least equal precision, its scales joined "
+        "by straight lines: sliding along these is what more guidance does anyway. Above the highest precision of "
+        f"`{results.baseline}` it is taken over that point. A gain is claimed where its interval is above zero and "
+        f"the point dominates one of `{results.baseline}`'s frontier.",
+        _table(*_frontier_table(results, arm)),
+    ]
+
+
 def statements(results: Results, arm: str) -> list[str]:
     """What the sweep shows of an arm, the bottom line first. Says "no gain" where it shows none."""
-    verdict, base = results.verdict(arm), results.baseline
+    verdict = results.verdict(arm)
+    return [
+        *_gain_lines(results, verdict),
+        *_trade_lines(results, verdict),
+        *(line for measure in results.roles.compared if (line := _reach_text(results, arm, measure))),
+        *_best_lines(results, verdict),
+    ]
+
+
+def _gain_lines(results: Results, verdict: Verdict) -> list[str]:
+    """The bottom line, and what it rests on; nothing without precision and recall."""
+    if verdict.gains is None:
+        return []
+    arm, base = verdict.arm, results.baseline
     points = [point for point in results.frontier(arm) if point.arm == arm]
     dominated = sum(bool(point.dominated_by) for point in points)
-    lines = [
-        f"{arm}: {'a gain' if verdict.gain else 'no gain'} in precision and recall over plain "
-        "guidance at all scales tried."
-    ]
-    most = max(results.recall_gains_of(arm), key=lambda gain: gain.recall.value)
-    if verdict.gains:
-        most = max(verdict.gains, key=lambda gain: gain.recall.value)
-        lines.append(
+    most = max(verdict.gains or results.recall_gains_of(arm), key=lambda gain: gain.recall.value)
+    if verdict.gain:
+        frontier = (
             f"Frontier: gain. {_signed(most.recall)} recall over {base} at equal precision "
             f"(at {most.guidance_scale:g})."
         )
     else:
-        lines.append(
+        frontier = (
             f"Frontier: no gain shown. At most {_signed(most.recall)} recall over {base} at equal precision "
             f"(at {most.guidance_scale:g}); {base} dominates {dominated} of {len(points)} points."
         )
-    for scale in verdict.beyond_reach:
-        row = next(row for row in results.of(arm) if row.guidance_scale == scale)
-        highest = max(other.precision.value for other in results.of(base))
+    return [
+        f"{arm}: {'a gain' if verdict.gain else 'no gain'} in precision and recall over plain "
+        "guidance at all scales tried.",
+        frontier,
+    ]
+
+
+def _trade_lines(results: Results, verdict: Verdict) -> list[str]:
+    """One line for each scale with more precision than the baseline has anywhere."""
+    base, roles = results.baseline, results.roles
+    lines = []
+    for scale in verdict.beyond_reach or []:
+        row = next(row for row in results.of(verdict.arm) if row.guidance_scale == scale)
+        precision, recall = row.value(roles.precision), row.value(roles.recall)
+        highest = max(other.value(roles.precision) for other in results.of(base))
         lines.append(
-            f"At {scale:g} its precision {row.precision.value:.3f} (recall {row.recall.value:.3f}) is above {base}'s "
+            f"At {scale:g} its precision {precision:.3f} (recall {recall:.3f}) is above {base}'s "
             f"at any scale tried (at most {highest:.3f}): a trade, not a gain by itself."
         )
-    lines += [line for measure in results.compared if (line := _reach_text(results, arm, measure))]
-    best = verdict.best
-    lines.append(
-        "Best scales by Frechet distance, chosen on these pictures: "
-        f"{arm} {best.guidance_scale:g} ({results.best(arm).frechet:.2f}), "
-        f"{base} {best.baseline_guidance_scale:g} ({results.best(base).frechet:.2f}); {_wins_text(best)}."
-    )
-    if verdict.unbeaten:
-        scales = ", ".join(f"{scale:g}" for scale in verdict.unbeaten)
-        lines[-1] += f" No clear win against {base} at {scales}."
     return lines
 
 
-def brief(results: Results) -> str:
-    """At most about 15 lines of plain text: the points (the best of each arm where there are many) and the verdicts."""
-    shown = results.rows if len(results.rows) <= BRIEF_ROWS else [results.best(arm) for arm in results.arms]
-    accuracy = results.accuracy
-    cells = [["arm", "guidance_scale", "accuracy", "Frechet", "precision", "recall"]]
-    cells += [
-        [
-            row.arm,
-            f"{row.guidance_scale:g}",
-            _plain(row.means[accuracy]),
-            f"{row.frechet:.2f}",
-            f"{row.precision.value:.3f}",
-            f"{row.recall.value:.3f}",
-        ]
-        for row in shown
-    ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [f"{results.rows[0].images} pictures per row, same prompts and seeds; {SCALE_NOTE}"]
-    if len(shown) < len(results.rows):
-        lines[0] += " Each arm at its best:"
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    for arm in results.challengers:
-        headline, frontier, *_, best = statements(results, arm)
-        lines.append(headline)
-        lines += [
-            line
-            for text in (frontier, best)
-            for line in textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
-        ]
-    return "\n".join(lines)
-
-
-def plot_frontier(results: Results) -> Figure:
-    """Precision against recall: one line per arm, guidance scales beside the points, intervals in faint."""
-    figure, axes = _figure("Precision against recall by guidance_scale, with 95% intervals")
-    for index, arm in enumerate(results.arms):
-        rows = results.of(arm)
-        recall, precision = [row.recall.value for row in rows], [row.precision.value for row in rows]
-        (line,) = axes.plot(recall, precision, marker="o", markersize=5, linewidth=1.5, label=arm)
-        axes.errorbar(
-            recall,
-            precision,
-            xerr=_reach([row.recall for row in rows]),
-            yerr=_reach([row.precision for row in rows]),
-            fmt="none",
-            ecolor=line.get_color(),
-            elinewidth=0.8,
-            alpha=0.35,
-        )
-        side = 1 if index % 2 == 0 else -1  # arms often nearly coincide: write on either side
-        for row, x, y in zip(rows, recall, precision, strict=True):
-            axes.annotate(
-                f"{row.guidance_scale:g}",
-                (x, y),
-                xytext=(5 * side, 5 * side),
-                textcoords="offset points",
-                ha="left" if side > 0 else "right",
-                va="bottom" if side > 0 else "top",
-                color=line.get_color(),
-                fontsize=8,
-            )
-    axes.margins(0.1)
-    axes.set(xlabel="recall", ylabel="precision")
-    axes.legend(frameon=False)
-    return figure
-
-
-def plot_accuracy(results: Results) -> Figure:
-    """Accuracy against guidance_scale: one line per arm, 95% intervals as bands."""
-    figure, axes = _figure("Accuracy, with 95% intervals")
-    for arm in results.arms:
-        rows = sorted(results.of(arm), key=lambda row: row.guidance_scale)
-        scales, means = [row.guidance_scale for row in rows], [row.means[results.accuracy] for row in rows]
-        (line,) = axes.plot(scales, [100 * mean.value for mean in means], marker="o", markersize=5, label=arm)
-        low, high = [100 * mean.low for mean in means], [100 * mean.high for mean in means]
-        axes.fill_between(scales, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="guidance_scale (omega + 1)", ylabel="accuracy (%)")
-    axes.legend(frameon=False)
-    return figure
-
-
-def comparison_grid(results: Results) -> Image.Image:
-    """The first cases: every arm side by side at its own best scale, from the same seed, over the prompt."""
-    best = [results.best(arm) for arm in results.arms]
-    stacks = [to_pil(results.pictures[row.arm, row.guidance_scale]) for row in best]
-    tiles = [_side_by_side(pictures) for pictures in zip(*stacks, strict=True)]
-    columns = max(1, min(len(tiles), PAGE_WIDTH // (tiles[0].width + 2 * MARGIN)))
-    title = "   |   ".join(f"{row.arm}, guidance_scale {row.guidance_scale:g}" for row in best)
-    return image_grid(tiles, columns, [case.prompt for case in results.cases], title=f"Left to right:   {title}")
-
-
-def _side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    """PIL images of one size in a row, with a white gap so that equal backgrounds do not run together."""
-    width, height = pictures[0].size
-    row = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height), "white")
-    for i, picture in enumerate(pictures):
-        row.paste(picture, (i * (width + GAP), 0))
-    return row
-
-
-def _figure(title: str) -> tuple[Figure, Axes]:
-    # A Figure of its own, not pyplot: no global state, and no display is ever looked for.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), dpi=140, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _reach(intervals: Sequence[Interval]) -> list[list[float]]:
-    """Distances (2, n) from the estimates to the lower and upper ends, as matplotlib takes them."""
-    # The percentiles of a skewed sample may leave the estimate just outside.
-    below = [max(0.0, interval.value - interval.low) for interval in intervals]
-    above = [max(0.0, interval.high - interval.value) for interval in intervals]
-    return [below, above]
-
-
-def _rows_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    measures = [results.accuracy, *(name for name in results.rows[0].means if name != results.accuracy)]
-    titles = ["accuracy", *(name.replace("_", " ") for name in measures[1:])]
-    overlap = ["precision", "density", "recall", "coverage"]
-
-    def cells(row: Row) -> list[str]:
-        held_out = "none" if row.held_out is None else _plain(row.held_out)
-        means = [_plain(row.means[name]) for name in measures]
-        scored = [f"{row.frechet:.2f}", *(_plain(getattr(row, name)) for name in overlap)]
-        return [row.arm, f"{row.guidance_scale:g}", means[0], held_out, *means[1:], *scored]
-
-    head = ["arm", "guidance_scale", titles[0], "accuracy, held-out pairs", *titles[1:], "Frechet distance", *overlap]
-    return head, [cells(row) for row in results.rows]
-
-
-def _comparison_table(results: Results, arm: str) -> tuple[list[str], list[list[str]]]:
-    chosen = [comparison for comparison in results.comparisons if comparison.arm == arm]
-    best = results.verdict(arm).best
-    head = ["guidance_scale", f"{results.baseline}'s guidance_scale", "which"]
-    head += [f"wins, {name.replace('_', ' ')}" for name in best.wins]
-    shown = [results.accuracy, "precision", "recall"]
-    head += [f"difference, {'accuracy' if name == results.accuracy else name}" for name in shown]
-    rows = []
-    for pair in chosen:
-        which = ["best of each"] * (pair == best)
-        which += ["equal scales"] * (pair.guidance_scale == pair.baseline_guidance_scale)
-        row = [f"{pair.guidance_scale:g}", f"{pair.baseline_guidance_scale:g}", ", ".join(which)]
-        row += [_plain(win) for win in pair.wins.values()]
-        rows.append(row + [_signed(pair.differences[name]) for name in shown])
-    return head, rows
-
-
-def _frontier_table(results: Results, arm: str) -> tuple[list[str], list[list[str]]]:
-    gains = {gain.guidance_scale: _signed(gain.recall) for gain in results.recall_gains_of(arm)}
-    rows = []
-    for point in results.frontier(arm):
-        scales = ", ".join(f"{scale:g}" for scale in point.dominated_by)
-        dominated = f"{point.opponent} at {scales}" if scales else "none"
-        gain = gains[point.guidance_scale] if point.arm == arm else ""
-        rows.append([point.arm, f"{point.guidance_scale:g}", dominated, gain])
-    return ["arm", "guidance_scale", "dominated by", "recall gained at equal precision"], rows
-
-
 def _reach_text(results: Results, arm: str, measure: str) -> str | None:
-    """Where arm and baseline reach highest in a measure, each at its own scale."""
+    """Where arm and baseline reach highest in a measure, each at its best scale for it."""
     comparison = results.reach(arm, measure)
     if comparison is None:
         return None
@@ -316,23 +188,139 @@ def _reach_text(results: Results, arm: str, measure: str) -> str | None:
     difference = comparison.differences[measure]
     word = "a gain" if difference.above(0) else "a loss" if difference.below(0) else "no difference shown"
     return (
-        f"Highest {measure.replace('_', ' ')} with at least {ACCURATE:.0%} accuracy: {arm} "
+        f"Highest {_title(measure)} with at least {ACCURATE:.0%} accuracy: {arm} "
         f"{ours.means[measure].value:.3f} at {ours.guidance_scale:g}, {results.baseline} "
         f"{theirs.means[measure].value:.3f} at {theirs.guidance_scale:g}: {_signed(difference)} ({word})."
     )
 
 
+def _best_lines(results: Results, verdict: Verdict) -> list[str]:
+    """One line on the best scales; nothing without a distance."""
+    best = verdict.best
+    if best is None:
+        return []
+    arm, base, distance = verdict.arm, results.baseline, results.roles.distance
+    wins = f"; {_wins_text(best)}" if best.wins else ""
+    line = (
+        f"Best scales by {_title(distance)}, chosen on these pictures: "
+        f"{arm} {best.guidance_scale:g} ({results.best(arm).value(distance):.2f}), "
+        f"{base} {best.baseline_guidance_scale:g} ({results.best(base).value(distance):.2f}){wins}."
+    )
+    if best.wins and verdict.unbeaten:
+        scales = ", ".join(f"{scale:g}" for scale in verdict.unbeaten)
+        line += f" No clear win against {base} at {scales}."
+    return [line]
+
+
 def _wins_text(comparison: Comparison) -> str:
+    """On which compared measures the arm wins, as the end of a sentence."""
     texts = []
     for name, win in comparison.wins.items():
-        shown = "better" if win.above(0.5) else "worse" if win.below(0.5) else "no difference shown"
-        texts.append(f"{_percent(win)} on {name.replace('_', ' ')} ({shown})")
+        word = "better" if win.above(0.5) else "worse" if win.below(0.5) else "no difference shown"
+        texts.append(f"{_percent(win)} on {_title(name)} ({word})")
     return "it wins " + ", ".join(texts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def brief(results: Results) -> str:
+    """About 15 lines of text at most: the rows (one per arm where there are many), and verdicts."""
+    few = len(results.rows) <= BRIEF_ROWS
+    rows = results.rows if few else [results.representative(arm) for arm in results.arms]
+    first = f"{results.rows[0].images} pictures per row, same prompts and seeds; {SCALE_NOTE}"
+    if not few:
+        first += f" Each arm at its {_representative_word(results).removesuffix(' scale')}:"
+    cells = _brief_cells(results, rows)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [first]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    for arm in results.challengers:
+        verdict = results.verdict(arm)
+        headline, details = _gain_lines(results, verdict)[:1], _gain_lines(results, verdict)[1:]
+        lines += headline
+        lines += [
+            line
+            for text in [*details, *_best_lines(results, verdict)]
+            for line in textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
+        ]
+    return "\n".join(lines)
+
+
+def _brief_cells(results: Results, rows: Sequence[Row]) -> list[list[str]]:
+    """Head and lines of the brief report's table."""
+    roles = results.roles
+    cells = [["arm", "guidance_scale", "accuracy"]]
+    cells += [[row.arm, f"{row.guidance_scale:g}", _plain(row.means[roles.accuracy])] for row in rows]
+    columns = []
+    if roles.distance is not None:
+        # The column is narrow.
+        title = _title(roles.distance).removesuffix(" distance")
+        columns.append([title, *(f"{row.value(roles.distance):.2f}" for row in rows)])
+    if results.has_frontier:
+        columns.append(["precision", *(f"{row.value(roles.precision):.3f}" for row in rows)])
+        columns.append(["recall", *(f"{row.value(roles.recall):.3f}" for row in rows)])
+    return [line + [column[i] for column in columns] for i, line in enumerate(cells)]
+
+
+def _representative_word(results: Results) -> str:
+    """How `Results.representative` chooses a scale."""
+    return "best scale" if results.roles.distance is not None else "most accurate scale"
+
+
+def _rows_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of all rows: accuracy, picture measures, set measures."""
+    accuracy = results.roles.accuracy
+    others = [name for name in results.rows[0].means if name != accuracy]
+    sets = list(results.rows[0].sets)
+
+    def cells(row: Row) -> list[str]:
+        held_out = "none" if row.held_out is None else _plain(row.held_out)
+        means = [_plain(row.means[name]) for name in others]
+        compared = [_plain(value) if isinstance(value, Interval) else f"{value:.2f}" for value in row.sets.values()]
+        return [row.arm, f"{row.guidance_scale:g}", _plain(row.means[accuracy]), held_out, *means, *compared]
+
+    head = ["arm", "guidance_scale", "accuracy", "accuracy, held-out pairs", *map(_title, [*others, *sets])]
+    return head, [cells(row) for row in results.rows]
+
+
+def _comparison_table(results: Results, arm: str) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of an arm's scales against the baseline's."""
+    roles, best = results.roles, results.verdict(arm).best
+    differences = {roles.accuracy: "accuracy"}
+    if results.has_frontier:
+        differences |= {roles.precision: "precision", roles.recall: "recall"}
+    head = ["guidance_scale", f"{results.baseline}'s guidance_scale", "which"]
+    head += [f"wins, {_title(name)}" for name in roles.compared]
+    head += [f"difference, {title}" for title in differences.values()]
+    lines = []
+    for pair in results.comparisons:
+        if pair.arm != arm:
+            continue
+        which = ["best of each"] * (pair == best)
+        which += ["equal scales"] * (pair.guidance_scale == pair.baseline_guidance_scale)
+        line = [f"{pair.guidance_scale:g}", f"{pair.baseline_guidance_scale:g}", ", ".join(which)]
+        line += [_plain(win) for win in pair.wins.values()]
+        lines.append(line + [_signed(pair.differences[name]) for name in differences])
+    return head, lines
+
+
+def _frontier_table(results: Results, arm: str) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of who dominates whom, and of recall gained."""
+    gains = {gain.guidance_scale: _signed(gain.recall) for gain in results.recall_gains_of(arm)}
+    lines = []
+    for point in results.frontier(arm):
+        scales = ", ".join(f"{scale:g}" for scale in point.dominated_by)
+        dominated = f"{point.opponent} at {scales}" if scales else "none"
+        gain = gains[point.guidance_scale] if point.arm == arm else ""
+        lines.append([point.arm, f"{point.guidance_scale:g}", dominated, gain])
+    return ["arm", "guidance_scale", "dominated by", "recall gained at equal precision"], lines
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def _title(name: str) -> str:
+    """What reports call a measure."""
+    return TITLES.get(name, name.replace("_", " "))
 
 
 def _plain(interval: Interval) -> str:

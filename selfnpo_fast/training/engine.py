@@ -1,4 +1,4 @@
-"""The student under DeepSpeed: configuration, initialisation, and the few things the trainer asks of it."""
+"""The student under DeepSpeed: configuration, optimiser, and the calls that the trainer needs."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from selfnpo_fast.runtime.console import logger, quiet_libraries
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
 
 def zero_stage(config: TrainConfig) -> int:
-    """The ZeRO stage in force: half precision needs stage 1 at least, whose fp32 masters we can address by name."""
+    """The ZeRO stage in force.
+
+    Half precision needs at least stage 1, whose fp32 masters can be addressed by name.
+    """
     stage = config.engine.zero_stage
     return max(stage, 1) if config.engine.precision != "fp32" else stage
 
 
-BUCKETS, LEAST_BUCKET = 8, 2**20
-"""Gradients are reduced in about so many buckets of at least so many elements: DeepSpeed's own size, half a billion,
-would hold all of a UNet's, and no reduction could begin before the backward pass has ended."""
+BUCKETS = 8
+"""Gradients are reduced in about this many buckets.
+
+A bucket of DeepSpeed's default size, half a billion elements, would hold all gradients of a UNet,
+and no reduction could begin before the backward pass has ended.
+"""
+LEAST_BUCKET = 2**20
+"""Elements of the smallest bucket."""
 
 
 def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict:
     """The DeepSpeed configuration of a run that trains `trained` parameters."""
     engine = config.engine
-    micro = engine.micro_batch(world_size)
     out = {
         "train_batch_size": engine.batch_size,
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": engine.micro_batch(world_size),
         "gradient_accumulation_steps": engine.accumulation,
-        "gradient_clipping": config.optimizer.clip if zero_stage(config) else 0,  # without ZeRO we clip ourselves
+        # Without ZeRO, `StudentEngine.step` clips.
+        "gradient_clipping": config.optimizer.clip if zero_stage(config) else 0,
         "zero_optimization": {
             "stage": zero_stage(config),
             "overlap_comm": torch.cuda.is_available(),
@@ -57,7 +63,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict
 
 
 def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """A factory that DeepSpeed calls with the parameters it manages."""
+    """A factory of the optimiser; DeepSpeed calls it with the parameters that it manages."""
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
 
     def build(params):
@@ -74,52 +80,62 @@ def _eight_bit() -> type[torch.optim.Optimizer]:
     import bitsandbytes
 
     class AdamW8bit(bitsandbytes.optim.AdamW8bit):
-        """With `found_inf`, as torch's fused AdamW reads it, but on the host: its kernels know of none."""
+        """The 8-bit optimiser; skips a step where `found_inf` is set, as torch's fused AdamW does.
+
+        Its kernels know nothing of `found_inf`, so the value is read on the host.
+        """
 
         found_inf: torch.Tensor | None = None
 
         def step(self, closure=None):
-            """Nothing, where the gradients are known to be useless."""
+            """One step, or nothing where the gradients are not finite."""
             return None if self.found_inf is not None and self.found_inf.item() else super().step(closure)
 
     return AdamW8bit
 
 
-def clip(optimizer: torch.optim.Optimizer, most: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale the gradients to a norm of at most `most` (0: leave them); one that is not finite voids the next step.
+def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale the gradients down to a norm of at most `max_norm`; 0 leaves them as they are.
 
-    Returns scalar tensors, on which the host need not wait: the norm as it was, and whether it is finite.
+    A norm that is not finite makes the optimiser skip its next step.
+
+    Returns scalar tensors, for which the host need not wait: the norm before clipping, and whether
+    it is finite.
     """
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in params])
-    if most:
-        nn.utils.clip_grads_with_norm_(params, most, norm)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     finite = norm.isfinite()
     optimizer.found_inf = finite.logical_not().float()
     return norm, finite
 
 
 def warmup_schedule(optimizer: torch.optim.Optimizer, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over `warmup` updates, then constant."""
+    """A learning rate that rises linearly over `warmup` updates and is constant after them."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warmup, 1)))
 
 
 def start_deepspeed(world: World):
-    """The library, its communication set up; a second call does nothing more."""
+    """Imports DeepSpeed, sets up its communication, and returns the module.
+
+    A second call changes nothing.
+    """
     import deepspeed
 
     quiet_libraries()  # DeepSpeed sets its logger's level while it is imported
-    # The shared-memory op takes a minute to compile and serves tensor-parallel inference alone.
+    # The shared-memory op takes a minute to compile, and only tensor-parallel inference needs it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False, auto_mpi_discovery=False)
     return deepspeed
 
 
-class _NetworkOfEngine(nn.Module):
-    """The network as DeepSpeed sees it: hooks and timers of its engine go here.
+class _EngineModule(nn.Module):
+    """A wrapper around the network, to which DeepSpeed attaches the hooks and timers of its engine.
 
-    With LoRA the reference calls the network itself, perhaps in another thread, and must not meet them.
+    With LoRA the reference calls the network itself, perhaps in another thread, and must not run
+    these hooks.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -128,14 +144,15 @@ class _NetworkOfEngine(nn.Module):
         self.train(network.training)
 
     def forward(self, *args, **kwargs):
-        """The network's."""
+        """The network's forward."""
         return self.network(*args, **kwargs)
 
 
 class StudentEngine:
-    """The trained network: a thin face over a DeepSpeed engine."""
+    """The trained network: a thin layer over a DeepSpeed engine."""
 
     def __init__(self, config: TrainConfig, student: nn.Module, world: World) -> None:
+        """Hands `student` to DeepSpeed. Raises UserError for fp16 on a CPU."""
         if config.engine.precision == "fp16" and world.device.type == "cpu":
             raise UserError("engine.precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
         self.stage, self.clip, self.device = zero_stage(config), config.optimizer.clip, world.device
@@ -143,10 +160,10 @@ class StudentEngine:
             logger.info("ZeRO: stage 1 instead of 0, since %s keeps fp32 masters", config.engine.precision)
         deepspeed = self._deepspeed = start_deepspeed(world)
         self.trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
-        # Its bf16 optimiser prints memory figures to standard output, whatever its log level.
+        # DeepSpeed's bf16 optimiser prints memory figures to standard output at any log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
-                model=_NetworkOfEngine(student),
+                model=_EngineModule(student),
                 model_parameters=[p for _, p in self.trainable],
                 optimizer=make_optimizer(config.optimizer),
                 lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
@@ -159,36 +176,43 @@ class StudentEngine:
         return self.engine(*args, **kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The network's parameters (their dtype tells its precision)."""
+        """The network's parameters, whose dtype is its precision."""
         return self.module.parameters()
 
     def gather(self, params: list[nn.Parameter], modify: bool = False) -> AbstractContextManager:
-        """Makes ZeRO-3 parameters whole inside the context; with `modify`, rank 0's changes reach the shards."""
+        """A context in which ZeRO-3 parameters are whole.
+
+        With `modify`, the changes that rank 0 makes in it reach the shards of all ranks.
+        """
         if self.stage != 3:
             return contextlib.nullcontext()
         return self._deepspeed.zero.GatheredParameters(params, modifier_rank=0 if modify else None)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of one micro-batch, reduced over ranks at the update's end."""
+        """Add the gradients of one micro-batch; all ranks' are averaged by the update's end."""
         self.engine.backward(loss)
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Close a micro-batch; at the update's end clip and update.
+        """End a micro-batch; at the update's end, clip the gradients and update the weights.
 
-        Returns scalar tensors: the gradient norm, and whether weights moved: a norm that is not finite skips the
-        update. Without ZeRO, and with AdamW in float32, neither has to reach the host for that.
+        Returns two scalar tensors: the gradient norm, and whether the weights moved. A norm that is
+        not finite skips the update. Without ZeRO, and with AdamW in float32, the host need not wait
+        for either of them.
         """
         if self.stage or not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
             return self._scalar(float("nan") if norm is None else norm), self._scalar(self.engine.was_step_applied())
-        # DeepSpeed's own clipping reads the norm, and it would take any gradient.
+        # DeepSpeed's own clipping reads the norm on the host, and would apply any gradient.
         norm, finite = clip(self.engine.basic_optimizer, self.clip)
         self.engine.step()
         return norm, finite
 
     def _scalar(self, value: torch.Tensor | float | bool) -> torch.Tensor:
-        """On the device by a kernel: a copy from the host would wait for all that the device has to do."""
+        """A scalar tensor on the device.
+
+        A kernel fills it: a copy from the host would wait for all work of the device.
+        """
         return value if isinstance(value, torch.Tensor) else torch.full((), value, device=self.device)
 
     @property
@@ -197,7 +221,7 @@ class StudentEngine:
         return self.lr_scheduler.get_last_lr()[0]
 
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole float32 tensor) of every trainable parameter; all ranks have to iterate together."""
+        """(name, whole float32 tensor) of every trained parameter; all ranks iterate together."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, param in self.trainable:
@@ -205,123 +229,8 @@ class StudentEngine:
             yield name, (param if whole is None else whole).detach().float()
 
     def frozen_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of parameters that are not trained; all ranks have to iterate together."""
+        """(name, whole tensor) of every other parameter; all ranks iterate together."""
         for name, param in self.module.named_parameters():
             if not param.requires_grad:
                 with self.gather([param]):
                     yield name, param.detach()
-
-    # What a checkpoint holds of the engine. Ranks have to call these, and iterate, together.
-
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Set trainable parameters and their fp32 masters from whole tensors by name."""
-        for name, param in self.trainable:
-            value = weights[name].to(param.device)
-            self._set(param, value)
-            with torch.no_grad(), self.gather([param], modify=True):
-                param.copy_(value)
-
-    def _set(self, param: nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
-        """Put a whole tensor into the fp32 master, or a moment, of a parameter."""
-        from deepspeed import utils
-
-        if self.stage == 0:
-            if moment is not None:
-                self.engine.basic_optimizer.state[param][moment].copy_(value)
-        elif self.stage < 3:
-            where = (param, value) if moment is None else (param, value, moment)
-            (utils.safe_set_full_fp32_param if moment is None else utils.safe_set_full_optimizer_state)(*where)
-        else:
-            # Shards are padded to one size, which DeepSpeed's setter for whole tensors does not expect.
-            size = param.ds_tensor.ds_numel
-            flat = nn.functional.pad(value.flatten(), (0, size * torch.distributed.get_world_size() - value.numel()))
-            part = flat.narrow(0, size * torch.distributed.get_rank(), size)
-            where = (param, part) if moment is None else (param, part, moment)
-            (utils.safe_set_local_fp32_param if moment is None else utils.safe_set_local_optimizer_state)(*where)
-
-    def _native_params(self) -> list[torch.Tensor]:
-        """This rank's optimiser parameters in their own order (flat partitions under ZeRO)."""
-        if self.stage == 3:  # which empties the parameter groups between steps
-            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
-
-    @property
-    def moment_names(self) -> tuple[str, ...]:
-        """The moments that are saved by parameter name; 8-bit ones cannot be."""
-        return ("exp_avg", "exp_avg_sq") if isinstance(self.engine.basic_optimizer, torch.optim.AdamW) else ()
-
-    def moments(self) -> tuple[str, ...]:
-        """`moment_names`, once there are any: the first step that is not skipped makes them."""
-        state = self.engine.basic_optimizer.state
-        return self.moment_names if all(state.get(p) for p in self._native_params()) else ()
-
-    def full_moments(self, key: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole float32 tensor) of one moment of every trainable parameter."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        for name, param in self.trainable:
-            if self.stage == 0:
-                yield name, self.engine.basic_optimizer.state[param][key]
-            else:
-                yield name, safe_get_full_optimizer_state(param, key)
-
-    def load_moments(self, key: str, tensors: dict[str, torch.Tensor], steps: int) -> None:
-        """Set one moment from whole tensors by name, after `steps` steps of the optimiser."""
-        state = self.engine.basic_optimizer.state
-        for p in self._native_params():
-            if not state[p]:
-                state[p] = {"step": torch.tensor(float(steps), device=p.device)}
-                state[p] |= {name: torch.zeros_like(p, dtype=torch.float32) for name in self.moment_names}
-        # DeepSpeed ties the moments to the parameters' names after its first step; this one has come another way.
-        link = getattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-        for name, param in self.trainable:
-            self._set(param, tensors[name].to(param.device), key)
-
-    def native_state(self) -> dict[str, torch.Tensor]:
-        """The 8-bit optimiser's own state on this rank; nothing where `moments` hold all."""
-        if self.moment_names:
-            return {}
-        state = self.engine.basic_optimizer.state
-        return {
-            f"{i}.{key}": torch.as_tensor(value)
-            for i, p in enumerate(self._native_params())
-            for key, value in state[p].items()
-        }
-
-    def load_native_state(self, saved: dict[str, torch.Tensor]) -> None:
-        """Restore `native_state` on the same rank of a world of the same size."""
-        state = self.engine.basic_optimizer.state
-        for i, p in enumerate(self._native_params()):
-            mine = {key.split(".", 1)[1]: value for key, value in saved.items() if key.split(".", 1)[0] == str(i)}
-            if mine:
-                step = int(mine.pop("step"))  # bitsandbytes keeps an int
-                state[p] = {"step": step, **{key: value.to(p.device) for key, value in mine.items()}}
-
-    def counters(self) -> dict:
-        """Steps of the optimiser and of its learning rate, and the dynamic loss scale of fp16."""
-        steps = [state["step"] for p in self._native_params() if (state := self.engine.basic_optimizer.state.get(p))]
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        scale = {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
-        return {
-            "steps": int(steps[0]) if steps else 0,
-            "lr_steps": self.lr_scheduler.last_epoch,
-            "loss_scale": scale if getattr(scaler, "dynamic", False) else None,
-        }
-
-    def load_counters(self, saved: dict) -> None:
-        """Restore `counters`; the optimiser's steps come with its moments."""
-        scheduler, steps = self.lr_scheduler, saved["lr_steps"]
-        scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
-        rates = [base * rule(steps) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        scheduler._last_lr = rates
-        for group, rate in zip(self.engine.basic_optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for name, value in (saved["loss_scale"] or {}).items():
-            setattr(self.engine.optimizer.loss_scaler, name, value)
-
-    @property
-    def loss_scale(self) -> float | None:
-        """The loss scale of fp16, or None."""
-        return (self.counters()["loss_scale"] or {}).get("cur_scale")

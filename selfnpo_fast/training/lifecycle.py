@@ -1,4 +1,4 @@
-"""What may end a run from outside: a request to stop, and the loss of another rank."""
+"""What can end a run from outside: a request to stop, and the loss of another rank."""
 
 from __future__ import annotations
 
@@ -16,48 +16,57 @@ from selfnpo_fast.runtime.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 45.0
-"""Seconds: longer than a host's loss takes to be noticed, and within a minute."""
+"""Seconds: longer than it takes to notice that a host is lost, and less than a minute."""
 GRACE = 10.0
+"""Seconds in which a rank may find by itself the error that another rank has left with."""
 GONE = "its process or its host is gone"
+"""The reason where a connection closed without a word."""
 
 
 class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a request that the training loop honours after its update.
+    """Turns the first SIGTERM or Ctrl-C into a request, which the trainer honours after its update.
 
-    The second one acts as it would without us.
+    The second one acts as it would without this class.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._before: dict[int, object] = {}
+        """The name of the signal that has come, or None."""
+        self._handlers: dict[int, object] = {}
+        """The handlers that this class has replaced, by signal."""
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        """Put the replaced handlers back."""
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._handlers = {}
 
-    def _note(self, number: int, _frame) -> None:
+    def _on_signal(self, number: int, _frame) -> None:
         self.signal = signal.Signals(number).name
         self._restore()
 
 
 class PeerWatch:
-    """A thread that ends this process when another rank is gone, with a line that says which.
+    """A thread that ends this process when another rank is gone, with a line that names that rank.
 
-    A collective with a dead peer hangs (NCCL) or fails without a name (gloo). Every rank keeps a connection to rank 0
-    open, on which nothing is sent while all is well: the kernel closes it with the process that held it, and probes a
-    silent host every few seconds. A rank that leaves with an error of its own says so first. Rank 0 tells the others.
+    A collective with a dead peer hangs (NCCL), or fails without naming the peer (gloo).
+
+    Every rank keeps a connection to rank 0, on which nothing is sent while all is well. The kernel
+    closes the connection together with the process that held it, and probes a silent host every
+    few seconds. A rank that leaves with an error sends the error first. Rank 0 passes the news on
+    to the other ranks.
     """
 
     def __init__(self, world: World, on_loss: Callable[[str], None]) -> None:
+        """`on_loss` is called in the thread, with a message that names the rank and the reason."""
         self.world, self.on_loss = world, on_loss
         self._selector = selectors.DefaultSelector()
         self._stopped = threading.Event()
@@ -72,23 +81,31 @@ class PeerWatch:
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         if self.world.size == 1:
             return
-        together = kind is None or issubclass(kind, RunError)  # all ranks are leaving, then
+        # A run ends, or a RunError is raised, on all ranks together.
+        together = kind is None or issubclass(kind, RunError)
+        # A collective has failed: the thread is about to learn which rank is to blame, and ends the
+        # process then.
         if not together and issubclass(kind, RuntimeError):
-            self._thread.join(PATIENCE)  # a collective failed: the thread is about to learn which rank is to blame
+            self._thread.join(PATIENCE)
+        # Stop watching.
         self._stopped.set()
         self._thread.join()
+        # No rank closes a connection that another still watches; a rank that leaves without the
+        # others sends them its error.
         if together:
-            self.world.barrier()  # nobody closes a connection that another still watches
+            self.world.barrier()
         else:
             self._tell(self.world.rank, f"it has left: {one_line(error)}")
+        # Close all connections.
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()
         self._selector.close()
 
     def _connect(self) -> None:
-        """Rank 0 listens, the others connect and say who they are."""
+        """Connect every rank with rank 0; each sends the number of its rank."""
         address = os.environ["MASTER_ADDR"]
         if self.world.is_main:
+            # Listen on a free port, which all ranks learn through the process group.
             family = socket.getaddrinfo(address, None)[0][0]
             with socket.create_server(("", 0), family=family, backlog=self.world.size) as server:
                 self.world.gather(server.getsockname()[1])
@@ -97,14 +114,16 @@ class PeerWatch:
                     rank = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
                     self._add(connection, rank)
         else:
+            # Connect to that port.
             connection = socket.create_connection((address, self.world.gather(None)[0]), timeout=PATIENCE)
             connection.sendall(self.world.rank.to_bytes(4, "big"))
             self._add(connection, 0)
         self.world.barrier()
 
     def _add(self, connection: socket.socket, rank: int) -> None:
+        """Watch the connection to a rank."""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # After 10 s of silence the kernel asks every 5 s; a host that is gone is noticed after 30 s.
+        # After 10 s of silence the kernel probes every 5 s; a lost host is noticed after 30 s.
         for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
@@ -112,25 +131,31 @@ class PeerWatch:
         self._selector.register(connection, selectors.EVENT_READ, rank)
 
     def _run(self) -> None:
+        """The thread: wait for the first news, pass them on, and call `on_loss`."""
         while not self._stopped.is_set():
             for key, _ in self._selector.select(timeout=0.2):
                 lost, reason = self._read(key)
-                # Where one rank finds an error in the user's input, this one is about to find it, too.
+                # Where another rank finds an error in the user's input, this rank is about to find
+                # the same error, and stops the thread.
                 if not self._stopped.wait(0 if reason == GONE else GRACE):
                     self._tell(lost, reason)
                     self.on_loss(f"rank {lost} is lost: {reason}")
                 return
 
     def _read(self, key: selectors.SelectorKey) -> tuple[int, str]:
-        """The lost rank and why: as told, or the other end of a connection that closed."""
+        """The lost rank and the reason.
+
+        A message names both. A connection that closed without one has lost the rank at its end.
+        """
         try:
-            told = key.fileobj.recv(4096).decode(errors="replace")
+            message = key.fileobj.recv(4096).decode(errors="replace")
         except OSError:
-            told = ""
-        rank, _, reason = told.partition(" ")
+            message = ""
+        rank, _, reason = message.partition(" ")
         return (int(rank), reason) if rank.isdigit() else (key.data, GONE)
 
     def _tell(self, lost: int, reason: str) -> None:
+        """Send the loss of a rank over all connections but that to the rank itself."""
         for key in self._selector.get_map().values():
             if key.data != lost:
                 with contextlib.suppress(OSError):
@@ -138,6 +163,9 @@ class PeerWatch:
 
 
 def leave_at_once(message: str) -> None:
-    """The end of a rank whose peer is gone: its main thread may hang in a collective, so nothing is unwound."""
+    """End the process of a rank whose peer is gone.
+
+    Nothing is unwound: the main thread may hang in a collective.
+    """
     logger.error("error: %s", message)
     os._exit(1)

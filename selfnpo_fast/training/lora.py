@@ -1,12 +1,15 @@
-"""Low-rank training: one network whose layers take their low-rank weights as an argument of the call.
+"""Low-rank training: one network whose low-rank weights are an argument of each call.
 
-    network(x, t, ...)                          with the live weights: the student
-    network(x, t, ..., low_rank=LoraWeights.AVERAGE)   with their moving average: the reference
-    network(x, t, ..., low_rank=LoraWeights.OFF)       with none: the base
+    network(x, t, ...)                                  the live weights: the student
+    network(x, t, ..., low_rank=LoraWeights.AVERAGE)    their moving average: the reference
+    network(x, t, ..., low_rank=LoraWeights.OFF)        none: the base
 
-No adapter is ever switched, which would be module state: a rollout in one thread and a backward pass in another may run
-through the same layers at once. PEFT makes the layers and knows their names and files; their forward is ours.
-(Inference has layers of its own, `guidance/lora_layers.py`: nothing is trained there, and rows of a batch choose.)
+No adapter is ever switched. That would be module state, and a rollout in one thread and a backward
+pass in another may run through the same layers at once.
+
+PEFT makes the layers, and knows their names and files. Their forward is replaced here. Inference
+has other layers (`guidance/lora_layers.py`): nothing is trained there, and each row of a batch
+chooses its weights.
 """
 
 from __future__ import annotations
@@ -28,86 +31,94 @@ from selfnpo_fast.models import Family
 from selfnpo_fast.runtime.errors import UserError
 
 LIVE, AVERAGE = "default", "average"
-"""PEFT's names of the two sets of weights that a layer holds; the first is PEFT's own default."""
+"""PEFT's names of the two sets of weights that a layer holds; the first is PEFT's default."""
 
 
 class LoraWeights(enum.Enum):
     """The low-rank weights of one call."""
 
     OFF = enum.auto()
+    """None: the base."""
     LIVE = enum.auto()
+    """The trained weights: the student."""
     AVERAGE = enum.auto()
+    """The moving average of the trained weights: the reference."""
 
 
 class LoraCall(threading.local):
-    """What the layers of one network read while a call runs; each thread has its own."""
+    """The weights that the layers of one network use in the present call of each thread."""
 
     def __init__(self) -> None:
         self.weights = LoraWeights.LIVE
 
     def checkpointing(self, block: nn.Module, *args):
-        """Gradient checkpointing as diffusers has it, with the call's weights carried into the recomputation.
+        """Gradient checkpointing as in diffusers; the recomputation uses the weights of the call.
 
-        On a GPU autograd recomputes in a thread of its own, which knows nothing of the call.
+        On a GPU autograd recomputes in another thread, which does not know the call.
         """
-        contexts = nullcontext(), _CallWeights(self)
+        contexts = nullcontext(), _RecomputationWeights(self)
         return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
 
 
-class _CallWeights(AbstractContextManager):
-    """Within it the weights of the call are what they were when it was made, in whichever thread."""
+class _RecomputationWeights(AbstractContextManager):
+    """A context, in any thread, with the weights that the call had when this object was built."""
 
     def __init__(self, call: LoraCall) -> None:
         self.call, self.weights = call, call.weights
 
     def __enter__(self) -> None:
-        self.before, self.call.weights = self.call.weights, self.weights
+        self.previous, self.call.weights = self.call.weights, self.weights
 
     def __exit__(self, *error) -> None:
-        self.call.weights = self.before
+        self.call.weights = self.previous
 
 
-class _LowRank:
-    """The forward of the layers that PEFT has made: y = W x + b + scale B A x with the call's A and B."""
+class _LowRankLayer:
+    """The forward of PEFT's layers: y = W x + b + scale B A x with the A and B of the call."""
 
     call: LoraCall
+    """Shared by all layers of a network."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ...) to (B, ...) as the layer below does, in its dtype."""
+        """(B, ...) to (B, ...), with the shape and the dtype of the base layer's output."""
         out, weights = self.base_layer(x), self.call.weights
         if weights is LoraWeights.OFF:  # compared with `is`: torch.compile guards on that
             return out
         name = AVERAGE if weights is LoraWeights.AVERAGE else LIVE
         down, up = self.lora_A[name], self.lora_B[name]
-        return self._plus(out, down(x.to(down.weight.dtype)), up, self.scaling[LIVE])
+        return self._add_up(out, down(x.to(down.weight.dtype)), up, self.scaling[LIVE])
 
 
-class LoraLinear(_LowRank, peft_layers.Linear):
-    """A Linear with low-rank weights; rows (B, ..., in)."""
+class LoraLinear(_LowRankLayer, peft_layers.Linear):
+    """A Linear with low-rank weights; its input is (B, ..., in)."""
 
     @staticmethod
-    def _plus(out: torch.Tensor, low: torch.Tensor, up: nn.Linear, scale: float) -> torch.Tensor:
+    def _add_up(out: torch.Tensor, low: torch.Tensor, up: nn.Linear, scale: float) -> torch.Tensor:
+        """out + scale B low, for the layer's output `out` (B, ..., features) and low = A x."""
         rows = out.reshape(-1, out.shape[-1])
-        # The product is added where it is made: no pass over the rows of its own.
+        # Product and sum in one pass over the rows.
         return torch.addmm(rows, low.reshape(-1, low.shape[-1]).to(out.dtype), up.weight.t(), alpha=scale).view_as(out)
 
 
-class LoraConv2d(_LowRank, peft_layers.Conv2d):
+class LoraConv2d(_LowRankLayer, peft_layers.Conv2d):
     """A Conv2d with low-rank weights; A has the layer's kernel and stride, B is 1x1."""
 
     @staticmethod
-    def _plus(out: torch.Tensor, low: torch.Tensor, up: nn.Conv2d, scale: float) -> torch.Tensor:
+    def _add_up(out: torch.Tensor, low: torch.Tensor, up: nn.Conv2d, scale: float) -> torch.Tensor:
+        """out + scale B low, for the layer's output `out` (B, channels, H, W) and low = A x."""
         return torch.add(out, up(low).to(out.dtype), alpha=scale)
 
 
-_OURS = {peft_layers.Linear: LoraLinear, peft_layers.Conv2d: LoraConv2d}
+_LAYER_CLASSES = {peft_layers.Linear: LoraLinear, peft_layers.Conv2d: LoraConv2d}
+"""The class here by the class of PEFT's layer."""
 
 
 def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Freeze a diffusers denoiser and give its target layers low-rank weights that start as nothing (B = 0).
+    """Freeze a diffusers denoiser, and give its target layers low-rank weights with B = 0.
 
-    From then on the denoiser takes `low_rank` (a `Weights`, LIVE by default) besides its own arguments. UserError where
-    `lora.targets` match no layer, or one that cannot have such weights.
+    From then on the denoiser also takes the argument `low_rank`, a `LoraWeights` (LIVE by default).
+
+    Raises UserError where `lora.targets` match no layer, or a layer that cannot have such weights.
     """
     denoiser.requires_grad_(False)
     peft_config = PeftConfig(
@@ -124,21 +135,22 @@ def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
             raise UserError(f"lora.targets: {config.targets} match no layer of the model: {error}") from error
     call = LoraCall()
     for name, layer in list(_layers(denoiser)):
-        if type(layer) not in _OURS or getattr(layer.base_layer, "groups", 1) != 1:
+        if type(layer) not in _LAYER_CLASSES or getattr(layer.base_layer, "groups", 1) != 1:
             kind = type(layer.base_layer).__name__
             raise UserError(f"lora.targets: {name} is a {kind}; expected Linear layers and ungrouped Conv2d ones")
-        # The class is swapped in place, as torch's own parametrizations do: PEFT goes on to know the layer as its own.
-        layer.__class__, layer.call = _OURS[type(layer)], call
+        # The class is swapped in place, as torch's parametrizations do, so that PEFT still takes
+        # the layer for one of its layers.
+        layer.__class__, layer.call = _LAYER_CLASSES[type(layer)], call
     _take_argument(denoiser, call)
 
 
 def _layers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that PEFT has changed, by name."""
-    return ((name, part) for name, part in denoiser.named_modules() if isinstance(part, peft_layers.LoraLayer))
+    """(name, layer) of the layers with low-rank weights."""
+    return ((name, layer) for name, layer in denoiser.named_modules() if isinstance(layer, peft_layers.LoraLayer))
 
 
 def _take_argument(denoiser: nn.Module, call: LoraCall) -> None:
-    """Let the denoiser's calls choose: hooks take the argument off and tell the layers of this thread."""
+    """Add hooks that take `low_rank` off a call's arguments and set it for this thread's layers."""
 
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         call.weights = kwargs.get("low_rank", LoraWeights.LIVE)
@@ -154,7 +166,7 @@ def _take_argument(denoiser: nn.Module, call: LoraCall) -> None:
 def add_average(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """Give the low-rank layers a second set of weights, equal to the live ones and not trained.
 
-    Returns them by the names of the live parameters that they follow.
+    Returns the parameters of this set, by the names of the live parameters that they follow.
     """
     for _, layer in _layers(denoiser):
         for sides in (layer.lora_A, layer.lora_B):
@@ -171,7 +183,7 @@ def checkpoint_gradients(denoiser: nn.Module, family: Family) -> None:
 
 
 class Variant:
-    """A network with one choice of its low-rank weights, called as the network itself is."""
+    """A network with one choice of its low-rank weights; it is called like the network itself."""
 
     def __init__(self, network: nn.Module, weights: LoraWeights) -> None:
         self.network, self.weights = network, weights
@@ -180,5 +192,5 @@ class Variant:
         return self.network(*args, low_rank=self.weights, **kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters of the network (their dtype and device tell its own)."""
+        """All parameters of the network; callers read its dtype and device off them."""
         return self.network.parameters()

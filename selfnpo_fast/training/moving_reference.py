@@ -16,71 +16,83 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager]
 """Makes sharded parameters whole inside the context (ZeRO 3)."""
 
 ALIGN = 8
-"""Elements at a multiple of which every shadow begins in the common buffer: 16 bytes of half precision."""
+"""Every shadow begins at a multiple of this many elements: 16 bytes of half precision."""
 
 
 class Reference:
-    """What runs the rollouts: a network, or one choice of its low-rank weights; `version` counts its moves."""
+    """A frozen reference: the network that runs rollouts, or one choice of its low-rank weights.
+
+    `version` counts its moves.
+    """
 
     def __init__(self, module: nn.Module | Variant) -> None:
         self.module, self.version = module, 0
 
     def update(self) -> None:
-        """Called once per optimiser update; a frozen reference stays."""
+        """Called once per optimiser update; a frozen reference does not move."""
 
-    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of what has to be saved beyond the original weights; all ranks have to iterate together."""
+    def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of what the base's weights do not hold; all ranks iterate together."""
         return iter(())
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `saved()` gave."""
+        """Continue from `state_dict()`."""
 
 
 class Shards:
-    """Which rank keeps the float32 master of which low-precision parameter, and one buffer that holds all of these.
+    """The shards of a low-precision module: which rank keeps the float32 master of which parameter.
 
-    The buffer is cut into one equal part per rank; each parameter becomes a view into its owner's part, so that one
-    all-gather brings what the ranks have moved to all of them.
+    One buffer holds all parameters, with a shard of equal size for each rank. Every parameter
+    becomes a view into the shard of its owner, so that one all-gather brings the moved parameters
+    of each rank to all ranks.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], world: World) -> None:
+        """Shares `params` out, and moves their data into the buffer if there are several ranks."""
         self.world, self.owner = world, {}
-        loads, places = [0] * world.size, {}
-        for name, p in sorted(params.items(), key=lambda pair: (-pair[1].numel(), pair[0])):
+        # The largest parameters first, each to the rank with the fewest elements so far.
+        loads, offsets = [0] * world.size, {}
+        for name, p in sorted(params.items(), key=lambda item: (-item[1].numel(), item[0])):
             rank = loads.index(min(loads))
-            self.owner[name], places[name] = rank, loads[rank]
+            self.owner[name], offsets[name] = rank, loads[rank]
             loads[rank] += -(-p.numel() // ALIGN) * ALIGN
-        self.part, first = max(loads, default=0), next(iter(params.values()), None)
+        self.shard_size, first = max(loads, default=0), next(iter(params.values()), None)
         if world.size == 1 or first is None:
             self.buffer = None
             return
-        self.buffer = first.new_zeros(world.size * self.part)
+        # Each parameter keeps its strides, and its values in the buffer.
+        self.buffer = first.new_zeros(world.size * self.shard_size)
         for name, p in params.items():
-            view = self.buffer[self.owner[name] * self.part + places[name] :][: p.numel()]
+            view = self.buffer[self.owner[name] * self.shard_size + offsets[name] :][: p.numel()]
             p.data = view.as_strided(p.shape, p.stride()).copy_(p.data)
 
-    def mine(self, name: str) -> bool:
-        """Whether this rank keeps the master."""
+    def is_owner(self, name: str) -> bool:
+        """Whether this rank keeps the master of a parameter."""
         return self.owner[name] == self.world.rank
 
     def exchange(self) -> None:
-        """Bring every rank's part to all ranks."""
+        """Bring every rank's shard to all ranks."""
         if self.buffer is not None:
-            own = self.buffer[self.world.rank * self.part :][: self.part].clone()
-            torch.distributed.all_gather_into_tensor(self.buffer, own)
+            shard = self.buffer[self.world.rank * self.shard_size :][: self.shard_size].clone()
+            torch.distributed.all_gather_into_tensor(self.buffer, shard)
 
 
 def _in_order_of(master: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """The live parameter, copied where ZeRO keeps it row-major and the reference is channels_last."""
+    """The live parameter with the memory order of its master.
+
+    A copy is made where ZeRO keeps the parameter row-major and the reference is channels_last.
+    """
     return live if live.stride() == master.stride() else torch.empty_like(master, dtype=live.dtype).copy_(live.detach())
 
 
 class MovingReference(Reference):
-    """An exponential moving average of the student's trainable parameters with float32 masters.
+    """An exponential moving average of the student's trained parameters, with float32 masters.
 
-    A float32 module is its own master on every rank. In a low-precision module the parameters are shadows, written by
-    the kernel that moves the masters, and the masters lie apart, each on one rank. (In bf16 an average with decay .999
-    would stand still.) It moves at every `every`-th update, with decay to that power.
+    A float32 parameter is its own master on every rank. A low-precision parameter is the shadow of
+    a float32 master, which one rank keeps and which the same kernel moves: in bf16 an average with
+    decay 0.999 would not move.
+
+    The average moves at every `every`-th update, with the decay to the power `every`.
     """
 
     def __init__(
@@ -94,7 +106,13 @@ class MovingReference(Reference):
         every: int = 1,
         world: World | None = None,
     ) -> None:
-        """`average` holds the parameter that follows each live one; by default the module's own of the same name."""
+        """The average of `live`, the student's trained parameters by name.
+
+        gather     makes sharded live parameters whole (ZeRO 3)
+        average    the parameter that follows each live one, by the live one's name; by default the
+                   parameters of `module` with the same names
+        world      shares the masters out among ranks; by default each process keeps all of them
+        """
         super().__init__(module)
         self.decay, self.gather, self.every, self.updates = decay, gather, every, 0
         self.world = world or World(0, 1, next(module.parameters()).device)
@@ -103,17 +121,20 @@ class MovingReference(Reference):
         low = {name: p for name, p in self._shadow.items() if p.dtype != torch.float32}
         self._shards = Shards(low, self.world)
         self._master = {name: p for name, p in self._shadow.items() if name not in low}
-        self._master |= {name: p.detach().float() for name, p in low.items() if self._shards.mine(name)}
+        self._master |= {name: p.detach().float() for name, p in low.items() if self._shards.is_owner(name)}
 
     def update(self) -> None:
-        """Every `every` updates: master <- decay^every master + (1 - decay^every) student; the shadows follow."""
+        """master <- decay^every master + (1 - decay^every) student, at every `every`-th call.
+
+        The shadows follow.
+        """
         self.updates += 1
         if self.updates % self.every:
             return
         if self.gather is None:
             self._move(list(self._master))
         else:
-            # Parameter by parameter: never more than one whole tensor beyond the shards.
+            # One parameter at a time, so that only one whole tensor is in memory.
             for name, live in self._live.items():
                 with self.gather([live]):
                     self._move([name] if name in self._master else [])
@@ -121,17 +142,19 @@ class MovingReference(Reference):
         self.version += 1
 
     def _move(self, names: list[str]) -> None:
-        # A float32 parameter is its own master; a module may hold both kinds.
-        for own in (True, False):
-            part = [name for name in names if (self._master[name] is self._shadow[name]) == own]
-            if part:
-                masters = [self._master[name] for name in part]
-                live = [_in_order_of(self._master[name], self._live[name]) for name in part]
-                shadows = [] if own else [self._shadow[name] for name in part]
+        """Move the masters of some parameters, with their shadows where they have some."""
+        shadowless = [name for name in names if self._master[name] is self._shadow[name]]
+        shadowed = [name for name in names if self._master[name] is not self._shadow[name]]
+        # One call for each kind; a module may hold both.
+        for group in (shadowless, shadowed):
+            if group:
+                masters = [self._master[name] for name in group]
+                live = [_in_order_of(self._master[name], self._live[name]) for name in group]
+                shadows = [self._shadow[name] for name in group] if group is shadowed else []
                 ema_update(masters, live, shadows, self.decay**self.every)
 
-    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The float32 masters by parameter name, from whichever rank has them, and the counters."""
+    def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The float32 masters by parameter name, each from its owner's rank, and the counters."""
         for name, shadow in self._shadow.items():
             master = self._master.get(name)
             if name in self._shards.owner and self.world.size > 1:

@@ -1,98 +1,51 @@
-"""One training run: pairs from the reference, the student's update, the reference's move, and the record of it."""
+"""One training run: pairs of the reference, updates of the student, and moves of the reference."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from selfnpo_fast.config import TrainConfig
-from selfnpo_fast.data.prompts import read_prompts
-from selfnpo_fast.data.real_images import load_real_data
-from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
-from selfnpo_fast.models import Adapter, load_adapter
-from selfnpo_fast.models.conditioning import ConditioningTable
-from selfnpo_fast.negatives.fingerprint import base_record
-from selfnpo_fast.negatives.load import Negative
-from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.negatives.write import save_negative
-from selfnpo_fast.rollout import (
-    ContinuousRollout,
-    CudaGraphs,
-    Grid,
-    GuidedPredictor,
-    LockstepRollout,
-    OverlappedProducer,
-    PairMaker,
-    Pairs,
-    Producer,
-    no_capture,
-)
+from selfnpo_fast.rollout import Pairs
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError
-from selfnpo_fast.runtime.images import image_grid
-from selfnpo_fast.runtime.world import World, region
-from selfnpo_fast.training.checkpoint import load_checkpoint, newest_whole, save_checkpoint
+from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, newest_whole, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
+from selfnpo_fast.training.engine_state import (
+    EngineCounters,
+    Moment,
+    NativeMoments,
+    StudentWeights,
+    loss_scale,
+    moment_names,
+)
+from selfnpo_fast.training.inputs import Inputs
 from selfnpo_fast.training.lifecycle import StopRequest
 from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
+from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
-from selfnpo_fast.training.objective import Objective
 from selfnpo_fast.training.recorder import Recorder
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All that a run reads; made and checked before anything is written."""
-
-    adapter: Adapter
-    table: ConditioningTable
-    prompts: list[str]
-    latents: torch.Tensor | None
-    student: nn.Module
-    base: dict
-    """What the negative model's files say of the base (`guidance.fingerprint`)."""
-
-
-def load_inputs(config: TrainConfig, world: World) -> Inputs:
-    """Read model, prompts and data. Raises UserError for every mistake a user can make in them."""
-    model = config.model
-    config.engine.micro_batch(world.size)
-    adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
-    Grid.build(adapter.schedule, config.rollout.grid_steps, torch.device("cpu"), omega=config.rollout.omega)
-    if config.log.sample_every >= 0:
-        adapter.check_steps(config.log.sample_steps, "log.sample_steps")
-    latents = None
-    if config.rollout.start == "data":
-        data = load_real_data(config, adapter, world)
-        prompts, latents = data.captions, data.latents
-    else:
-        prompts = read_prompts(config.prompts.source, column=config.prompts.column, limit=config.prompts.limit)
-    distinct = list(dict.fromkeys(prompts))
-    rows = adapter.encode_prompts(distinct, world.device)
-    if len(distinct) < len(prompts):
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        index = torch.tensor([place[prompt] for prompt in prompts], device=world.device)
-        rows = {name: value[index] for name, value in rows.items()}
-    dtype = DTYPES[config.engine.precision]
-    table = ConditioningTable.build(adapter.encode_empty(world.device), rows, dtype)
-    student = adapter.load_denoiser(dtype).to(world.device)
-    base = base_record(model.path, model.revision, module_weights(student, model.path))
-    return Inputs(adapter, table, prompts, latents, student, base)
+from selfnpo_fast.training.samples import sample_grid
 
 
 def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
-    """Make `student` trainable; the reference beside it, and its parameters by the names of those they follow (None:
-    the same names).
+    """Make `student` trainable, and make the reference.
 
-    With full weights the reference is a copy. With LoRA it is the same network, called with other low-rank weights or
-    none; dropout would meet it as well, and stays off.
+    With full weights the reference is a copy of the student. With LoRA it is the same network,
+    called with other low-rank weights or with none. Dropout would act on the reference too, and
+    stays off.
+
+    Returns the reference, and the parameters that follow the student's, by the names of those; None
+    where both have the same names.
     """
     if not config.lora.rank:
         reference = copy.deepcopy(student).requires_grad_(False).eval()
@@ -105,94 +58,78 @@ def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant
 
 
 def _to_channels_last(parameters: Iterable[nn.Parameter]) -> None:
+    """Give the weights of 2D convolutions the channels_last memory format."""
     for p in parameters:
         if p.ndim == 4:
             p.data = p.data.to(memory_format=torch.channels_last)
 
 
 class Trainer:
-    """Holds the parts of a run; `run` is the loop."""
+    """The parts of a run, and its loop `run`. The method makes the pairs and knows their loss."""
 
     def __init__(self, config: TrainConfig, inputs: Inputs, world: World, output: Path) -> None:
+        """All parts of a run that writes to the folder `output`; all ranks take part."""
         self.config, self.world, self.output = config, world, output
         self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
         self.base = inputs.base
-        student = inputs.student
-        reference, average = _split(student, config)  # before DeepSpeed touches the student
+        self.update = 0  # updates made so far
+        student, family = inputs.student, self.adapter.family
+        # Split off the reference before DeepSpeed touches the student.
+        reference, average = _split(student, config)
+        # Prepare the student's blocks, and hand the student to DeepSpeed.
         if config.engine.gradient_checkpointing:
-            checkpoint_gradients(student, self.adapter.family)
-        compile_blocks(student, self.adapter.family.repeated_blocks, config.engine.compile, training=True)
+            checkpoint_gradients(student, family)
+        compile_blocks(student, family.repeated_blocks, config.engine.compile, training=True)
         self.engine = StudentEngine(config, student, world)
-        if config.engine.channels_last:  # not before: DeepSpeed broadcasts row-major parameters alone
+        # Only now, since DeepSpeed broadcasts no other parameters than row-major ones. The trained
+        # parameters stay row-major where ZeRO keeps them in flat buffers.
+        if config.engine.channels_last:
             trained = {id(p) for p in student.parameters() if p.requires_grad}
             flat = trained if self.engine.stage else set()
             _to_channels_last(p for p in (*student.parameters(), *reference.parameters()) if id(p) not in flat)
-        if config.reference.kind == "ema":
-            self.reference: Reference = MovingReference(
-                reference,
-                self.engine.trainable,
-                config.reference.decay,
-                self.engine.gather if self.engine.stage == 3 else None,
-                average=average,
-                every=config.reference.every,
-                world=world,
-            )
-        else:
-            self.reference = Reference(reference)
-        self.objective = Objective.build(config.loss, self.adapter.schedule, world.device)
-        self.producer = self._make_producer(inputs.latents)
-        self.update = 0
+        # Build the reference, the method and its producer of pairs.
+        self.reference = self._make_reference(reference, average)
+        self.method = find_method(config.method)(config, self.adapter, self.table, world)
+        self.producer = self.method.make_producer(self.reference, inputs.latents)
 
-    def _make_producer(self, latents: torch.Tensor | None) -> Producer:
-        config, world = self.config, self.world
-        predictor = GuidedPredictor(
-            lambda x, t, cond: self.adapter.predict(self.reference.module, x, t, cond),
-            self.table,
-            config.rollout.omega,
-            config.rollout.branches,
+    def _make_reference(self, network: nn.Module | Variant, average: dict[str, nn.Parameter] | None) -> Reference:
+        """The frozen or moving reference of the config over what `_split` has returned."""
+        config = self.config.reference
+        if config.kind == "frozen":
+            return Reference(network)
+        return MovingReference(
+            network,
+            self.engine.trainable,
+            config.decay,
+            self.engine.gather if self.engine.stage == 3 else None,
+            average=average,
+            every=config.every,
+            world=self.world,
         )
-        grid = Grid.build(
-            self.adapter.schedule,
-            config.rollout.grid_steps,
-            world.device,
-            omega=config.rollout.omega,
-            noising=config.rollout.noising,
-        )
-        maker = PairMaker(
-            predictor,
-            grid,
-            config.rollout,
-            latent_shape=self.adapter.latent_shape,
-            num_prompts=self.table.prompts,
-            latents=latents,
-            seed=config.seed,
-            dropout=config.prompts.dropout,
-            shuffled=config.prompts.shuffled,
-            device=world.device,
-        )
-        place = {"batch": config.engine.micro_batch(world.size), "rank": world.rank, "world_size": world.size}
-        if config.rollout.mode == "lockstep":
-            rollout = LockstepRollout(maker, **place)
-        else:
-            groups, compile = config.rollout.pool * config.engine.accumulation, config.engine.compile
-            graphs = compile != "off" and world.device.type == "cuda"
-            capture = CudaGraphs(world.device) if graphs else no_capture
-            rollout = ContinuousRollout(maker, groups=groups, compile=compile, capture=capture, **place)
-        made = rollout, predictor, config.engine.accumulation, lambda: self.reference.version
-        return OverlappedProducer(*made, device=world.device) if config.rollout.overlap else Producer(*made)
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The student's raw output (B, ...).
+
+        x       (B, ...), states
+        t       (B,), their timesteps
+        cond    their conditioning rows, (B, ...) by name
+        """
+        return self.adapter.predict(self.engine, x, t, cond)
 
     def pair_loss(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of one micro-batch (scalar with gradient) and per pair (B,)."""
-        pred = self.adapter.predict(self.engine, pairs.x_s, pairs.s, self.table.gather(pairs.rows))
-        loss, per_pair = self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
-        # A loss that is not finite may still have finite gradients: poison them, and every ZeRO stage skips the update.
+        """The loss of one micro-batch, a scalar with gradient, and the loss of each pair (B,)."""
+        loss, per_pair = self.method.pair_loss(self.predict, pairs)
+        # A loss that is not finite may have finite gradients. They become NaN here, so that every
+        # ZeRO stage skips the update.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan), per_pair
 
     def train_update(self, recorder: Recorder) -> None:
-        """One optimiser update: pairs, loss, backward, step for every micro-batch, then the reference moves."""
+        """One optimiser update, and one move of the reference. The device is asked for no value."""
+        # The pairs of all micro-batches.
         with region("waiting"):
-            made = self.producer.take()
-        for pairs in made.micro_batches:
+            update_pairs = self.producer.take()
+        # Loss and gradients of each micro-batch; the last step also moves the weights.
+        for pairs in update_pairs.micro_batches:
             with region("student forward"):
                 loss, per_pair = self.pair_loss(pairs)
             with region("backward"):
@@ -200,58 +137,81 @@ class Trainer:
             with region("optimiser"):
                 norm, applied = self.engine.step()
             recorder.add(pairs, per_pair)
+        # The reference moves once it has made the pairs in flight. It also moves after a skipped
+        # update: to tell one, the host would have to wait for the device.
         with region("waiting"):
             self.producer.settle()
-        with region("EMA"):  # also after a skipped update: whether it was one need not be known here
+        with region("EMA"):
             self.reference.update()
+        # The record of the update.
         self.update += 1
-        recorder.close_update(norm, applied, made.forwards)
+        recorder.close_update(norm, applied, update_pairs.forwards)
 
     def run(self, recorder: Recorder, stop: StopRequest) -> Path | None:
-        """Train to the configured number of updates, then write a checkpoint and the negative model; its folder.
+        """Train up to the configured number of updates, then write the negative model.
 
-        A request to stop is honoured after the present update, with a checkpoint; the result is None then.
+        Returns the folder of the negative model. A request to stop is honoured after the present
+        update: the run writes a checkpoint, and returns None.
+
+        Raises RunError where too many updates in a row were skipped, and where the negative model
+        or, with `log.on_save_error: stop`, a checkpoint could not be written.
         """
         log = self.config.log
         while self.update < self.config.updates:
+            # Stop, where any rank was asked to.
             if self.world.any(stop.signal is not None):
                 return self._stop_early(recorder, stop)
+            # One update.
             self.train_update(recorder)
             last = self.update == self.config.updates
+            # Metrics.
             if self.update % log.every == 0 or last:
                 recorder.flush(self.update, self.engine.lr)
                 self._report_skips(recorder)
+            # A checkpoint.
             if last or (log.checkpoint_every and self.update % log.checkpoint_every == 0):
                 self._try_to_save(recorder)
+            # Pictures.
             if not last and log.sample_every > 0 and self.update % log.sample_every == 0:
                 self.draw_samples(recorder)
-        # LoraWeights first: a grid that does not fit into memory must not cost the run its result.
-        dtype = DTYPES[self.config.engine.precision]
-        lora = self.config.lora.rank > 0
-        folder = save_negative(
+        # The result comes first: a grid that does not fit into memory must not cost it.
+        folder = self.save_negative()
+        if log.sample_every >= 0:
+            self.draw_samples(recorder)
+        return folder
+
+    def save_negative(self) -> Path:
+        """Write the student as the negative model; all ranks take part. Returns its folder.
+
+        Raises RunError on all ranks where it could not be written.
+        """
+        return save_negative(
             self.output / "negative",
             self.engine.module,
             self.engine.full_weights(),
             self.engine.frozen_weights(),
             self.adapter,
-            dtype,
+            DTYPES[self.config.engine.precision],
             self.world,
-            lora=lora,
+            lora=self.config.lora.rank > 0,
             base=self.base,
         )
-        if log.sample_every >= 0:
-            self.draw_samples(recorder)
-        return folder
 
     def _stop_early(self, recorder: Recorder, stop: StopRequest) -> None:
+        """Write a checkpoint, and log where the run has stopped."""
         saved = "nothing to save yet"
         if self.update:
             saved = f"checkpoint {self.save_checkpoint(recorder)}"
         logger.warning("%s: stopped after update %d; %s; go on with --resume", stop.signal, self.update, saved)
 
     def _report_skips(self, recorder: Recorder) -> None:
-        for skip in recorder.skips:
-            scale = f"; the loss scale is {self.engine.loss_scale:g} now" if self.engine.loss_scale else ""
+        """Warn of the skipped updates of the last flush.
+
+        Raises RunError where `optimizer.max_skipped` of them came in a row.
+        """
+        for skip in recorder.skips.last:
+            scaler = loss_scale(self.engine)
+            scale = f"; the loss scale is {scaler['cur_scale']:g} now" if scaler else ""
             logger.warning(
                 "update %d skipped: its loss or gradient is not finite (%d in a row, %d in all)%s",
                 skip.update, skip.in_a_row, skip.in_all, scale,
@@ -265,6 +225,7 @@ class Trainer:
                 )
 
     def _try_to_save(self, recorder: Recorder) -> None:
+        """Write a checkpoint; a failure is a warning or an error, as `log.on_save_error` says."""
         try:
             self.save_checkpoint(recorder)
         except RunError as error:
@@ -273,59 +234,49 @@ class Trainer:
             logger.warning("%s; older checkpoints are untouched, training goes on (log.on_save_error)", error)
 
     def draw_samples(self, recorder: Recorder) -> None:
-        """A grid of base above base + negative on the first prompts; all ranks draw, since ZeRO 3 needs them all."""
-        log = self.config.log
-        index = torch.arange(min(log.sample_prompts, self.table.prompts), device=self.world.device)
-        index = index * (self.table.prompts // len(index)) + 1
-        base = self._base()
-        settings = SamplerConfig(
-            steps=log.sample_steps, guidance_scale=log.sample_guidance_scale, negative_prompt=log.negative_prompt
-        )
-        prompts, empty = self.table.gather(index), self.table.empty(1)
-        texts = [self.prompts[i - 1] for i in index.tolist()]
-        student = Negative("the student", network=self.engine)
-        network = self.engine.module
-        training = network.training
-        network.eval()
-        samplers = [GuidedSampler(self.adapter, base, negative) for negative in (None, student)]
-        arms = [sampler.images(prompts, empty, range(len(index)), settings) for sampler in samplers]
-        network.train(training)
-        captions = [f"{name}: {text}" for name in ("base", "base + negative") for text in texts]
-        recorder.picture(self.update, "samples", image_grid(torch.cat(arms), len(index), captions))
+        """Record a grid of pictures, base above base + negative; all ranks take part."""
+        grid = sample_grid(self.adapter, self._base(), self.engine, self.table, self.prompts, self.config.log)
+        recorder.picture(self.update, "samples", grid)
         recorder.restart_clock()
 
     def _base(self) -> nn.Module | Variant:
-        """What was to be made worse: the network without its low-rank weights, or one that is loaded anew, since
-        whatever is here has moved."""
+        """The base model: with LoRA the network without low-rank weights.
+
+        With full weights it is loaded again, since every network of the run has moved.
+        """
         if self.config.lora.rank:
             return Variant(self.engine.module, LoraWeights.OFF)
         return self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
 
-    def save_checkpoint(self, recorder: Recorder) -> Path:
-        """Write a checkpoint of the present state; all ranks take part. Raises RunError on all of them."""
-        path = save_checkpoint(
-            self.output / "checkpoints",
-            self.update,
-            engine=self.engine,
-            reference=self.reference,
-            own={"rollout": self.producer.state_dict(), "recorder": recorder.state_dict()},
-            counters={"recorder": recorder.counters()},
-            config=self.config,
-            world=self.world,
+    def _parts(self, recorder: Recorder) -> Parts:
+        """All of the run that a checkpoint holds."""
+        counters = EngineCounters(self.engine)
+        moments = {key: Moment(self.engine, key, counters) for key in moment_names(self.engine)}
+        return Parts(
+            whole={"student": StudentWeights(self.engine), **moments, "reference": self.reference},
+            by_rank={
+                "method": self.method,
+                "recorder": recorder.metrics,
+                "rng": Generators(self.world),
+                "optimizer": NativeMoments(self.engine),
+            },
+            counters={"engine": counters, "recorder": recorder.counters},
         )
+
+    def save_checkpoint(self, recorder: Recorder) -> Path:
+        """Write a checkpoint of the present state; all ranks take part. Returns its folder.
+
+        Raises RunError on all ranks where it could not be written.
+        """
+        folder = self.output / "checkpoints"
+        path = save_checkpoint(folder, self.update, self._parts(recorder), self.config, self.world)
         recorder.restart_clock()
         return path
 
     def resume(self, path: Path, recorder: Recorder) -> None:
-        """Go on from a checkpoint of the same recipe (`newest_checkpoint` has compared them)."""
-        state = load_checkpoint(
-            path,
-            engine=self.engine,
-            reference=self.reference,
-            rollout=self.producer,
-            recorder=recorder,
-            world=self.world,
-        )
-        recorder.load_counters(state["recorder"])
-        self.update = state["update"]
+        """Continue from a checkpoint of the same recipe, as `newest_checkpoint` has found it.
+
+        Raises UserError where it cannot be read.
+        """
+        self.update = load_checkpoint(path, self._parts(recorder), self.world)
         logger.info("resumed from %s", path)

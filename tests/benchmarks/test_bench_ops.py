@@ -1,4 +1,4 @@
-"""The benchmark of the fused ops: gate, comparators, byte table and floor, loop counts, what it writes."""
+"""The benchmark of the fused ops: gate, comparators, bytes and floor, loop counts, files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def case(op: str, dtype: str = "fp32", dims: tuple[int, ...] = TINY) -> Case:
 
 @pytest.fixture(autouse=True)
 def no_grad():
-    """As `main` has it."""
+    """`bench_ops.main` runs without gradients, too."""
     with torch.no_grad():
         yield
 
@@ -42,7 +42,7 @@ def no_grad():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_gate_passes(op, dtype):
-    """Ours, whatever backend serves it, against eager and the reference, on images and video."""
+    """Ours, with any backend, agrees with eager and the reference, on images and video."""
     gate = check_small(cases([op], ["sd15", "cogvideox"], [dtype], quick=True), CPU)
     assert gate.failures == []
     assert "float32" in gate.largest_error or dtype == "bf16"
@@ -50,7 +50,7 @@ def test_gate_passes(op, dtype):
 
 
 def break_kernel(monkeypatch, op: str, damage) -> None:
-    """`damage(arguments, results)` after every call of the op, unless the reference was asked for by name."""
+    """Calls `damage(arguments, results)` after each call of the op, except on the reference."""
     right = backends.implementation
 
     def implementation(name, arguments):
@@ -69,12 +69,12 @@ def break_kernel(monkeypatch, op: str, damage) -> None:
 
 
 def a_little(which: int):
-    """Result number `which` off by 1e-4, a hundred times what rounding does."""
+    """Damage: result number `which` is off by 1e-4, a hundred times the rounding error."""
     return lambda given, out: (out[which] if isinstance(out, tuple) else out).mul_(1.0001)
 
 
 def given(which: int, change=lambda tensor: tensor.mul_(1.0001)):
-    """The same for an argument that the op writes to."""
+    """Damage to an argument that the op writes to."""
     return lambda arguments, out: change(arguments[which])
 
 
@@ -100,11 +100,11 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_gate_stops_a_wrong_kernel(monkeypatch, wrong):
-    op, damage, said = WRONG[wrong]
+    op, damage, message = WRONG[wrong]
     break_kernel(monkeypatch, {"guided_step_single": "guided_step"}.get(op, op), damage)
     gate = Gate()
     gate.compare(op, "fp32", case(op).build(CPU).check())
-    assert any(said in failure for failure in gate.failures), gate.failures
+    assert any(message in failure for failure in gate.failures), gate.failures
 
 
 class NoShadow(EmaUpdate):
@@ -117,8 +117,8 @@ def test_gate_stops_a_shadow_that_was_not_written(monkeypatch):
     gate = Gate()
     gate.compare("op", "bf16", EmaUpdate("digits", "bf16", CPU).check())
     gate.compare("op", "bf16", NoShadow("digits", "bf16", CPU).check())
-    said = [failure.partition(" differs")[0] for failure in gate.failures]
-    assert said == ["op: shadows", "op: shadows", "op: eager shadows"]
+    reported = [failure.partition(" differs")[0] for failure in gate.failures]
+    assert reported == ["op: shadows", "op: shadows", "op: eager shadows"]
 
 
 class NoNoise(AffineNoise):
@@ -129,24 +129,24 @@ class NoNoise(AffineNoise):
 class NoUpdate(TdftStep):
     """Forgets where finished samples ended."""
 
-    def chain(self, pos, neg, x, final, *rest, **options):
-        pair, (moved, _, *slots) = super().chain(pos, neg, x, final.clone(), *rest, **options)
+    def chain(self, pos, neg, x, final, *slots, **options):
+        pair, (moved, _, *slots) = super().chain(pos, neg, x, final.clone(), *slots, **options)
         return pair, (moved, final, *slots)
 
 
 @pytest.mark.parametrize(
-    ("op", "said"), [(NoNoise, "eager: variance of the noise differs"), (NoUpdate, "final of step 0 differs")]
+    ("op", "message"), [(NoNoise, "eager: variance of the noise differs"), (NoUpdate, "final of step 0 differs")]
 )
-def test_gate_stops_a_comparator_that_does_less(op, said):
+def test_gate_stops_a_comparator_that_does_less(op, message):
     gate = Gate()
     gate.compare("op", "fp32", op(TINY, "fp32", CPU).check())
-    assert any(said in failure for failure in gate.failures), gate.failures
+    assert any(message in failure for failure in gate.failures), gate.failures
 
 
 @pytest.mark.parametrize("dims", [TINY, (1, 2, 3, 4, 5)])
 @pytest.mark.parametrize("op", OPS)
 def test_gate_stops_a_wrong_compiled_function(monkeypatch, op, dims):
-    """Without compiling: what stands in for torch.compile passes, and what does something else does not."""
+    """Without compiling: the plain function passes as compiled, and a wrong function fails."""
 
     def lazy(run):
         def wrong(*args):
@@ -180,7 +180,7 @@ def test_gate_takes_nan_and_other_shapes_for_failures():
 
 
 def test_eager_tdft_chain_is_diffusers_step_and_equation_16():
-    """Slot by slot against DDIMScheduler.step at the slot's own timestep, and Eq. 16 in float64."""
+    """Slot by slot against DDIMScheduler.step at the slot's timestep, and Eq. 16 in float64."""
     bench = TdftStep(TINY, "fp32", CPU)
     x, final = bench.begin
     index, ids, left, _ = bench.slots()
@@ -259,10 +259,10 @@ def test_bytes_counted_by_hand(op, dtype, shape, total):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_bytes_are_those_of_the_tensors(op, dtype):
-    """The table against the sizes of what the arms really read and return."""
+    """Compares the table with the sizes of the tensors that the arms read and return."""
 
     def size(tensors) -> int:
-        return sum(t.nbytes for t in tensors if t.numel() and t.dim() > 1)  # the latents, not what is one per sample
+        return sum(t.nbytes for t in tensors if t.numel() and t.dim() > 1)  # without values per sample
 
     bench, traffic = case(op, dtype).build(CPU), TRAFFIC[op][dtype]
     read, fresh, in_place, again = size(bench.inputs) if op != "ema_update" else 0, 0, 0, 0
@@ -288,7 +288,7 @@ def test_bytes_are_those_of_the_tensors(op, dtype):
 
 
 class Counter(TorchDispatchMode):
-    """Bytes that copies and fills read and write."""
+    """Counts the bytes that copies and fills read and write."""
 
     moved = 0
 
@@ -344,8 +344,8 @@ def test_every_round_times_every_arm_in_turn(monkeypatch):
 
 
 def record(op: str, shape: str, dtype: str, floor: float, **ratios: float) -> dict:
-    place = {"op": op, "shape": shape, "dtype": dtype, "fraction_of_floor": {"median": floor}}
-    return place | {"ratio_to": {name: {"median": value} for name, value in ratios.items()}}
+    case = {"op": op, "shape": shape, "dtype": dtype, "fraction_of_floor": {"median": floor}}
+    return case | {"ratio_to": {name: {"median": value} for name, value in ratios.items()}}
 
 
 def test_bars_are_those_of_the_issue():
@@ -369,7 +369,7 @@ def test_bars_are_those_of_the_issue():
 
 
 def test_run_writes_what_it_printed(tmp_path, capsys):
-    """All ops in both mixtures; ratios are those of single rounds, recomputed here; a chart lies beside."""
+    """All ops in both mixtures; ratios are recomputed from rounds; the chart is written, too."""
     output = tmp_path / "new" / "ops.json"
     argv = ["--quick", "--device", "cpu", "--rounds", "3", "--output", str(output)]
     argv += [word for dtype in DTYPES for word in ("--dtype", dtype)]
@@ -409,7 +409,7 @@ def test_nothing_is_timed_after_a_failed_gate(tmp_path, capsys, monkeypatch):
 
 
 def test_a_failure_at_full_size_is_one_too(tmp_path, capsys, monkeypatch):
-    """A kernel that is wrong beyond the small batches alone; nothing is written, not even what was timed before."""
+    """A kernel is wrong only in larger batches; nothing is written, not even earlier cases."""
 
     def beyond(arguments, out):
         if len(out[0]) > bench_ops.GATE_BATCH:
@@ -433,7 +433,7 @@ def test_only_a_whole_run_replaces_the_results():
 
 
 def test_compiled_arm_of_one_op(tmp_path):
-    """Through torch.compile itself; the gate holds what it returns against eager."""
+    """With torch.compile itself, whose results the gate compares with eager."""
     output = tmp_path / "ops.json"
     argv = ["--quick", "--op", "guided_step_single", "--device", "cpu", "--output", str(output)]
     assert bench_ops.main(argv) == 0
@@ -453,7 +453,7 @@ def test_compiled_arms_of_all_ops(tmp_path):
 
 @pytest.mark.gpu
 def test_bench_ops_runs_on_cuda(tmp_path):
-    """Through the script itself; the gate holds the kernels against eager on the GPU."""
+    """Through the script; the gate compares the kernels with eager on the GPU."""
     output = tmp_path / "ops.json"
     command = [sys.executable, "benchmarks/bench_ops.py", "--quick", "--device", "cuda", "--dtype", "bf16"]
     done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -1,4 +1,4 @@
-"""The sampler's benchmark: its gate, what it writes, and what memory it counts; and the arithmetic of time_to_gain."""
+"""The sampler's benchmark: gate, files and memory; the arithmetic of time_to_gain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_arm_draws_what_it_should(bench):
 
 @pytest.mark.parametrize("wrong", ["attach_lora", "sampler_full"])
 def test_the_gate_stops_a_wrong_branch(bench, wrong):
-    """An arm that guides against the positive itself, and one that claims to."""
+    """The gate compares the arm's latents with those of plain guidance, which differ."""
     arms = [replace(arm, truth="plain") if arm.name == wrong else arm for arm in ARMS]
     _, failures = bench_sampler.check(bench, arms, 1e-4)
     assert [failure.partition(":")[0] for failure in failures] == [wrong]
@@ -86,7 +86,7 @@ def test_a_prepared_arm_is_undone(bench):
 
 
 def test_seconds_to_a_gain_are_those_of_whole_updates():
-    """With a start-up of a second in each of the first four."""
+    """The start-up takes a second in each of the first four updates."""
     gains = {"10": 0.01, "20": 0.03, "40": 0.02}
     assert seconds_to(0.005, gains, 2.0, 1.0) == pytest.approx(4 + 2 * 5)
     assert seconds_to(0.0025, gains, 2.0, 1.0) == pytest.approx(3 + 2 * 3), "within the third update"

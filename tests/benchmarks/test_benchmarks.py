@@ -1,4 +1,4 @@
-"""The benchmarks: their networks, the gate that goes before every timing, what they write, and the runner."""
+"""The benchmarks: their networks, the gate before every timing, their files, and the runner."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_networks_have_the_stated_size_and_can_be_called(name, parameters, laten
 
 
 def test_sd15_small_has_the_widths_and_the_noise_levels_of_sd15():
-    """Layer shapes as in SD1.5's own state dict; alphas from the scaled-linear formula in float64."""
+    """Layer shapes as in SD1.5's state dict; alphas from the scaled-linear formula in float64."""
     net = sd15_small()
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in net.network().named_parameters()}
@@ -96,7 +96,7 @@ def test_gate_passes_and_counts_the_forwards(bench):
 
 
 class Conditional(GuidedPredictor):
-    """Keeps the wrong branch."""
+    """Uses the wrong branch."""
 
     def __call__(self, x, t, rows):
         self.forwards += len(x)
@@ -111,7 +111,7 @@ class Miscounting(UnbatchedPredictor):
 
 
 class Skipping(UnbatchedPredictor):
-    """Claims the dead branch's forward without making it."""
+    """Counts the forward of the unused branch without making it."""
 
     def __call__(self, x, t, rows):
         self.forwards += 2 * len(x)
@@ -120,7 +120,7 @@ class Skipping(UnbatchedPredictor):
 
 
 class Disturbing(LockstepRollout):
-    """Samples that have arrived at t = 0 are not left alone."""
+    """Changes samples that have arrived at t = 0."""
 
     def next_pairs(self):
         pairs = super().next_pairs()
@@ -135,7 +135,7 @@ class OtherSamples(ReleasedRollout):
 
 
 class OffTrajectory(ContinuousRollout):
-    """Its states drift a little with every step."""
+    """Its states drift a little at every step."""
 
     def next_pairs(self):
         pairs = super().next_pairs()
@@ -144,7 +144,7 @@ class OffTrajectory(ContinuousRollout):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "message"),
     [
         ("released_live", {"predictor": Conditional}, "target differs"),
         ("released", {"predictor": Miscounting}, "24 forwards, 18 counted, 24 expected"),
@@ -156,9 +156,9 @@ class OffTrajectory(ContinuousRollout):
     ],
     ids=str,
 )
-def test_gate_stops_a_wrong_arm(bench, name, changes, said):
+def test_gate_stops_a_wrong_arm(bench, name, changes, message):
     gate = check_arms(bench, [replace(ARM[name], **changes)])
-    assert any(failure.startswith(f"{name}: ") and said in failure for failure in gate.failures), gate.failures
+    assert any(failure.startswith(f"{name}: ") and message in failure for failure in gate.failures), gate.failures
 
 
 def test_gate_takes_nan_for_a_failure():
@@ -168,7 +168,7 @@ def test_gate_takes_nan_for_a_failure():
 
 
 def test_gate_sees_samples_that_arrive_early_and_some_that_do_not(bench):
-    """Whether the wait at t = 0 is right shows in such a batch alone."""
+    """Only such a batch shows whether the wait at t = 0 is right."""
     rollout = bench.rollout(ARM["released"])
     rollout.next_id = bench_step.mixed_batch(rollout, 5)
     draws = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + 2))
@@ -176,7 +176,7 @@ def test_gate_sees_samples_that_arrive_early_and_some_that_do_not(bench):
 
 
 def test_pairs_at_the_end_of_a_trajectory_have_its_last_state_for_a_target(bench):
-    """The gate's own pairs may have none at t = 0; here every call is held against lockstep rollouts until one has."""
+    """The gate may see no pair at t = 0, so this test compares calls until one has such a pair."""
     rollout = bench.rollout(ARM["continuous"])
     ended = False
     while not ended:
@@ -188,7 +188,7 @@ def test_pairs_at_the_end_of_a_trajectory_have_its_last_state_for_a_target(bench
 
 
 def test_as_released_pays_all_steps_where_ours_stops(bench):
-    """A batch whose samples all start below index 4: the authors' loop goes on for nothing."""
+    """In a batch whose samples all start below index 4 the authors' loop makes useless steps."""
     start = bench.rollout(ARM["lockstep"]).draws(torch.arange(512)).start_index
     first = int((start.unfold(0, 2, 1).amax(1) < 4).nonzero()[0])
     for name in ("released_live", "lockstep"):
@@ -202,7 +202,7 @@ def test_as_released_pays_all_steps_where_ours_stops(bench):
 
 
 def test_step_gives_the_student_the_gradient_of_the_loss(bench):
-    """Against the L2 loss of Eq. 17 written out; the reference gets none."""
+    """Against the L2 loss of Eq. 17 written out; the reference gets no gradient."""
     pairs = bench.rollout(ARM["continuous"]).next_pairs()
     bench.student.zero_grad()
     bench.step(pairs)
@@ -217,7 +217,7 @@ def test_step_gives_the_student_the_gradient_of_the_loss(bench):
 
 
 def test_run_writes_what_it_printed(tmp_path, capsys):
-    """Ratios are those of single rounds, recomputed here; a chart lies beside."""
+    """Ratios are recomputed from single rounds; a chart lies next to the JSON."""
     output = tmp_path / "new" / "step.json"
     few = [ARM["released"], ARM["continuous"], ARM["floor_forward"], ARM["floor"]]
     argv = ["--net", "digits", "--batch", "3", "--rounds", "2", "--device", "cpu", "--output", str(output)]
@@ -267,7 +267,7 @@ def test_timing_stops_at_a_wrong_number_of_forwards(bench, monkeypatch):
 
 
 def test_arms_are_those_of_the_issue():
-    """What each row of the table stands for."""
+    """The settings of each row of the table."""
     assert (K5.start, K5.max_steps, K5.omega, K5.grid_steps) == ("data", 5, -1, 25)
     assert (FULL.start, FULL.stop, FULL.max_steps, FULL.omega) == ("noise", "fixed", 25, -1)
     assert [(arm.config and arm.config.omega, arm.config and arm.config.mode) for arm in ARMS[4:]] == [
@@ -334,7 +334,7 @@ def test_slug_is_a_file_name():
 
 @pytest.mark.slow
 def test_scaling_of_ranks_and_stages(tmp_path, capsys):
-    """Two settings of the digits run, one of them on two ranks with ZeRO 2."""
+    """Two settings of the digits run; one has two ranks with ZeRO 2."""
     output = tmp_path / "rollout.json"
     assert bench_rollout.main(["--quick", "--device", "cpu", "--output", str(output)]) == 0
     rows = json.loads(output.read_text())["settings"]
@@ -346,7 +346,7 @@ def test_scaling_of_ranks_and_stages(tmp_path, capsys):
 
 @pytest.mark.gpu
 def test_bench_step_runs_on_cuda(tmp_path):
-    """Through the script itself; the gate holds the float32 arms equal on the GPU."""
+    """Through the script; the gate compares the float32 arms on the GPU."""
     output = tmp_path / "step.json"
     command = [sys.executable, "benchmarks/bench_step.py", "--quick", "--net", "all", "--device", "cuda"]
     done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=500)

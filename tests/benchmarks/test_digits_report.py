@@ -1,4 +1,4 @@
-"""The digits report: its recipes are what `selfnpo train` takes, and its page says what its numbers say."""
+"""The digits report: its recipes are configs, and its page says what its numbers say."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_page_shows_pictures_that_are_there():
 
 
 def test_the_shipped_config_is_the_arm_that_the_findings_name(stored):
-    """configs/digits.yaml does what arm `continuous` did, on its own seeds."""
+    """configs/digits.yaml does what arm `continuous` did, on other seeds."""
     config = train.parse(["--config", str(train.DEFAULT_CONFIG)]).config
     words = [word for key, value in options_of("continuous", CALIBRATION).items() for word in (f"--{key}", str(value))]
     arm = train.parse(["--config", str(train.DEFAULT_CONFIG), *words]).config

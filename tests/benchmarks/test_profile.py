@@ -1,4 +1,4 @@
-"""Where an update's time goes, and that its parts are accounted for."""
+"""The profile of an update: its parts add up, and nothing is read back from the device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def part(name: str, *times, **more) -> Event:
 
 
 def test_parts_are_counted_without_what_lies_inside_them():
-    """Two updates, in microseconds; a fused op inside the rollout, and a rollout in another thread."""
+    """Two updates in microseconds: one with a fused op in the rollout, one with a second thread."""
     result = Events(
         part(WHOLE, 0, 100), part("waiting", 0, 40), part("reference", 5, 35), Event("selfnpo::tdft_step", 30, 34),
         Event("aten::mul", 10, 12), part("backward", 50, 70), Event("selfnpo::x0_loss_backward", 50, 53),
@@ -66,7 +66,7 @@ def test_a_profile_of_the_digits_run(overlap, tmp_path, capsys):
 
 
 def profiled(words: list[str], path: Path, updates: int) -> torch.profiler.profile:
-    """Whole updates: the reference's forward, the fused step, loss, backward, clipping, optimiser, average, record."""
+    """The profile of whole updates, in which every fused op has run once per update."""
     trainer, recorder, world = profile_step.make_trainer([*SHORT, *words], path)
     result = profile_step.profiled(trainer, recorder, world, updates, warm_up=1)
     trainer.producer.close()
@@ -93,8 +93,8 @@ OTHERS = {"zero": ["--engine.zero_stage", "1"], "8 bit": ["--optimizer.name", "a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", OTHERS.values(), ids=OTHERS)
-def test_others_read_back_in_the_optimiser_alone(words, tmp_path):
-    """DeepSpeed's looks whether gradients are finite, and so do we for bitsandbytes', whose kernels cannot."""
+def test_others_read_back_only_in_the_optimiser(words, tmp_path):
+    """DeepSpeed asks whether gradients are finite; for bitsandbytes, which cannot, we do."""
     result = profiled([*words, "--rollout.overlap", "true"], tmp_path / "run", 3)
     assert sum(profile_step.read_backs(result).values()) > 0
     spans = [event.time_range for event in result.events() if event.name == f"{profile_step.PREFIX}optimiser"]

@@ -1,4 +1,7 @@
-"""The `selfnpo` command in process: what it writes, and that mistakes are one line, exit code 2 and nothing written."""
+"""The `selfnpo` command in process: what it writes, and how it refuses bad words.
+
+A refusal is one line and exit code 2, and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ from selfnpo_fast.commands.sample import SampleOptions
 from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig, start_noise
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.scoring.digits.cases import make_cases
 from selfnpo_fast.scoring.digits.domain import DIGITS_DIR
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
-from selfnpo_fast.scoring.sweep import make_cases
+from selfnpo_fast.scoring.digits.measures import digits_measures
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red handwritten seven on a yellow background"
@@ -32,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def negative(tmp_path_factory) -> Path:
-    """A run's output folder: the digits denoiser with disturbed weights."""
+    """The output folder of a run: the digits denoiser with disturbed weights."""
     run = tmp_path_factory.mktemp("runs") / "disturbed"
     unet = UNet2DConditionModel.from_pretrained(DIGITS_DIR, subfolder="unet")
     generator = torch.Generator().manual_seed(0)
@@ -111,7 +115,7 @@ def test_guidance_outside_of_every_step_is_none(tmp_path, negative):
 
 
 def test_no_name_leaves_the_output_folder(tmp_path):
-    """What a prompt file, a prompt or a negative is called never becomes a path of ours."""
+    """The name of a prompt file, a prompt or a negative never becomes a path that is written."""
     prompts = tmp_path / "in" / "..%2f..%2fprompts.txt"
     prompts.parent.mkdir()
     prompts.write_text("../../escaped\n/tmp/escaped\n..\\escaped\n")
@@ -124,7 +128,7 @@ def test_no_name_leaves_the_output_folder(tmp_path):
 
 
 def test_sample_seed_and_resolution(tmp_path):
-    """Another seed is another picture; the same seed at another place is the same one."""
+    """Another seed gives another picture; the same seed at another index gives the same picture."""
     assert sample(tmp_path / "a", "--prompt", PROMPT, "--seed", 3, "--images_per_prompt", 2) == 0
     assert sample(tmp_path / "b", "--prompt", PROMPT, "--seed", 4) == 0
     third, fourth = (pixels(tmp_path / "a" / f"000{i}-seed{i + 3}.png") for i in (0, 1))
@@ -162,9 +166,9 @@ def test_evaluate_plain_guidance(tmp_path, capsys):
     for row in report["rows"]:
         config = SamplerConfig(steps=2, guidance_scale=row["guidance_scale"])
         images = GuidedSampler(adapter, denoiser).images(rows, empty, [case.seed for case in cases], config)
-        scores = DigitsScorers.load().score(images, [case.label for case in cases])
+        scores = digits_measures(FittedScorer.load()).score(images, [case.prompt for case in cases])
         for measure in ("digit_log_prob", "digit_correct", "colour_match", "realness"):
-            expected = getattr(scores, measure).float().mean().item()
+            expected = scores[measure].float().mean().item()
             assert row["means"][measure]["value"] == pytest.approx(expected, abs=1e-3), measure
 
 
@@ -236,8 +240,8 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capfd, n
     (tmp_path / "blank.txt").write_text("\n\n")
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
-    places = {"{folder}": tmp_path, "{misfit}": misfit, "{negative}": negative}
-    for name, path in places.items():
+    paths = {"{folder}": tmp_path, "{misfit}": misfit, "{negative}": negative}
+    for name, path in paths.items():
         words = [word.replace(name, str(path)) for word in words]
     command = words if words[0] == "paint" else [*words, "--output", str(tmp_path / "out")]
     assert main(command) == 2
@@ -270,6 +274,7 @@ def test_help(capsys):
     assert main(["--help"]) == 0
     assert "usage: selfnpo COMMAND" in capsys.readouterr().out
     assert main([]) == 2
+    assert "usage: selfnpo COMMAND" in capsys.readouterr().out
     with pytest.raises(SystemExit) as caught:
         main(["sample", "--help"])
     assert caught.value.code == 0
@@ -280,7 +285,7 @@ DOCUMENTED = [ROOT / "Makefile", ROOT / "README.md", *sorted((ROOT / "docs").glo
 
 
 def documented_commands() -> list[str]:
-    """Every `selfnpo sample` and `selfnpo evaluate` line that we tell people to type."""
+    """Every `selfnpo sample` and `selfnpo evaluate` line of the documentation."""
     from selfnpo_fast.cli import USAGE
 
     text = "\n".join([*(path.read_text() for path in DOCUMENTED), USAGE])

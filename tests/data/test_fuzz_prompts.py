@@ -34,8 +34,9 @@ ENCODINGS = (
     "utf-7",
 )
 
-# Pieces that text handling tends to break: joined emoji, flags, skin tones, bidi marks and isolates, combining marks,
-# separators that str.splitlines takes for line ends, private use, non-characters, the ends of planes.
+# Pieces that text handling tends to break: joined emoji, flags, skin tones, bidi marks and
+# isolates, combining marks, separators that str.splitlines takes for line ends, private use,
+# non-characters, the ends of planes.
 PIECES = [
     *("a cat", "naß", "e\u0301", "Z\u0351\u036b\u0343\u036a", "क्षि", "雨の街", "قطة على", "חתול", "\u202eabc\u202c"),
     *("👩‍🌾", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪", "👍🏽", "\u200d", "\u200b", "\ufeff", "\u2067ab\u2069"),
@@ -47,7 +48,7 @@ TRICKY = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), min_size=1, max
 
 
 def writable(text: str) -> bool:
-    """What a file can hold as one line: no NUL, no line end, no half surrogate, and some visible character."""
+    """Whether a file can hold the text as one line that is not blank."""
     unwritable = {"\0", "\n", "\r"} & set(text) or any(unicodedata.category(c) == "Cs" for c in text)
     return not unwritable and text.strip() != "" and not text.startswith("\ufeff")
 
@@ -61,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def read(path: Path, **kwargs) -> list[str] | None:
-    """The prompts, which have to be clean, or None where one line naming the file refuses them."""
+    """The prompts, which have to be stripped, or None where one line with the path refuses them."""
     try:
         prompts = read_prompts(str(path), **kwargs)
     except PromptError as error:
@@ -78,7 +79,7 @@ def read(path: Path, **kwargs) -> list[str] | None:
 
 
 def write(path: Path, prompts: list[str]) -> Path:
-    """UTF-8, by the format's own writer."""
+    """UTF-8, by the writer of the format."""
     if path.suffix == ".txt":
         path.write_bytes("".join(f"{prompt}\n" for prompt in prompts).encode())
     elif path.suffix == ".jsonl":
@@ -96,7 +97,7 @@ def write(path: Path, prompts: list[str]) -> Path:
 @given(prompts=PROMPTS)
 @example(prompts=["👩‍🌾 \u202e אבג \u202c e\u0301", "\u2028a\x85b\x0bc"])
 def test_tricky_prompts_come_back(folder, kind, prompts):
-    """Character for character: nothing is normalised, reordered, or split at what only looks like a line end."""
+    """Character for character: nothing is normalised, reordered, or split where no line ends."""
     assert read(write(folder / f"tricky{kind}", prompts)) == [prompt.strip() for prompt in prompts]
 
 
@@ -104,7 +105,7 @@ def test_tricky_prompts_come_back(folder, kind, prompts):
 @fuzz(60)
 @given(prompts=PROMPTS, encoding=st.sampled_from(ENCODINGS))
 def test_encodings(folder, kind, prompts, encoding):
-    """UTF-8 with or without a mark is read; of other encodings only what UTF-8 writes alike, never something else."""
+    """UTF-8, with or without a mark, and of other encodings what has the same bytes in UTF-8."""
     path = write(folder / f"encoded{kind}", prompts)
     content = path.read_bytes().decode().encode(encoding, "replace")
     path.write_bytes(content)
@@ -122,17 +123,17 @@ def test_encodings(folder, kind, prompts, encoding):
 @given(
     prompts=PROMPTS,
     cut=st.floats(0, 1),
-    place=st.floats(0, 1, exclude_max=True),
+    share=st.floats(0, 1, exclude_max=True),
     bit=st.integers(0, 7),
     junk=st.binary(max_size=6)
     | st.sampled_from([b"\0", b"\r", b'"', b"\xef\xbb\xbf", b"\xff\xfe", b"\n\n", b"{", b"\\"]),
 )
-def test_damaged_files(folder, kind, prompts, cut, place, bit, junk):
-    """A flipped bit, and bytes put in between or instead of the rest."""
+def test_damaged_files(folder, kind, prompts, cut, share, bit, junk):
+    """A flipped bit, and bytes inserted or put instead of the end."""
     path = write(folder / f"damaged{kind}", prompts)
     whole = path.read_bytes()
     damaged = bytearray(whole)
-    damaged[int(place * len(damaged))] ^= 1 << bit
+    damaged[int(share * len(damaged))] ^= 1 << bit
     end = int(cut * len(damaged))
     for content in (damaged, damaged[:end], damaged[:end] + junk + damaged[end:]):
         path.write_bytes(content)
@@ -158,7 +159,7 @@ def test_any_column_and_limit(folder, kind, column, prompts, limit):
 @pytest.mark.parametrize("text", ["x", "é", "👩‍🌾", " ", "\t", "\u2028", "a b ", '"', "\\", "[", '{"prompt":', ","])
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_huge_lines(folder, kind, text):
-    """One line of 16 MB: refused by its length, whatever it is made of."""
+    """A line of 16 MB is refused by its length, whatever it is made of."""
     path = folder / f"huge{kind}"
     path.write_bytes(b"prompt\n" * (kind == ".csv") + text.encode() * ((16 * MAX_LINE_BYTES) // len(text.encode())))
     assert read(path) is None

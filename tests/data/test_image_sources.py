@@ -1,4 +1,4 @@
-"""Webdataset tars as a source of captioned images: what is read, what is passed over, what is refused."""
+"""Webdataset tars as a source of captioned images: what is read, passed over, and refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read(source: Path | str, limit: int = 100) -> list[Picture]:
 
 
 def assert_holds(pictures: list[Picture], expected: dict[str, int]) -> None:
-    """Captions in order, each with its own picture, by seed."""
+    """`expected` has the captions in order, each with the seed of its picture."""
     assert [picture.caption for picture in pictures] == list(expected)
     for found, seed in zip(pictures, expected.values(), strict=True):
         pixels = torch.from_numpy(picture(seed).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
@@ -177,7 +177,7 @@ def hard_link(folder: Path) -> str:
 
 
 def sparse(folder: Path) -> str:
-    """What lies in the tar is not what the file holds."""
+    """A sparse member: the bytes in the tar are not those of the file."""
     info = tarfile.TarInfo("0.png")
     info.pax_headers = {"GNU.sparse.map": "0,8", "GNU.sparse.size": "8"}
     write_tar(folder / "a.tar", [(info, b"12345678"), ("0.txt", b"x")])
@@ -190,7 +190,7 @@ def no_picture(folder: Path) -> str:
 
 
 def postscript(folder: Path) -> str:
-    """Pillow would start Ghostscript."""
+    """For an EPS file Pillow would start Ghostscript."""
     write_tar(folder / "a.tar", [("0.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), ("0.txt", b"x")])
     return "cannot read the image .*member '0.png': it is no PNG"
 
@@ -313,7 +313,7 @@ def test_patterns_that_lead_nowhere(pattern, expected, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    name = "long/" * 40 + "1"  # a header before the member's own
+    name = "long/" * 40 + "1"  # such a name has a header of its own before the member's
     members = [*sample(0), (f"{name}.png", encoded(1)), (f"{name}.json", b'{"caption": "c"}')]
     return write_tar(tmp_path_factory.mktemp("whole") / "a.tar", members)
 
@@ -322,8 +322,8 @@ def whole(tmp_path_factory) -> Path:
 @given(share=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.booleans())
 def test_damaged_tars_are_read_or_refused(whole, tmp_path, share, value, cut):
     content = whole.read_bytes()
-    place = int(share * len(content.rstrip(b"\0")))
-    changed = content[:place] if cut else content[:place] + bytes([value]) + content[place + 1 :]
+    offset = int(share * len(content.rstrip(b"\0")))
+    changed = content[:offset] if cut else content[:offset] + bytes([value]) + content[offset + 1 :]
     (tmp_path / "a.tar").write_bytes(changed)
     try:
         found = [(picture.read_square(8), picture.caption) for picture in read(tmp_path / "a.tar")]

@@ -1,4 +1,4 @@
-"""The store of encoded images: used again, gone on with after a kill, shared by ranks, mapped, and checked."""
+"""The store of encoded images: used again, resumed, shared by ranks, mapped, and checked."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from selfnpo_fast.runtime.errors import RunError, UserError
 from selfnpo_fast.runtime.world import World
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
-COUNT = 50  # three batches of 16 and a rest
+COUNT = 50  # three batches of 16, and two more
 SPAWN = multiprocessing.get_context("spawn")
 
 
 class Encoder:
-    """Stands for an adapter: a latent depends on the picture, its id and the seed, as an autoencoder's does."""
+    """An adapter whose latents depend on picture, id and seed, as those of an autoencoder do."""
 
     path, latent_shape = "tiny", (3, 8, 8)
 
@@ -73,8 +73,8 @@ def whole(images, tmp_path_factory):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """The lines of our log."""
+def logged(monkeypatch):
+    """The lines of the log."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -91,22 +91,22 @@ def assert_equal(found, expected) -> None:
 
 
 def only_store(root: Path) -> Path:
-    """The one folder in `root`, beside which a lock lies while it is unfinished, and nothing else."""
+    """The one folder in `root`, which holds nothing else but the lock of an unfinished store."""
     [folder] = (path for path in root.iterdir() if path.is_dir())
     locks = [path for path in root.iterdir() if path != folder]
     assert locks == ([folder.with_suffix(".lock")] if folder.suffix == ".partial" else [])
     return folder
 
 
-def test_a_second_run_encodes_nothing_and_says_so(images, whole, tmp_path, said):
+def test_a_second_run_encodes_nothing_and_says_so(images, whole, tmp_path, logged):
     first, second = Encoder(), Encoder()
     assert_equal(get(images, tmp_path, first), whole)
     assert first.ids == list(range(COUNT))
-    assert [line.partition(" into ")[0] for line in said] == [f"data: encoding {COUNT} images"]
-    said.clear()
+    assert [line.partition(" into ")[0] for line in logged] == [f"data: encoding {COUNT} images"]
+    logged.clear()
     assert_equal(get(images, tmp_path, second), whole)
     assert second.ids == []
-    assert said == [f"data: {images} is encoded already: {only_store(tmp_path)}"]
+    assert logged == [f"data: {images} is encoded already: {only_store(tmp_path)}"]
 
 
 def test_what_a_store_holds(images, whole, tmp_path):
@@ -189,14 +189,14 @@ def test_a_store_under_the_name_of_another_is_refused_by_field(images, tmp_path)
         get(images, tmp_path / "b", seed=3)
 
 
-def test_a_run_that_failed_is_gone_on_with(images, whole, tmp_path, said):
+def test_a_run_that_failed_is_resumed(images, whole, tmp_path, logged):
     with pytest.raises(RuntimeError, match="the power fails"):
         get(images, tmp_path, Encoder(fail_at=40))
     assert only_store(tmp_path).suffix == ".partial"
     second = Encoder()
     assert_equal(get(images, tmp_path, second), whole)
     assert second.ids == list(range(32, COUNT))
-    assert said[-1].endswith("going on after 32")
+    assert logged[-1].endswith("going on after 32")
     assert only_store(tmp_path).suffix == ""
 
 
@@ -207,8 +207,8 @@ HALVES = ["half a latent", "a latent without line", "half a line", "another line
 def test_a_part_that_is_half_written_does_not_count(damage, images, whole, tmp_path):
     with pytest.raises(RuntimeError):
         get(images, tmp_path, Encoder(fail_at=40))
-    part = only_store(tmp_path)
-    data, lines = part / "latents.safetensors", part / "pictures.jsonl"
+    partial = only_store(tmp_path)
+    data, lines = partial / "latents.safetensors", partial / "pictures.jsonl"
     row, kept = 4 * 3 * 8 * 8, 32
     if damage == "half a latent":
         data.write_bytes(data.read_bytes() + b"x" * (row // 2))
@@ -228,7 +228,7 @@ def test_a_part_that_is_half_written_does_not_count(damage, images, whole, tmp_p
     assert second.ids == list(range(kept, COUNT))
 
 
-def test_what_precedes_a_mended_image_is_kept(whole, tmp_path):
+def test_what_precedes_a_repaired_image_is_kept(whole, tmp_path):
     images, root = write_images(tmp_path / "images"), tmp_path / "stores"
     content = (images / "036.png").read_bytes()
     (images / "036.png").write_bytes(content[:-30])
@@ -245,7 +245,7 @@ def encode_slowly(images: Path, root: Path) -> None:
     get(images, root, Encoder(pause=0.2))
 
 
-def test_a_run_that_was_killed_is_gone_on_with(images, whole, tmp_path):
+def test_a_run_that_was_killed_is_resumed(images, whole, tmp_path):
     child = SPAWN.Process(target=encode_slowly, args=(images, tmp_path))
     child.start()
     deadline = time.monotonic() + 60
@@ -292,13 +292,13 @@ def test_a_full_disk_costs_a_line_and_nothing_that_is_whole(images, whole, tmp_p
     assert second.ids[0] in (16, 32)
 
 
-def test_a_place_that_cannot_be_written_is_named(images, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^data\.store: .*; name another folder$"):
         get(images, tmp_path / "file")
 
 
-def test_two_runs_at_once_encode_once(images, whole, tmp_path, monkeypatch, said):
+def test_two_runs_at_once_encode_once(images, whole, tmp_path, monkeypatch, logged):
     monkeypatch.setattr(latent_store, "WAIT", 0.02)
     first, second = Encoder(pause=0.1), Encoder()
     thread = threading.Thread(target=get, args=(images, tmp_path, first))
@@ -309,7 +309,7 @@ def test_two_runs_at_once_encode_once(images, whole, tmp_path, monkeypatch, said
     thread.join()
     assert first.ids == list(range(COUNT))
     assert second.ids == []
-    assert any("waiting for another run" in line for line in said)
+    assert any("waiting for another run" in line for line in logged)
     assert only_store(tmp_path).suffix == ""
 
 
@@ -324,9 +324,9 @@ def test_latents_are_mapped_and_not_copied(images, tmp_path):
     assert latents.is_contiguous()
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 
@@ -362,9 +362,9 @@ def test_latents_have_to_be_finite(images, tmp_path):
         get(images, tmp_path, Broken())
 
 
-def one_of_two(rank: int, place: Path, images: Path, root: Path, results) -> None:
-    """Joins the other rank, and tells what it encoded, or the error it got."""
-    store = torch.distributed.FileStore(str(place), 2)
+def one_of_two(rank: int, meeting: Path, images: Path, root: Path, results) -> None:
+    """One rank of two, which puts what it encoded, or its error, into `results`."""
+    store = torch.distributed.FileStore(str(meeting), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     group, adapter = torch.distributed.new_group(backend="gloo"), Encoder()
     try:
@@ -377,14 +377,14 @@ def one_of_two(rank: int, place: Path, images: Path, root: Path, results) -> Non
 
 def run_two_ranks(images: Path, folder: Path) -> list:
     results = SPAWN.Queue()
-    place, root = folder / "meeting", folder / "stores"
-    ranks = [SPAWN.Process(target=one_of_two, args=(rank, place, images, root, results)) for rank in (0, 1)]
+    meeting, root = folder / "meeting", folder / "stores"
+    ranks = [SPAWN.Process(target=one_of_two, args=(rank, meeting, images, root, results)) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    said = sorted((results.get(timeout=60) for _ in ranks), key=lambda result: result[0])
+    outcomes = sorted((results.get(timeout=60) for _ in ranks), key=lambda result: result[0])
     for process in ranks:
         process.join()
-    return said
+    return outcomes
 
 
 def test_two_ranks_share_the_work_and_make_the_latents_of_one(images, whole, tmp_path):

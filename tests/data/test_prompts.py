@@ -22,7 +22,7 @@ MIXED = ["a plain prompt", "ein Käfer, naß", "🦊 in the snow 👩‍🌾", "
 
 
 def write(path: Path, prompts: list[str], *, column: str = "prompt", bom: bool = False, newline: str = "\n") -> str:
-    """A file of the kind that its suffix names; other columns surround the prompts where there are columns."""
+    """Write a file of the kind that its suffix names; tables have other columns, too."""
     encoding = "utf-8-sig" if bom else "utf-8"
     rows = [{"id": i, column: prompt, "note": "a,b"} for i, prompt in enumerate(prompts)]
     if path.suffix == ".parquet":
@@ -43,7 +43,7 @@ def cleaned(prompts: list[str]) -> list[str]:
 
 
 def message(source: str | Path, **kwargs) -> str:
-    """What refuses `source`, which has to be one short line of a user's error."""
+    """The PromptError that refuses `source`: one short line."""
     with pytest.raises(PromptError) as caught:
         read_prompts(str(source), **kwargs)
     text = str(caught.value)
@@ -103,7 +103,8 @@ def test_a_prompt_of_greatest_length(tmp_path):
         assert read_prompts(write(tmp_path / f"p{kind}", [f"  {prompt}  "])) == [prompt]
 
 
-# Half a surrogate pair (category Cs) cannot be written as UTF-8; a first U+FEFF is the byte order mark.
+# Half a surrogate pair (category Cs) cannot be written as UTF-8; a first U+FEFF is the byte order
+# mark.
 CHARACTERS = st.characters(exclude_characters="\0\ufeff", exclude_categories=["Cs"])
 FREE_TEXTS = st.lists(st.text(CHARACTERS, max_size=60), min_size=1, max_size=20).filter(cleaned)
 LINE_TEXTS = st.lists(
@@ -141,7 +142,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, kind, content):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_limit_bounds_memory(tmp_path, kind):
-    """40 MB on disk, of which a thousand prompts are asked for; the parquet file's batches are Arrow's own memory."""
+    """A thousand prompts of a file of 40 MB. The batches that Arrow allocates are not counted."""
     path = tmp_path / f"big{kind}"
     prompts = [f"prompt {number} {'x' * 380}" for number in range(100_000)]
     write(path, prompts)
@@ -164,11 +165,11 @@ def test_one_huge_line_is_refused_in_bounded_memory(tmp_path):
         file.truncate(1 << 30)  # a sparse gigabyte
     tracemalloc.start()
     try:
-        said = message(path)
+        refusal = message(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert "line 2" in said
+    assert "line 2" in refusal
     assert peak < 8 * MAX_LINE_BYTES
 
 
@@ -177,9 +178,9 @@ def test_one_huge_line_is_refused_in_bounded_memory(tmp_path):
 
 def refuse(path: Path, content: str | bytes, *words: str) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    said = message(path)
+    refusal = message(path)
     for word in (str(path), *words):
-        assert word in said
+        assert word in refusal
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -189,7 +190,7 @@ def test_empty_file(tmp_path, kind, content):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blank_rows_alone(tmp_path, kind):
+def test_only_blank_rows(tmp_path, kind):
     assert "blank" in message(write(tmp_path / f"p{kind}", ["", "  "]))
 
 
@@ -216,9 +217,9 @@ def test_nul_in_the_file(tmp_path, kind):
 
 def test_nul_in_values(tmp_path):
     refuse(tmp_path / "p.jsonl", '{"prompt": "x"}\n{"prompt": "red\\u0000fox"}', "line 2", "NUL", "'red'")
-    said = message(write(tmp_path / "p.parquet", ["x", "red\0fox"]))
-    assert "row 2" in said
-    assert "NUL" in said
+    refusal = message(write(tmp_path / "p.parquet", ["x", "red\0fox"]))
+    assert "row 2" in refusal
+    assert "NUL" in refusal
 
 
 def test_half_a_surrogate_pair(tmp_path):
@@ -229,10 +230,10 @@ def test_half_a_surrogate_pair(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_too_long(tmp_path, kind):
-    said = message(write(tmp_path / f"p{kind}", ["fine", "y" * (MAX_CHARACTERS + 1)]))
+    refusal = message(write(tmp_path / f"p{kind}", ["fine", "y" * (MAX_CHARACTERS + 1)]))
     unit, number = {".parquet": ("row", 2), ".csv": ("line", 3)}.get(kind, ("line", 2))
-    assert f"{unit} {number}:" in said
-    assert "10,001" in said
+    assert f"{unit} {number}:" in refusal
+    assert "10,001" in refusal
 
 
 def test_json_line_too_long(tmp_path):
@@ -306,7 +307,8 @@ def test_damaged_parquet(tmp_path):
     whole = Path(write(path, MIXED * 100)).read_bytes()
     for share in (0.1, 0.5, 0.99):
         refuse(path, whole[: int(share * len(whole))], "no readable parquet")
-    refuse(path, whole.replace(b"note", b"n\xe4te"), "no readable parquet")  # a column's name is not UTF-8
+    # The name of a column is not UTF-8.
+    refuse(path, whole.replace(b"note", b"n\xe4te"), "no readable parquet")
 
 
 def test_many_columns_are_not_all_listed(tmp_path):
@@ -369,9 +371,9 @@ def test_dataset_folder(folder):
 
 
 def test_dataset_refusals(folder, tmp_path):
-    said = message(folder, column="caption")
-    assert f"{folder}:train: no column 'caption'" in said
-    assert "'prompt'" in said
+    refusal = message(folder, column="caption")
+    assert f"{folder}:train: no column 'caption'" in refusal
+    assert "'prompt'" in refusal
     assert "row 1: the prompt is int 0" in message(folder, column="id")
     assert "nope" in message(f"{folder}:nope")
     (tmp_path / "nothing").mkdir()
@@ -379,9 +381,9 @@ def test_dataset_refusals(folder, tmp_path):
 
 
 def test_hub_is_out_of_reach():
-    said = message("nobody-here/nothing-there")
-    assert "dataset nobody-here/nothing-there:train cannot be read" in said
-    assert "offline: HF_HUB_OFFLINE is set" in said
+    refusal = message("nobody-here/nothing-there")
+    assert "dataset nobody-here/nothing-there:train cannot be read" in refusal
+    assert "offline: HF_HUB_OFFLINE is set" in refusal
 
 
 def test_digits():

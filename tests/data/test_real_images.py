@@ -24,12 +24,13 @@ from selfnpo_fast.models import load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.scoring.digits.domain import digits_domain
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
+from selfnpo_fast.scoring.digits.measures import digits_measures
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
 from selfnpo_kernels.rng import Draw, NoiseKey, draw_id, normal
 
 
 class Mirror:
-    """An adapter whose latents are the pixels it was given."""
+    """An adapter whose latents are the pixels that it is given."""
 
     path, resolution, latent_shape, vae_sha256 = "mirror", 8, (3, 8, 8), "0" * 64
 
@@ -38,7 +39,7 @@ class Mirror:
 
 
 def load(folder: Path | str, limit: int = 100, adapter=None):
-    """Real data by way of a store in the folder itself, seed 40."""
+    """The real data of `folder`, with a store inside that folder and seed 40."""
     data = DataConfig(source=str(folder), limit=limit, store=str(Path(folder) / "latents"))
     world = World(0, 1, torch.device("cpu"))
     return load_real_data(TrainConfig(data=data, seed=40), adapter or Mirror(), world)
@@ -58,7 +59,7 @@ def save(folder: Path, name: str, array: np.ndarray) -> None:
 
 
 def assert_holds(data, expected: dict[str, np.ndarray]) -> None:
-    """Captions in order, each with its own picture."""
+    """The captions are in order, each with its picture."""
     assert data.captions == list(expected)
     torch.testing.assert_close(data.latents, torch.stack([pixels(p) for p in expected.values()]), rtol=0, atol=1e-6)
 
@@ -116,8 +117,9 @@ def test_the_centre_is_kept(tmp_path, width, height, crop):
     [(48, 32, np.s_[:, 8:40]), (20, 31, np.s_[5:25, :]), (6, 5, np.s_[:, 0:5]), (8, 64, np.s_[28:36, :])],
 )
 def test_crop_then_resize_to_the_resolution(tmp_path, width, height, crop):
-    """Against torch's antialiased bicubic filter, which is Pillow's, on the crop alone."""
-    array = picture(5, width, height) // 2 + 64  # no overshoot beyond 0..255, which Pillow cuts after either axis
+    """Against the antialiased bicubic filter of torch, which is Pillow's, on the crop only."""
+    # No overshoot beyond 0..255, which Pillow cuts after either axis.
+    array = picture(5, width, height) // 2 + 64
     save(tmp_path, "a.png", array)
     (tmp_path / "a.txt").write_text("x")
     square = torch.from_numpy(array[crop].copy()).permute(2, 0, 1)[None].double()
@@ -202,11 +204,12 @@ def test_digits_latents_show_what_their_captions_say():
     assert len(labels) == 64
     assert None not in labels
     assert len(set(labels)) > 40
-    scores = DigitsScorers.load().score(adapter.decode(data.latents), labels)
-    assert scores.digit_correct.float().mean() > 0.95
-    assert scores.colour_match.float().mean() > 0.95
-    wrong = DigitsScorers.load().score(adapter.decode(data.latents), labels[1:] + labels[:1])
-    assert wrong.colour_match.float().mean() < 0.2
+    measures, images = digits_measures(FittedScorer.load()), adapter.decode(data.latents)
+    scores = measures.score(images, data.captions)
+    assert scores["digit_correct"].float().mean() > 0.95
+    assert scores["colour_match"].float().mean() > 0.95
+    wrong = measures.score(images, data.captions[1:] + data.captions[:1])
+    assert wrong["colour_match"].float().mean() < 0.2
 
 
 def test_digits_fit_no_other_model(tmp_path):
@@ -290,7 +293,7 @@ def cut_off_image(folder: Path) -> str:
 
 
 def broken_chunk(folder: Path) -> str:
-    """Pillow raises SyntaxError here, which is no OSError."""
+    """Pillow raises SyntaxError for it, which is no OSError."""
     save(folder, "a.png", picture(0, 64, 64))
     content = (folder / "a.png").read_bytes()
     start = content.index(b"IDAT") + 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -9,6 +12,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfnpo_fast import diffusion
 from selfnpo_fast.diffusion.schedule import (
     NoiseSchedule,
     ddim_coefficients,
@@ -19,6 +23,7 @@ from selfnpo_fast.diffusion.schedule import (
 )
 from selfnpo_fast.runtime.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -52,7 +57,7 @@ def test_ddim_steps_match_diffusers(prediction_type):
 
 
 def exact_output(schedule: NoiseSchedule, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """What a perfect network would say at x_t made of x0 and noise."""
+    """The output of a perfect network for x_t = alpha_t x0 + sigma_t noise."""
     alpha, sigma = schedule.alpha_sigma(t)
     return {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}[schedule.prediction_type]
 
@@ -60,7 +65,7 @@ def exact_output(schedule: NoiseSchedule, x0: torch.Tensor, noise: torch.Tensor,
 @pytest.mark.parametrize("prediction_type", TYPES)
 @given(t=st.integers(1, 999), back=st.integers(1, 999), seed=st.integers(0, 2**32))
 def test_exact_outputs_give_exact_states(prediction_type, t, back, seed):
-    """x0 and the DDIM step recover the point on the line between x0 and noise, whatever the network predicts."""
+    """For all prediction types x0 and the DDIM step recover x0 and x_{t_prev} of the same noise."""
     schedule = NoiseSchedule.from_scheduler(scheduler(prediction_type))
     x0, noise = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     step, previous = torch.tensor([t]), torch.tensor([max(t - back, 0)])
@@ -102,3 +107,13 @@ def test_epsilon_at_zero_terminal_snr_is_refused():
 def test_unknown_prediction_type_is_refused():
     with pytest.raises(UserError, match="flow"):
         NoiseSchedule(torch.linspace(0.99, 0.01, 10), "flow")
+
+
+def test_the_legend_of_equations_names_code_that_is_there():
+    """Each `file: name` in the docstring of the package is a file that defines the name."""
+    entries = re.findall(r"(\S+\.py)(?:: ([\w.]+))?$", diffusion.__doc__, re.MULTILINE)
+    assert len(entries) >= 10
+    for file, name in entries:
+        text = (ROOT / file).read_text()
+        for part in filter(None, name.split(".")):
+            assert re.search(rf"\b(def|class) {part}\b", text), f"{file}: {name}"

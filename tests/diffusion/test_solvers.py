@@ -1,4 +1,4 @@
-"""Whole trajectories by the coefficient tables against diffusers' own `step`, in float64 and in float32."""
+"""Whole trajectories by coefficients against `step` of diffusers, in float64 and float32."""
 
 from __future__ import annotations
 
@@ -8,90 +8,26 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from solver_cases import (
+    BETAS,
+    FLOAT32,
+    FLOAT64,
+    FLOAT64_FROM_4096,
+    PREDICTIONS,
+    ZERO_SNR,
+    by_diffusers,
+    by_table,
+    error,
+    make,
+)
 
 from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_kernels import backends, guided_step
-
-SHAPE = (2, 4, 3, 3)
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-
-
-class Unrounded(torch.Tensor):
-    """float64 that stays so: DPM-Solver and Euler convert the state to float32 in `step`."""
-
-    def to(self, *args, **kwargs):
-        return self
-
-
-def network(x: torch.Tensor, t: torch.Tensor, shift: float) -> torch.Tensor:
-    """Smooth and bounded, another one for every timestep, element and branch."""
-    place = torch.linspace(-1, 1, x[0].numel(), dtype=torch.float64).view(x.shape[1:]).to(x.dtype)
-    return torch.sin(0.8 * x + shift + place + t.to(x.dtype) / 400)
-
-
-def make(cls: type, steps: int, **options):
-    """A scheduler with its steps set; DDIM clips by default."""
-    extra = {"clip_sample": False} if cls is DDIMScheduler else {}
-    scheduler = cls(**(BETAS | extra | options))
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def draw(seed: int) -> torch.Tensor:
-    return torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def by_diffusers(scheduler, w: float, eta: float = 0.0) -> torch.Tensor:
-    """What the network is given at every step, and the end, (n + 1, *SHAPE), by diffusers' `step` in float64."""
-    for name in ("sigmas", "alphas_cumprod", "final_alpha_cumprod"):
-        if hasattr(scheduler, name):
-            setattr(scheduler, name, getattr(scheduler, name).double())
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
-    states = []
-    x = (draw(0) * scheduler.init_noise_sigma).as_subclass(Unrounded)
-    for i, t in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(x, t)
-        states.append(scaled)
-        pos, neg = network(scaled, t, 0.0), network(scaled, t, 0.4)
-        more = {}
-        if eta:
-            more = {"eta": eta, "variance_noise": draw(i + 1)}
-        elif "sde" in scheduler.config.get("algorithm_type", ""):
-            more = {"variance_noise": draw(i + 1).as_subclass(Unrounded)}
-        x = scheduler.step(pos + w * (pos - neg), t, x, **more).prev_sample
-    return torch.stack([*states, x]).as_subclass(torch.Tensor)
-
-
-def by_table(solver: SolverSteps, dtype: torch.dtype = torch.float64, on: str = "cpu") -> torch.Tensor:
-    """The same by `guided_step`; without guidance the negative branch is left out."""
-    k = solver.k.to(on, dtype)
-    x, x0 = (draw(0) * solver.init_scale).to(on, dtype), None
-    states = [x]
-    for i, t in enumerate(solver.timesteps.to(on)):
-        pos, neg = network(x, t, 0.0), network(x, t, 0.4) if k[i, 6] else None
-        noise = draw(i + 1).to(on, dtype) if solver.adds_noise else None
-        x, x0 = guided_step(pos, neg, x, k[i : i + 1], x0_prev=x0 if solver.keeps_x0 else None, noise=noise)
-        states.append(x)
-    return torch.stack(states).double().cpu()
-
-
-def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference of any state over the largest element of that state."""
-    return ((ours - theirs).abs().flatten(1).amax(1) / theirs.abs().flatten(1).amax(1)).max().item()
-
-
-# The largest error of any state, relative to that state. Observed in float64: 4e-14, and 9e-13 from sigma = 4096, where
-# diffusers' Euler takes its state from 4096 to 1 by a difference. In float32: 4.1e-6, and 1.3e-5 for the SDE's heun,
-# whose extrapolation reaches farthest.
-FLOAT64, FLOAT64_FROM_4096, FLOAT32 = 2e-13, 2e-12, 2e-5
+from selfnpo_kernels import backends
 
 
 def check(cls: type, steps: int, w: float = 0.0, eta: float = 0.0, **options) -> SolverSteps:
-    """Hold one trajectory against diffusers: float64, and float32 by the default backend and by the reference."""
+    """Compare a trajectory with diffusers: in float64, and in float32 by two backends."""
     scheduler = make(cls, steps, **options)
     solver = solver_steps(scheduler, w=w, eta=eta)
     assert torch.equal(solver.timesteps, scheduler.timesteps)
@@ -122,7 +58,7 @@ def test_ddim(prediction_type, spacing, set_alpha_to_one, w):
 @GUIDANCE
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ddim_from_zero_terminal_snr(eta, w):
-    """The first state is noise alone: x0 = -p, and nothing divides by alpha = 0."""
+    """The first state is pure noise: x0 = -p, and nothing divides by alpha = 0."""
     solver = check(DDIMScheduler, 20, w, eta, **ZERO_SNR)
     assert solver.timesteps[0] == 999
     assert solver.k[0, :2].tolist() == [0, -1]
@@ -257,12 +193,13 @@ def test_any_schedule_and_number_of_steps(kind, schedule, steps, prediction_type
     cls, options = kind
     scheduler = make(cls, steps, prediction_type=prediction_type, **schedule, **options)
     solver = solver_steps(scheduler, w=w)
-    # Observed 3e-12, where beta_start is 1e-5 and the network predicts x0: 1 - alphas_cumprod keeps 11 digits there.
+    # Observed 3e-12, where beta_start is 1e-5 and the network predicts x0: 1 - alphas_cumprod keeps
+    # 11 digits there.
     assert error(by_table(solver), by_diffusers(scheduler, w)) < 1e-11
 
 
 def test_options_of_other_schedulers_are_no_reason_to_refuse():
-    """diffusers carries options along that a class does not know: Euler made of a clipping DDIM does not clip."""
+    """diffusers keeps options of other classes: Euler of a clipping DDIM does not clip."""
     config = DDIMScheduler(**BETAS, clip_sample=True, thresholding=True).config
     scheduler = EulerDiscreteScheduler.from_config(config)
     assert scheduler.config["clip_sample"]
@@ -346,12 +283,12 @@ def test_steps_have_to_be_set():
 
 @pytest.mark.parametrize(("steps", "options", "timestep"), [(61, {"timestep_spacing": "trailing"}, -1), (1, {}, 2000)])
 def test_ddim_stays_among_the_training_timesteps(steps, options, timestep):
-    """diffusers rounds its trailing grid below 0 for some numbers of steps, and reads alphas_cumprod[-1] there."""
+    """For some numbers of steps the trailing grid of diffusers has a timestep below 0."""
     assert_refused([f"timestep {timestep}"], make(DDIMScheduler, steps, **({"steps_offset": 2000} | options)))
 
 
 def test_steps_without_finite_coefficients_are_named():
-    """Where diffusers goes on with NaN: x0 in a state without noise says no more, and two steps at one noise level."""
+    """Steps where diffusers goes on with NaN: without noise, or between equal noise levels."""
     clean = {"trained_betas": [0.0, *[0.02] * 999]}
     assert_refused(["step 5 of 5", "timestep 0"], make(DDIMScheduler, 5, prediction_type="sample", **clean))
     assert solver_steps(make(DDIMScheduler, 5, **clean)).k[-1].tolist() == [1, 0, 1, 0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""What the paper uses negative models for, on tiny networks, each against a sampling loop written out here."""
+"""The paper's uses of negative models on tiny networks, each against a loop of this file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def draw(pipe, prompt: str, **changes) -> torch.Tensor:
 
 @torch.no_grad()
 def loop(pipe, negative: nn.Module, prompt: str, negative_prompt: str = "", features=None) -> torch.Tensor:
-    """p = p_neg + guidance_scale (p_pos - p_neg), a network for each, and DDIM's step without noise (eta = 0)."""
+    """DDIM (eta = 0) with p = p_neg + guidance_scale (p_pos - p_neg), one network for each branch.
+
+    Returns latents (1, 4, 8, 8) float32; computed in float64, but for the networks.
+    """
     xl = hasattr(pipe, "text_encoder_2")
     rows = []
     for text in (prompt, negative_prompt):
@@ -46,9 +49,9 @@ def loop(pipe, negative: nn.Module, prompt: str, negative_prompt: str = "", feat
     x = start().double()
     for t in pipe.scheduler.timesteps.tolist():
         extra = [{} if features is None else {"down_intrablock_additional_residuals": list(features)} for _ in rows]
-        positive = pipe.unet(x.float(), t, **rows[0], **extra[0]).sample.double()
-        against = negative(x.float(), t, **rows[1], **extra[1]).sample.double()
-        p = against + GUIDANCE * (positive - against)
+        pos = pipe.unet(x.float(), t, **rows[0], **extra[0]).sample.double()
+        neg = negative(x.float(), t, **rows[1], **extra[1]).sample.double()
+        p = neg + GUIDANCE * (pos - neg)
         now, after = alphas_cumprod[t], alphas_cumprod[max(t - 1000 // STEPS, 0)]
         x0 = (x - (1 - now) ** 0.5 * p) / now**0.5
         x = after**0.5 * x0 + (1 - after) ** 0.5 * p
@@ -60,7 +63,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def perturbed(network: nn.Module, seed: int) -> nn.Module:
-    """A network at some distance, as after training: a fine-tune, or a negative."""
+    """A copy with other weights, as after training: a fine-tune, or a negative."""
     network, generator = copy.deepcopy(network), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -69,7 +72,7 @@ def perturbed(network: nn.Module, seed: int) -> nn.Module:
 
 
 def combined(base: nn.Module, finetune: nn.Module, negative: nn.Module, alpha: float, beta: float) -> nn.Module:
-    """Eq. 7: theta + alpha eta + beta delta, with eta = finetune - theta and delta = negative - theta."""
+    """Eq. 7: theta + alpha eta + beta delta, eta = finetune - theta, delta = negative - theta."""
     result = copy.deepcopy(base)
     parts = (dict(network.named_parameters()) for network in (base, finetune, negative))
     base_of, finetune_of, negative_of = parts
@@ -95,7 +98,10 @@ def test_the_base_model_with_its_negative(name, kind):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
 def test_a_finetune_with_the_bases_negative_and_alpha(alpha):
-    """At alpha 0 the negative is the base's own; at 1 both branches carry the fine-tune and differ by delta alone."""
+    """At alpha 0 the negative is the base's. At 1 both branches carry the fine-tune.
+
+    The branches differ by delta only then.
+    """
     pipe = stock.build(SD)
     base = pipe.unet
     finetune, worse = perturbed(base, 1), perturbed(base, 2)
@@ -124,7 +130,10 @@ def difference(finetune: UNet2DConditionModel, network: nn.Module) -> dict[str, 
 
 
 def test_alpha_through_one_backbone_gives_the_same_images():
-    """Eq. 7 as an update of the fine-tune: theta + alpha eta + beta delta - (theta + eta), on its layers' weights."""
+    """Eq. 7 as an update of the fine-tune's layers.
+
+    The update is theta + alpha eta + beta delta - (theta + eta).
+    """
     pipe = stock.build(SD)
     base = pipe.unet
     finetune = stock.merged(base, stock.low_rank(base, seed=1))
@@ -150,7 +159,7 @@ def test_a_t2i_adapter(kind):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_unconditional_generation(kind):
-    """The empty prompt on both branches: classifier-free guidance has nothing to say, the negative has."""
+    """The empty prompt on both branches: only the negative makes a difference."""
     pipe = stock.build(SD)
     given, network = stock.negative(kind, pipe)
     unguided = draw(pipe, "", guidance_scale=1.0)

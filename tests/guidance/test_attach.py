@@ -1,4 +1,4 @@
-"""attach_negative on a pipeline that is moved, offloaded, saved, compiled, shared, interrupted, and detached."""
+"""attach_negative on pipelines that are moved, offloaded, saved, compiled, shared, and detached."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class Setting:
     def __init__(self, kind: str, shallow: bool = False) -> None:
         self.kind = kind
         self.pipe = stock.build(SD, **(tiny.SHALLOW if shallow else {}))
-        self.given, self.network = stock.negative(kind, self.pipe)
+        self.negative, self.network = stock.negative(kind, self.pipe)
         self.plain, self.guided = images(shallow)
 
     def attach(self, pipe=None, **options):
-        return attach_negative(self.pipe if pipe is None else pipe, self.given, **options)
+        return attach_negative(self.pipe if pipe is None else pipe, self.negative, **options)
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -112,7 +112,8 @@ def test_a_second_negative_is_refused(setting):
 
 def test_a_second_negative_on_the_network_inside_of_a_compiled_one_is_refused(setting):
     sibling = StableDiffusionPipeline(**setting.pipe.components, requires_safety_checker=False)
-    setting.pipe.unet = torch.compile(setting.pipe.unet, backend="eager")  # never called, so nothing is compiled
+    # Never called, so nothing is compiled.
+    setting.pipe.unet = torch.compile(setting.pipe.unet, backend="eager")
     with setting.attach(), pytest.raises(UserError, match=r"^pipe: its unet has a negative already"):
         setting.attach(sibling)
     assert_clean(sibling.unet)
@@ -135,11 +136,14 @@ def test_a_lora_that_does_not_fit_leaves_nothing():
 
 
 def test_the_negatives_forwards_are_counted(setting):
-    """Full weights: one forward of each network for each guided step, on half the rows. A LoRA: one, on all."""
+    """Full weights: a guided step is a forward of each network, on half the rows.
+
+    A LoRA: a guided step is one forward on all rows.
+    """
     rows = []
     setting.pipe.unet.conv_in.register_forward_hook(lambda layer, args, output: rows.append(("positive", len(output))))
-    if setting.given.network is not None:
-        count = setting.given.network.conv_in.register_forward_hook
+    if setting.negative.network is not None:
+        count = setting.negative.network.conv_in.register_forward_hook
         count(lambda layer, args, output: rows.append(("negative", len(output))))
     with setting.attach():
         stock.draw(setting.pipe, prompts=2)
@@ -154,7 +158,7 @@ def test_what_was_attached_is_said_once(setting, caplog):
     with caplog.at_level(logging.INFO, logger="selfnpo"), setting.attach():
         stock.draw(setting.pipe)
     (record,) = caplog.records
-    assert setting.given.source in record.message
+    assert setting.negative.source in record.message
     assert "(alpha 1, beta 1)" in record.message
     assert ("one batch through one network" if setting.kind == "lora" else "a second network") in record.message
 
@@ -170,6 +174,7 @@ def test_called_outside_of_a_pipeline_the_denoiser_is_the_positive_and_says_so(s
     plain = call_directly(setting.pipe.unet)
     with setting.attach():
         stock.draw(setting.pipe)
+        caplog.clear()  # of what attaching logs where another test has turned INFO on
         with caplog.at_level(logging.WARNING, logger="selfnpo"):
             assert torch.equal(call_directly(setting.pipe.unet), plain)
             call_directly(setting.pipe.unet)
@@ -228,7 +233,7 @@ def test_an_odd_number_of_rows_under_guidance_is_refused(setting):
             stock.draw(setting.pipe)
 
 
-# Where the pipeline goes while a negative is attached: three images in a row in each.
+# Moves and changes of the pipeline while a negative is attached: three images in a row in each.
 
 
 def three_times(setting: Setting) -> None:
@@ -248,7 +253,7 @@ def test_model_offload(setting, order):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_under_model_offload_the_negative_moves_with_the_denoiser(order, monkeypatch):
-    """Every move of the one is a move of the other, so they share the accelerator and leave it together."""
+    """Every move of the denoiser is a move of the negative: both leave the accelerator together."""
     setting = Setting("full")
     moved = []
     apply = UNet2DConditionModel._apply
@@ -279,8 +284,8 @@ def test_the_negative_is_where_the_denoiser_is(setting):
     with setting.attach():
         setting.pipe.unet.to("meta")
         assert devices(setting.pipe.unet) == {"meta"}
-        if setting.given.network is not None:
-            assert devices(setting.given.network) == {"meta"}
+        if setting.negative.network is not None:
+            assert devices(setting.negative.network) == {"meta"}
 
 
 def test_the_negative_takes_the_pipelines_precision(setting):
@@ -297,13 +302,16 @@ def test_the_negative_takes_the_pipelines_precision(setting):
 
 def test_attached_to_a_pipeline_of_another_precision():
     setting = Setting("full")
-    setting.given.network.to(torch.float64)
+    setting.negative.network.to(torch.float64)
     with setting.attach():
         three_times(setting)
 
 
 def offload_layers(unet: nn.Module) -> None:
-    """What enable_sequential_cpu_offload does to a denoiser (it cannot do it to a text encoder with no accelerator)."""
+    """What enable_sequential_cpu_offload does to a denoiser.
+
+    The method itself would fail on the text encoder where there is no accelerator.
+    """
     accelerate.cpu_offload(unet, torch.device("cpu"), offload_buffers=False)
 
 
@@ -331,7 +339,7 @@ def test_layerwise_offload_before_attaching_is_refused(setting):
 def test_a_negative_that_was_left_behind_is_named():
     setting = Setting("full")
     with setting.attach():
-        setting.given.network.to("meta")
+        setting.negative.network.to("meta")
         with pytest.raises(UserError, match=r"^negative: it is on meta, the denoiser computes on cpu: ") as caught:
             stock.draw(setting.pipe)
         assert "\n" not in str(caught.value)
@@ -392,30 +400,31 @@ def test_a_pipeline_of_an_unknown_class_that_shares_the_denoiser_is_refused_when
 
 def test_two_pipelines_on_one_denoiser_in_two_threads(setting):
     def sibling() -> StableDiffusionPipeline:
-        own = {"scheduler": tiny.scheduler(), "tokenizer": tiny.tokenizer()}  # neither is safe from several threads
-        pipe = StableDiffusionPipeline(**(setting.pipe.components | own), requires_safety_checker=False)
+        # Neither a scheduler nor a tokenizer is thread-safe.
+        separate = {"scheduler": tiny.scheduler(), "tokenizer": tiny.tokenizer()}
+        pipe = StableDiffusionPipeline(**(setting.pipe.components | separate), requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     calls = [{}, {"guidance_scale": 1.0, "prompts": 2}, {"prompts": 2}]
     pipes, wrong = [sibling() for _ in calls], []
     with setting.attach():
-        alone = [stock.draw(pipe, **call) for pipe, call in zip(pipes, calls, strict=True)]
+        expected = [stock.draw(pipe, **call) for pipe, call in zip(pipes, calls, strict=True)]
         start = threading.Barrier(len(calls))
 
-        def draw(pipe, call: dict, expected: torch.Tensor) -> None:
+        def draw(pipe, call: dict, images: torch.Tensor) -> None:
             start.wait()
             for _ in range(3):
-                if not torch.allclose(stock.draw(pipe, **call), expected, rtol=0, atol=1e-4):
+                if not torch.allclose(stock.draw(pipe, **call), images, rtol=0, atol=1e-4):
                     wrong.append(call)
 
-        threads = [threading.Thread(target=draw, args=args) for args in zip(pipes, calls, alone, strict=True)]
+        threads = [threading.Thread(target=draw, args=args) for args in zip(pipes, calls, expected, strict=True)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert not wrong
-    assert_same(alone[0], setting.guided)
+    assert_same(expected[0], setting.guided)
 
 
 # Compiled denoisers.
@@ -443,7 +452,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("kind", "how", "order"), COMPILED)
 def test_a_compiled_denoiser(kind, how, order):
-    """Compiled and called before the negative is attached, or compiled with it; in one graph either way."""
+    """Compiled and called before the negative is attached, or compiled with it, in one graph."""
     torch._dynamo.reset()
     setting = Setting(kind, shallow=True)
     unet = setting.pipe.unet
@@ -463,7 +472,10 @@ def test_a_compiled_denoiser(kind, how, order):
 
 
 def ip_adapter(unet: nn.Module) -> dict:
-    """The weights of an image prompt adapter: a projection to four tokens, and keys and values for each attention."""
+    """The weights of an image prompt adapter.
+
+    They are a projection to four tokens, and keys and values for each attention.
+    """
     generator = torch.Generator().manual_seed(8)
 
     def random(*shape: int) -> torch.Tensor:
@@ -491,7 +503,7 @@ def test_an_image_prompt(setting, order):
     expected = stock.reference(SD, network, prompted, **call)
     if order == "before":
         setting.pipe.unet._load_ip_adapter_weights([weights])
-    own = setting.given.network.attn_processors if setting.given.network is not None else None
+    processors = setting.negative.network.attn_processors if setting.negative.network is not None else None
     with setting.attach():
         if order == "after":
             assert_same(stock.draw(setting.pipe), setting.guided)
@@ -500,12 +512,12 @@ def test_an_image_prompt(setting, order):
         assert (expected - setting.guided).abs().max() > 0.1
         setting.pipe.unload_ip_adapter()
         assert_same(stock.draw(setting.pipe), setting.guided)
-    if own is not None:
-        assert setting.given.network.attn_processors == own
+    if processors is not None:
+        assert setting.negative.network.attn_processors == processors
 
 
 def test_masks_of_image_prompts_are_no_rows():
-    """Two adapters' masks beside two rows."""
+    """Two adapters' masks and two rows: equal lengths, and only the rows are cut."""
     masks, rows = torch.ones(2, 1, 4, 4), torch.arange(2.0)
     kwargs = {"cross_attention_kwargs": {"ip_adapter_masks": masks, "rows": [rows, (rows, torch.tensor(3.0))]}}
     taken = take_rows(kwargs, slice(1, 2), 2, {"ip_adapter_masks"})["cross_attention_kwargs"]
@@ -513,9 +525,10 @@ def test_masks_of_image_prompts_are_no_rows():
     assert taken["rows"] == [rows[1:], (rows[1:], torch.tensor(3.0))]
 
 
-def test_a_dropped_pipeline_is_collected(setting):
-    """The hooks hold nothing from outside."""
-    setting.attach()
+def test_a_dropped_pipeline_is_collected(setting, caplog):
+    """Nothing outside the pipeline holds on to the hooks."""
+    with caplog.at_level(logging.WARNING, logger="selfnpo"):  # pytest keeps records with their arguments
+        setting.attach()
     alive = weakref.ref(setting.pipe.unet)
     del setting.pipe
     gc.collect()

@@ -1,4 +1,4 @@
-"""Correlation of two predictions and the variance of guidance, against closed form; the recommended alpha."""
+"""Correlation and the variance of guidance against closed form; the recommended alpha."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from fuzzing import assert_refused, call
-from tiny_negatives import moved, save_with_diffusers, with_lora
+from tiny_negatives import merged, moved, save_with_diffusers, with_lora
 from torch import nn
 
 from selfnpo_fast import cli
@@ -49,14 +49,14 @@ def test_the_papers_warning(w):
     assert moments(gaussian(0), gaussian(1), 1.0).variance_ratio(w) == pytest.approx(2 * w**2 + 2 * w + 1, rel=0.03)
 
 
-def test_predictions_that_say_nothing_are_refused():
+def test_constant_and_non_finite_predictions_are_refused():
     for n in (torch.ones(2, *SHAPE), torch.full((2, *SHAPE), float("nan"))):
         with pytest.raises(UserError, match=r"^negative: a prediction at timestep 7 is constant or not finite"):
             moments(gaussian(0, 2), n, 7.0)
 
 
 class Synthetic(nn.Module):
-    """A prediction of variance 1 that has correlation rho with the positive's at every state."""
+    """Predicts with variance 1 and correlation rho with the positive, at every state."""
 
     def __init__(self, rho: float) -> None:
         super().__init__()
@@ -136,7 +136,10 @@ def adapter(tmp_path_factory):
 
 
 def test_real_networks(adapter, tmp_path):
-    """At alpha 0 the negative is further from a fine-tuned positive than at alpha 1; an equal one is plain guidance."""
+    """A negative at alpha 0 is further from a fine-tuned positive than one at alpha 1.
+
+    A negative that equals the positive is plain guidance.
+    """
     base = adapter.load_denoiser(torch.float32)
     positive = moved(base, 1, 0.08)
     moved(base, 2, 0.01).save_pretrained(tmp_path / "unet")
@@ -157,8 +160,6 @@ def test_real_networks(adapter, tmp_path):
 
 
 def test_a_lora_is_measured_as_its_network(adapter, tmp_path):
-    from negatives import merged
-
     base = adapter.load_denoiser(torch.float32)
     network = with_lora(adapter, 2, None)
     save_with_diffusers(tmp_path, network)
@@ -177,9 +178,9 @@ def test_the_command(adapter, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\ntwo birds\n")
     words = ["correlate", "--model", adapter.path, "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
     assert cli.main([*words, "--negative", str(tmp_path / "negative")]) == 0
-    said = capsys.readouterr().out
-    assert said.count("timestep ") == 2
-    assert "alpha: give --base" in said
+    report = capsys.readouterr().out
+    assert report.count("timestep ") == 2
+    assert "alpha: give --base" in report
     words_base = ["--negative", str(tmp_path / "negative"), "--base"]
     assert cli.main([*words, *words_base, adapter.path]) == 0
     assert "alpha has no effect: the positive is the base" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The production sampler: LoRA and full-weight negatives, shapes, threads, cancelling, and captured steps."""
+"""The sampler: LoRA and full-weight negatives, shapes, threads, cancelling, and captured steps."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-
 
 
 def draw(sampler: GuidedSampler, **options) -> torch.Tensor:
-    given = {"seeds": SEEDS, "steps": STEPS, "guidance_scale": 4.0, "output": "latent"} | options
-    return sampler(PROMPTS, **given).images
+    arguments = {"seeds": SEEDS, "steps": STEPS, "guidance_scale": 4.0, "output": "latent"} | options
+    return sampler(PROMPTS, **arguments).images
 
 
 @pytest.mark.parametrize("kind", ["none", "lora", "full"])
@@ -193,21 +193,22 @@ def test_sizes_and_negative_prompts_are_the_stock_pipelines(pipe):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_an_image_depends_on_its_own_seed_and_prompt_alone(sd, kind):
+def test_an_image_depends_only_on_its_seed_and_prompt(sd, kind):
     sampler = GuidedSampler.from_pipeline(sd, negatives(sd.unet)[kind])
     prompts, seeds = ["a cat", "two birds", "a cat", "a red house", "a cat"], [5, 6, 7, 8, 5]
     whole = sampler(prompts, seeds=seeds, steps=4, batch_size=5, output="latent").images
     for size in (1, 2):
         assert_same(sampler(prompts, seeds=seeds, steps=4, batch_size=size, output="latent").images, whole)
-    alone = sampler(prompts[3], seeds=seeds[3], steps=4, output="latent").images
-    assert_same(alone[0], whole[3])
+    single = sampler(prompts[3], seeds=seeds[3], steps=4, output="latent").images
+    assert_same(single[0], whole[3])
     assert_same(whole[0], whole[4])
     assert (whole[0] - whole[2]).abs().max() > 0.01
 
 
 def test_a_pipeline_that_moves_away_is_noticed(sd):
     sampler = GuidedSampler.from_pipeline(sd)
-    sampler.device = torch.device("cuda")  # as if it had been made there: nothing else than a CPU is here to move to
+    # As if the sampler had been made on a GPU: the test has only a CPU to move to.
+    sampler.device = torch.device("cuda")
     with pytest.raises(UserError, match="pipe: its unet has left cuda; make a sampler anew"):
         draw(sampler)
 
@@ -240,7 +241,7 @@ def test_shapes_are_kept_and_the_oldest_goes(sd):
 
 @pytest.mark.parametrize("kind", ["none", "lora", "full"])
 def test_captured_steps_replay_with_the_same_memory_and_ask_nothing(sd, kind):
-    """By the stand-in for CUDA graphs; trajectories of other lengths and scales replay the same steps."""
+    """With the stand-in for CUDA graphs: other lengths and scales replay the same steps."""
     negative = negatives(sd.unet).get(kind)
     plain = GuidedSampler.from_pipeline(sd, negative, branches="batched")
     captured = GuidedSampler.from_pipeline(sd, negative, branches="batched")
@@ -253,7 +254,10 @@ def test_captured_steps_replay_with_the_same_memory_and_ask_nothing(sd, kind):
 
 
 def test_threads_take_turns_and_get_their_own_images(sd):
-    """Twelve threads, forty calls of several shapes, solvers and lengths, against the same calls one by one."""
+    """Twelve threads, forty calls of several shapes, solvers and lengths.
+
+    The same calls one by one give the expected images.
+    """
     sampler = GuidedSampler.from_pipeline(sd, lora(sd.unet), branches="batched", max_shapes=2)
     calls = [
         {"seeds": [i, i + 100], "steps": 2 + i % 3, "solver": list(SCHEDULERS)[i % 3], "height": 32 + 8 * (i % 2)}
@@ -366,7 +370,10 @@ def test_other_pipelines_are_refused(sd, tmp_path):
 
 
 def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
-    """As the stock pipelines do; the autoencoder is given back as it was. (Networks stay in float32 on a CPU.)"""
+    """As in the stock pipelines, and the autoencoder stays in float16.
+
+    Networks stay in float32, as always on a CPU.
+    """
     pipe = pipeline(tiny.write_sd(tmp_path))
     pipe.vae.register_to_config(force_upcast=True)
     sampler = GuidedSampler.from_pipeline(pipe)
@@ -374,7 +381,8 @@ def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
     pipe.vae.to(torch.float16)
     seen = []
     pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    torch.testing.assert_close(draw(sampler, output="pt"), whole, rtol=0, atol=2e-2)  # weights lost digits
+    # The weights have lost digits.
+    torch.testing.assert_close(draw(sampler, output="pt"), whole, rtol=0, atol=2e-2)
     assert set(seen) == {torch.float32}
     assert pipe.vae.dtype == torch.float16
 
@@ -382,7 +390,7 @@ def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_cuda_graphs_draw_the_same(tmp_path, kind):
-    """Captured steps, of several lengths and with single branches, against plain ones and the attached pipeline."""
+    """Captured steps, of several lengths and with single branches, against plain ones."""
     pipe = pipeline(tiny.write_sd(tmp_path))
     negative = negatives(pipe.unet)[kind]
     pipe.to("cuda")

@@ -1,4 +1,4 @@
-"""Low-rank layers on one backbone: equal to PEFT's mixed batches, compiled, from several threads, and undone."""
+"""Low-rank layers on one backbone: equal to PEFT's mixed batches, compiled, threaded, removed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def under_peft(network: nn.Module, deltas: Deltas) -> nn.Module:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
 @torch.no_grad()
 def test_every_layer_is_equal_to_pefts_in_a_mixed_batch(dtype, tolerance):
-    """Layer by layer, so that nothing but one layer's own rounding is seen."""
+    """Layer by layer, so that only one layer's rounding is seen."""
     network = unet(dtype)
     deltas = stock.low_rank(network)
     mixed = under_peft(copy.deepcopy(network), deltas).model
@@ -76,7 +76,7 @@ def test_every_layer_is_equal_to_pefts_in_a_mixed_batch(dtype, tolerance):
 
 @torch.no_grad()
 def test_the_whole_network_is_equal_to_pefts_in_a_mixed_batch():
-    """PEFT's model hands the adapter of each row to its layers by hooks; time embeddings are float32 in both."""
+    """PEFT's hooks pass each row's adapter to the layers; time embeddings are float32 in both."""
     network = unet(torch.float64)
     deltas = stock.low_rank(network)
     mixed = under_peft(copy.deepcopy(network), deltas)
@@ -139,7 +139,7 @@ def test_each_thread_has_its_own_rows():
                     wrong.append(choice)
 
     threads = [threading.Thread(target=draw, args=(choice,)) for choice in choices]
-    with backbone.rows(Rows.ALL):  # a new thread starts at NONE whatever this one has
+    with backbone.rows(Rows.ALL):  # a new thread starts at NONE for any choice of this one
         fresh = []
         thread = threading.Thread(target=lambda: fresh.append(output(network)))
         thread.start()
@@ -179,7 +179,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("make", "call", "backend"), COMPILED)
 def test_one_whole_graph_for_each_choice(make, call, backend):
-    """Installed after a compiled call: the graph that was made of the plain layers must not be used again."""
+    """Installed after a compiled call: the graph of the plain layers must not be used again."""
     torch._dynamo.reset()
     network = make()
     graphs = 0
@@ -218,7 +218,7 @@ def test_one_whole_graph_for_each_choice(make, call, backend):
     torch.testing.assert_close(call(compiled), plain, rtol=0, atol=1e-5)
 
 
-def test_it_costs_the_bytes_of_the_lora_alone():
+def test_it_costs_only_the_bytes_of_the_lora():
     network = unet()
     before = {name: p.data_ptr() for name, p in network.named_parameters()}
     deltas = stock.low_rank(network)

@@ -19,7 +19,7 @@ from selfnpo_fast.runtime.errors import UserError
 
 KINDS = ["lora", "full"]
 GUESS = ["StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline"]
-# The images of every class are compared in a fast test; of the rest, SDXL's kin run with the slow ones.
+# One fast test compares the images of every class. In the other tests, variants of SDXL are slow.
 CLASSES = [
     pytest.param(name, marks=pytest.mark.slow if "XL" in name and name != "StableDiffusionXLPipeline" else ())
     for name in stock.classes()
@@ -44,7 +44,10 @@ def test_every_listed_class_is_covered_here():
 
 @functools.cache
 def setting(name: str) -> tuple:
-    """A pipeline of the class, the same for all tests (each leaves it as it was), and negatives of each kind for it."""
+    """A pipeline of the class, and negatives of each kind for it.
+
+    All tests share them, and none changes them.
+    """
     pipe = stock.build(name)
     return pipe, {kind: stock.negative(kind, pipe)[0] for kind in KINDS}
 
@@ -70,17 +73,17 @@ def test_images_are_those_of_two_networks(name, changes, kind):
     with attach_negative(pipe, negatives[kind]):
         ours = stock.draw(pipe, **changes)
     assert ours.isfinite().all()
-    # Observed up to 9e-7: W x + B A x where the reference has (W + B A) x, and products whose rounding depends on where
-    # in memory their operands happen to lie.
+    # Observed up to 9e-7: W x + B A x where the reference has (W + B A) x, and products whose
+    # rounding depends on where in memory their operands lie.
     assert relative(ours, by_hand(*case)) < 1e-5
-    # So that the above can fail: the stock images and those with the branches exchanged are others.
+    # The comparison can fail: the stock images and those with exchanged branches differ.
     assert relative(plain_images(*case), by_hand(*case)) > 1e-2
     assert relative(by_hand(*case, exchanged=True), by_hand(*case)) > 1e-2
     assert relative(stock.draw(pipe, **changes), plain_images(*case)) < 1e-5, "detached, and nothing is left"
 
 
 class Recorder:
-    """The first call of a denoiser: its arguments as it got them, and its output for the whole batch."""
+    """Records the first call of a denoiser: its arguments, and its output for the whole batch."""
 
     def __init__(self, unet: torch.nn.Module) -> None:
         self.call = self.output = None
@@ -123,7 +126,7 @@ def test_the_positive_branch_is_bit_equal_to_the_unattached_one(name, kind):
     args, kwargs = recorder.call
     positive = recorder.output.chunk(2)[1]
     assert len(recorder.output) == 2
-    if kind == "full":  # which computes the positive rows alone
+    if kind == "full":  # the denoiser computes only the positive rows
         args, kwargs = halves(args, 1), halves(kwargs, 1)
     assert torch.equal(pipe.unet(*args, **kwargs)[0][-1:], positive)
 
@@ -133,11 +136,12 @@ def test_the_positive_branch_is_bit_equal_to_the_unattached_one(name, kind):
 def test_a_negative_equal_to_the_base_gives_the_stock_images(name, kind):
     pipe, _ = setting(name)
     if kind == "full":
-        given = Negative(source="a copy", network=copy.deepcopy(pipe.unet))
+        negative = Negative(source="a copy", network=copy.deepcopy(pipe.unet))
     else:
-        given = Negative(source="nothing", deltas=stock.low_rank(pipe.unet, scale=0.0))
-    with attach_negative(pipe, given):
-        assert relative(stock.draw(pipe), plain_images(name)) < 1e-5  # observed 2e-6: the rows in two batches
+        negative = Negative(source="nothing", deltas=stock.low_rank(pipe.unet, scale=0.0))
+    with attach_negative(pipe, negative):
+        # Observed 2e-6: the rows in two batches.
+        assert relative(stock.draw(pipe), plain_images(name)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)

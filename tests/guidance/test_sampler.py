@@ -1,4 +1,4 @@
-"""Guided sampling against diffusers' own pipelines, and with a negative against a loop written out here."""
+"""Guided sampling against diffusers' pipelines; with a negative, against loops of this file."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CPU = torch.device("cpu")
 
 
 def sampler_of(adapter, denoiser: torch.nn.Module, negative: torch.nn.Module | None = None, **options) -> GuidedSampler:
-    against = None if negative is None else Negative(source="test", network=negative, deltas=None)
-    return GuidedSampler(adapter, denoiser, against, **options)
+    given = None if negative is None else Negative(source="test", network=negative, deltas=None)
+    return GuidedSampler(adapter, denoiser, given, **options)
 
 
 class Setting:
-    """A tiny pipeline: our adapter with its denoiser and rows, and the stock pipeline of the same folder."""
+    """A tiny pipeline: our adapter, denoiser and rows, and the stock pipeline of its folder."""
 
     def __init__(self, folder: Path, pipeline: type) -> None:
         self.adapter = load_adapter(str(folder))
@@ -94,7 +94,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def test_without_a_negative_it_is_the_stock_pipeline(sd, solver, guidance_scale):
     theirs = sd.stock(solver, guidance_scale)
     assert_same(sd.latents(solver=solver, guidance_scale=guidance_scale), theirs)
-    # The prompt and the scale have to show in the latents, or the comparison says nothing of them.
+    # The comparison can fail: another scale gives other latents.
     elsewhere = sd.latents(solver=solver, guidance_scale=2.5)
     assert (elsewhere - theirs).abs().max() > 1e-3 * theirs.abs().max()
 
@@ -114,7 +114,7 @@ def test_pictures_are_the_stock_pipelines(plain, solver):
 
 
 def ddim_by_hand(setting: Setting, networks: tuple, rows: tuple, guidance_scale: float) -> torch.Tensor:
-    """DDIM on the grid 1, 201, ..., 801 with alphas from the betas, in float64 but for the networks."""
+    """DDIM on the grid 1, 201, ..., 801, alphas from the betas, float64 but for the networks."""
     alphas_cumprod = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     x = start_noise(SEEDS, (4, 8, 8), CPU).double()
     for t in range(801, 0, -200):
@@ -145,7 +145,10 @@ def test_negative_takes_the_unconditional_branch(plain, other, negative_prompt):
 def stock_loop(
     scheduler, pos: torch.nn.Module, neg: torch.nn.Module, rows: tuple, seeds: list[int], guidance_scale: float
 ) -> torch.Tensor:
-    """Latents by diffusers' `step` in float32 after `set_timesteps`, eager guidance and a network each for two rows."""
+    """Latents by diffusers' `step` in float32, with eager guidance and one network per branch.
+
+    `scheduler` has its timesteps, and `rows` are (prompts', negative branch's).
+    """
     shape = (pos.config.in_channels, pos.config.sample_size, pos.config.sample_size)
     row, against = rows
     x = start_noise(seeds, shape, CPU) * scheduler.init_noise_sigma
@@ -177,7 +180,7 @@ def test_negative_in_a_loop_over_the_stock_scheduler(plain, other, monkeypatch, 
 
 
 def recorder_of(setting: Setting, *networks: torch.nn.Module) -> Dispatched:
-    """Counts the operations on tensors of as many elements as a batch of latents (or two), outside of the networks."""
+    """Counts operations outside the networks on tensors the size of one or two latent batches."""
     size = start_noise(SEEDS, setting.adapter.latent_shape, CPU).numel()
     return Dispatched({size, 2 * size}, *networks)
 
@@ -214,7 +217,7 @@ def low(plain) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("solver", list(SCHEDULERS))
-def test_the_state_stays_float32_beside_a_bfloat16_network(plain, low, solver):
+def test_the_state_stays_float32_with_a_bfloat16_network(plain, low, solver):
     """One step, so that both see the same input; nothing but the network's input is converted."""
     scheduler = SCHEDULERS[solver].from_config(plain.pipe.scheduler.config)
     scheduler.set_timesteps(1)
@@ -245,7 +248,7 @@ def test_a_channels_last_network_changes_nothing(plain):
 
 @pytest.fixture(scope="module")
 def digits() -> tuple:
-    """The embedded model: adapter, denoiser, a damaged copy of it, rows of three prompts and of the empty one."""
+    """(adapter, denoiser, a damaged copy, three prompts' rows, empty row) of the embedded model."""
     adapter = load_adapter("digits")
     denoiser = adapter.load_denoiser(torch.float32)
     worse = copy.deepcopy(denoiser)
@@ -273,7 +276,8 @@ def test_digits_are_those_of_the_stock_scheduler(digits, solver, with_negative):
 
 @pytest.mark.parametrize("solver", list(SCHEDULERS))
 def test_the_base_as_its_own_negative_changes_nothing(plain, solver):
-    options = {"solver": solver, "guidance_scale": 4.0, "branches": "split"}  # one batch rounds differently
+    # One batch rounds differently.
+    options = {"solver": solver, "guidance_scale": 4.0, "branches": "split"}
     assert torch.equal(plain.latents(plain.denoiser, **options), plain.latents(**options))
 
 
@@ -283,7 +287,7 @@ def test_the_base_under_the_same_prompt_cancels_guidance(plain):
     assert_same(ours, plain.latents(guidance_scale=1.0))
 
 
-def test_at_scale_1_the_negative_is_not_asked(plain):
+def test_at_scale_1_the_negative_does_not_run(plain):
     def refuse(*args, **kwargs):
         raise AssertionError("the negative ran")
 
@@ -293,7 +297,7 @@ def test_at_scale_1_the_negative_is_not_asked(plain):
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_a_picture_depends_on_its_own_seed_alone(plain, other, negative):
+def test_a_picture_depends_only_on_its_seed(plain, other, negative):
     def draw(prompts: list[str], seeds: list[int], batch_size: int) -> torch.Tensor:
         rows = plain.adapter.encode_prompts(prompts, CPU)
         config = SamplerConfig(steps=3, guidance_scale=4.0, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""What is dispatched to torch outside of the networks, on tensors of given sizes."""
+"""Counts the ops that torch dispatches outside of the networks, on tensors of given sizes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LAYOUT = {
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts `namespace.op` of every call that touches a tensor with one of these numbers of elements.
+    """Counts `namespace.op` of every call that touches a tensor with one of these element counts.
 
-    What a watched network does in its forward is left out, and all else while `inside` is set. An op of ours counts as
-    one call: what its kernel does is not seen.
+    Calls in the forward of a watched network are left out, and so are all calls while `inside` is
+    set. A fused op counts as one call, since its kernel is not seen.
     """
 
     def __init__(self, sizes: Iterable[int], *networks: torch.nn.Module) -> None:
@@ -35,11 +35,11 @@ class Dispatched(TorchDispatchMode):
             ]
 
     def enter(self) -> None:
-        """From here on nothing is counted."""
+        """Stop counting."""
         self.inside = True
 
     def leave(self) -> None:
-        """Count again."""
+        """Go on counting."""
         self.inside = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -56,5 +56,5 @@ class Dispatched(TorchDispatchMode):
 
     @property
     def computing(self) -> dict[str, int]:
-        """What was counted, without the ops that move, view or make tensors."""
+        """The counted ops, without those that move, view or make tensors."""
         return {name: n for name, n in self.seen.items() if name.partition(".")[2] not in LAYOUT}

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: settings that make them repeatable, and how a refusal has to look."""
+"""What the fuzz tests share: repeatable settings, and what a refusal has to look like."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ SLOW_STARTERS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, Heal
 
 
 def fuzz(examples: int) -> settings:
-    """The same examples on every machine and in every run; not shrunk, since an example may be a whole training run."""
+    """The same examples on every machine and in every run.
+
+    They are not shrunk, since an example may be a whole training run.
+    """
     return settings(
         max_examples=examples,
         derandomize=True,
@@ -28,7 +31,7 @@ def fuzz(examples: int) -> settings:
 
 
 def call(main: Callable[[list[str]], int], words: Iterable[str]) -> tuple[int, str]:
-    """Exit code and standard error of a command run in this process; whatever it raises comes through."""
+    """Exit code and standard error of a command run in this process; lets its exceptions pass."""
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
         code = main(list(words))
@@ -36,14 +39,14 @@ def call(main: Callable[[list[str]], int], words: Iterable[str]) -> tuple[int, s
 
 
 def assert_refused(code: int, error: str, *words: str) -> None:
-    """Exit code 2 and a single line of readable length that starts with `error: ` and holds `words`."""
+    """Exit code 2, and one line of readable length that starts with `error: ` and holds `words`."""
     assert code == 2, error
     assert_one_line(error.removesuffix("\n"), *words)
     assert error.startswith("error: ")
 
 
 def assert_one_line(message: str, *words: str) -> None:
-    """One line that a terminal can show."""
+    """One line of readable length that holds `words`, and no traceback."""
     assert message == message.strip() != ""
     assert len(message.splitlines()) == 1, message
     assert "Traceback" not in message
@@ -53,7 +56,7 @@ def assert_one_line(message: str, *words: str) -> None:
 
 
 class Marked:
-    """An object whose unpickling writes the file `marker`."""
+    """An object whose unpickling makes the folder `marker`."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

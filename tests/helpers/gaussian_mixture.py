@@ -1,4 +1,4 @@
-"""Rollouts with the exact denoiser of a fixed Gaussian mixture; what tests/rollout/test_closed_form.py sets up.
+"""Rollouts with the exact denoiser of a fixed Gaussian mixture, for the tests in closed form.
 
 Eight dimensions, three components, four prompts; grid timesteps 99, 199, ..., 999.
 """
@@ -51,7 +51,10 @@ def config(**changes) -> RolloutConfig:
 
 
 def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE, seed: int = 3) -> PairMaker:
-    """The product's pair maker with the exact denoiser; data starts draw from 4 images, one of each prompt."""
+    """The product's pair maker with the exact denoiser.
+
+    Rollouts from data start at 4 images, one of each prompt.
+    """
     schedule = NoiseSchedule.from_scheduler(theirs or scheduler())
     data = mixture.sample(table.rows["weights"][1:], rng(7)).float() if setting.start == "data" else None
     return PairMaker(
@@ -68,10 +71,10 @@ def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE
 
 
 def make_rollout(maker: PairMaker, batch: int = 8, groups: int = 3):
-    place = {"batch": batch, "rank": 0, "world_size": 1}
+    shard = {"batch": batch, "rank": 0, "world_size": 1}
     if maker.config.mode == "lockstep":
-        return LockstepRollout(maker, **place)
-    return ContinuousRollout(maker, groups=groups, **place)
+        return LockstepRollout(maker, **shard)
+    return ContinuousRollout(maker, groups=groups, **shard)
 
 
 def forward_process(x0: torch.Tensor, t: int, seed: int) -> torch.Tensor:
@@ -80,7 +83,10 @@ def forward_process(x0: torch.Tensor, t: int, seed: int) -> torch.Tensor:
 
 
 def rollout_of_no_steps(index: int, s: int, count: int, noising: str, mixture=MIXTURE, table=TABLE):
-    """The product's (x_s, target), where x_t is drawn exactly from p_t: noised exact data that walks zero steps."""
+    """The product's (x_s, target), where x_t is drawn exactly from p_t.
+
+    The rollout starts at noised exact data and walks zero steps.
+    """
     maker = make_maker(config(noising=noising), mixture=mixture, table=table)
     rows = torch.randint(1, 5, (count,), generator=rng(11))
     draws = LockstepDraws(
@@ -96,7 +102,10 @@ def rollout_of_no_steps(index: int, s: int, count: int, noising: str, mixture=MI
 
 
 def exact_batch(maker: PairMaker, batch: int, number: int):
-    """Pairs at random (t, s) as continuous rollouts finish them, but with x_t drawn exactly from p_t; and their x_0."""
+    """Pairs at random (t, s), and their x_0.
+
+    They are finished as in continuous rollouts, but x_t is drawn exactly from p_t.
+    """
     ids = torch.arange(batch) + number * batch
     index = torch.randint(-1, STEPS - 1, (batch,), generator=rng(100 + number))
     rows, t = maker.rows(ids), maker.grid.timestep(index)
@@ -107,6 +116,7 @@ def exact_batch(maker: PairMaker, batch: int, number: int):
 
 
 def scheduler_x0(x: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The estimate of x_0 from a noise prediction, by diffusers' schedule."""
     a = scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
     return (x - (1 - a).sqrt() * eps) / a.sqrt()
 

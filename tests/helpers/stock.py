@@ -1,4 +1,4 @@
-"""Every pipeline class that a negative can be attached to, tiny and random, and what to call it with."""
+"""Every pipeline class that takes a negative, tiny and random, with arguments for a short call."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from selfnpo_fast.negatives.low_rank import Deltas, LowRank
 
 SIZE = 64
 STEPS = 2
-# The residuals of a T2I-Adapter have the shapes of a first block with attention, as Stable Diffusion's is.
 FOR_ADAPTERS = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+"""A T2I-Adapter's residuals fit a first block with attention, as in Stable Diffusion."""
 
 
 def classes() -> list[str]:
-    """The names of the pipeline classes that are covered here."""
+    """The names of the pipeline classes that this module builds."""
     kinds = ["Pipeline", "Img2ImgPipeline", "InpaintPipeline", "ControlNetPipeline", "ControlNetImg2ImgPipeline"]
     kinds += ["ControlNetInpaintPipeline", "AdapterPipeline"]
     return [family + kind for family in ("StableDiffusion", "StableDiffusionXL") for kind in kinds]
@@ -32,7 +32,7 @@ def classes() -> list[str]:
 
 @torch.no_grad()
 def randomised(module: nn.Module, seed: int) -> nn.Module:
-    """A module whose layers that start at zero do something."""
+    """The module, after parameters that are zero have become random."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if not parameter.any():
@@ -70,7 +70,10 @@ def build(name: str, seed: int = 0, **unet_changes) -> diffusers.DiffusionPipeli
 
 
 def arguments(name: str, prompts: int = 1, **changes) -> dict:
-    """Keyword arguments of a short call of the class `name`: guided, latents as output, all noise seeded."""
+    """Keyword arguments of a short, guided call of the class `name`.
+
+    Its output is latents, and all its noise is seeded.
+    """
     generator = torch.Generator().manual_seed(9)
     picture, hint = (torch.rand(prompts, 3, SIZE, SIZE, generator=generator) for _ in range(2))
     mask = torch.zeros(prompts, 1, SIZE, SIZE)
@@ -95,15 +98,15 @@ def arguments(name: str, prompts: int = 1, **changes) -> dict:
 
 
 def draw(pipe, **changes) -> torch.Tensor:
-    """What a short call gives."""
+    """Latents of a short call."""
     return pipe(**arguments(type(pipe).__name__, **changes)).images
 
 
 def low_rank(network: nn.Module, rank: int = 2, seed: int = 5, scale: float = 0.5) -> Deltas:
-    """An update of every Linear and Conv2d of a network."""
+    """A random update of every Linear and Conv2d of a network."""
     generator = torch.Generator().manual_seed(seed)
 
-    def random(*shape: int) -> torch.Tensor:
+    def gaussian(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     deltas = {}
@@ -112,7 +115,7 @@ def low_rank(network: nn.Module, rank: int = 2, seed: int = 5, scale: float = 0.
             out, *into = layer.weight.shape
             ones = [1] * (len(into) - 1)
             fan_in = torch.Size(into).numel()
-            down, up = random(rank, *into) / fan_in**0.5, random(out, rank, *ones) / rank**0.5
+            down, up = gaussian(rank, *into) / fan_in**0.5, gaussian(out, rank, *ones) / rank**0.5
             deltas[path] = LowRank(down=down.to(layer.weight), up=up.to(layer.weight), scale=scale)
     return deltas
 
@@ -129,7 +132,7 @@ def merged(network: nn.Module, deltas: Deltas) -> nn.Module:
 
 
 def negative(kind: str, pipe) -> tuple[Negative, nn.Module]:
-    """A negative of the kind "lora" or "full" for a pipeline, and a network that computes the same."""
+    """A negative of the kind "lora" or "full" for a pipeline, and a network that computes it."""
     deltas = low_rank(pipe.unet)
     network = merged(pipe.unet, deltas)
     if kind == "lora":
@@ -138,7 +141,7 @@ def negative(kind: str, pipe) -> tuple[Negative, nn.Module]:
 
 
 class TwoBranches(nn.Module):
-    """What a pipeline's denoiser ought to be for guided calls: each branch computed by its own network, and joined."""
+    """A denoiser for guided calls, in which each branch is computed by a network of its own."""
 
     def __init__(self, negative: nn.Module, positive: nn.Module) -> None:
         super().__init__()
@@ -166,24 +169,25 @@ class TwoBranches(nn.Module):
         outputs = []
         for half, network in enumerate((self.negative, self.positive)):
 
-            def mine(tensors, half=half):
+            def part_of(tensors, half=half):
+                """This branch's rows of a tensor or a list of tensors."""
                 if tensors is None or isinstance(tensors, torch.Tensor):
                     return None if tensors is None else tensors.chunk(2)[half]
                 return [tensor.chunk(2)[half] for tensor in tensors]
 
             added = {
-                name: mine(value) if name != "image_embeds" else [mine(embeds) for embeds in value]
+                name: part_of(value) if name != "image_embeds" else [part_of(embeds) for embeds in value]
                 for name, value in (added_cond_kwargs or {}).items()
             }
             outputs.append(
                 network(
-                    mine(sample),
+                    part_of(sample),
                     t,
-                    mine(encoder_hidden_states),
+                    part_of(encoder_hidden_states),
                     added_cond_kwargs=added,
-                    down_block_additional_residuals=mine(down_block_additional_residuals),
-                    mid_block_additional_residual=mine(mid_block_additional_residual),
-                    down_intrablock_additional_residuals=mine(down_intrablock_additional_residuals),
+                    down_block_additional_residuals=part_of(down_block_additional_residuals),
+                    mid_block_additional_residual=part_of(mid_block_additional_residual),
+                    down_intrablock_additional_residuals=part_of(down_intrablock_additional_residuals),
                 ).sample
             )
         assert return_dict is False
@@ -191,7 +195,7 @@ class TwoBranches(nn.Module):
 
 
 def reference(name: str, negative: nn.Module, positive: nn.Module, **changes) -> torch.Tensor:
-    """What a short guided call gives when the branches are computed by `negative` and `positive`."""
+    """Latents of a short guided call whose branches `negative` and `positive` compute."""
     pipe = build(name)
     pipe.unet = TwoBranches(negative, positive)
     return draw(pipe, **changes)

@@ -1,4 +1,4 @@
-"""Tiny pipelines of the real diffusers classes, written to a folder; seeds fixed, nothing downloaded."""
+"""Tiny pipelines of the real diffusers classes, written to a folder with fixed seeds, offline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Such a network compiles in less than half the time.
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A character tokenizer: every letter a token."""
+    """A tokenizer of characters: every letter is a token."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=12)
@@ -54,7 +54,7 @@ def text_config(tokens: CLIPTokenizer, projection: int = WIDTH) -> CLIPTextConfi
 
 
 def vae() -> AutoencoderKL:
-    """8 pixels per latent cell, as Stable Diffusion's."""
+    """An autoencoder with 8 pixels per latent cell, as in Stable Diffusion."""
     return AutoencoderKL(
         block_out_channels=(4, 4, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -95,7 +95,7 @@ def unet(**changes) -> UNet2DConditionModel:
 
 
 def sdxl_unet(**changes) -> UNet2DConditionModel:
-    """For two text encoders, pooled text embeddings and size conditioning."""
+    """A UNet for two text encoders, pooled text embeddings and size conditioning."""
     config = {
         "cross_attention_dim": 2 * WIDTH,
         "attention_head_dim": (2, 4),
@@ -109,7 +109,7 @@ def sdxl_unet(**changes) -> UNet2DConditionModel:
 
 
 def write_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0, **unet_changes) -> Path:
-    """A Stable Diffusion 1.x pipeline."""
+    """Write a Stable Diffusion 1.x pipeline to `folder`, and return that."""
     torch.manual_seed(seed)
     tokens = tokenizer()
     StableDiffusionPipeline(
@@ -126,7 +126,7 @@ def write_sd(folder: Path, prediction_type: str = "epsilon", seed: int = 0, **un
 
 
 def write_sdxl(folder: Path, seed: int = 0) -> Path:
-    """A Stable Diffusion XL pipeline."""
+    """Write a Stable Diffusion XL pipeline to `folder`, and return that."""
     torch.manual_seed(seed)
     tokens = tokenizer()
     StableDiffusionXLPipeline(

@@ -12,9 +12,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
 from selfnpo_fast.models import load_adapter
+from selfnpo_fast.scoring.digits.cases import make_cases
 from selfnpo_fast.scoring.digits.domain import DIGITS_DIR, digits_domain
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
-from selfnpo_fast.scoring.sweep import make_cases
+from selfnpo_fast.scoring.digits.measures import digits_measures
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
 
 INKS = {"red", "green", "blue", "orange", "purple", "black", "teal", "pink"}
 BACKGROUNDS = {"white", "yellow", "gray", "cyan", "beige", "lime", "lavender"}
@@ -43,16 +44,17 @@ def test_stock_diffusers_loads_and_draws():
     pipe.set_progress_bar_config(disable=True)
     domain = digits_domain()
     labels = [label for label in domain.labels() if not domain.is_held_out(label)][::63]
+    prompts = [domain.prompt(label) for label in labels]
     images = pipe(
-        [domain.prompt(label) for label in labels],
+        prompts,
         num_inference_steps=10,
         guidance_scale=2.5,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    scores = DigitsScorers.load().score(images * 2 - 1, labels)
-    assert scores.colour_match.float().mean() >= 0.85
-    assert scores.digit_correct.float().mean() >= 0.7
+    scores = digits_measures(FittedScorer.load()).score(images * 2 - 1, prompts)
+    assert scores["colour_match"].float().mean() >= 0.85
+    assert scores["digit_correct"].float().mean() >= 0.7
 
 
 def test_files_are_small_and_hold_no_pickles():
@@ -119,15 +121,15 @@ def test_latents_hold_out_what_the_domain_says():
     assert {label.background for label in labels} == set(range(7))
 
 
-def test_scorers_are_good_on_the_test_split():
-    scorers = DigitsScorers.load()
-    assert float(scorers.quality["test_digit_accuracy"]) >= 0.98
-    assert scorers.real_features.shape == (1000, 64)
-    assert scorers.real_features.isfinite().all()
-    # The features are the committed network's own: its heads read ten digits off them, and find them real.
+def test_the_scorer_is_good_on_the_test_split():
+    scorer = FittedScorer.load()
+    assert float(scorer.quality["test_digit_accuracy"]) >= 0.98
+    assert scorer.real_features.shape == (1000, 64)
+    assert scorer.real_features.isfinite().all()
+    # The features come from the committed network: its heads read ten digits off them, and find them real.
     with torch.no_grad():
-        counts = scorers.network.digit(scorers.real_features).argmax(1).bincount(minlength=10)
-        real = (scorers.network.realness(scorers.real_features) > 0).float().mean()
+        counts = scorer.network.digit(scorer.real_features).argmax(1).bincount(minlength=10)
+        real = (scorer.network.realness(scorer.real_features) > 0).float().mean()
     assert counts.min() >= 60
     assert real > 0.85
 
@@ -140,6 +142,6 @@ def test_pictures_show_what_was_asked_for():
     config = SamplerConfig(steps=10, guidance_scale=2.5)
     denoiser = adapter.load_denoiser(torch.float32)
     images = GuidedSampler(adapter, denoiser).images(rows, empty, [case.seed for case in cases], config)
-    scores = DigitsScorers.load().score(images, [case.label for case in cases])
-    assert scores.digit_correct.float().mean() >= 0.93
-    assert scores.colour_match.float().mean() >= 0.98
+    scores = digits_measures(FittedScorer.load()).score(images, [case.prompt for case in cases])
+    assert scores["digit_correct"].float().mean() >= 0.93
+    assert scores["colour_match"].float().mean() >= 0.98

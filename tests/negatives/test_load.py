@@ -1,4 +1,4 @@
-"""Loading a negative model: what was saved comes back, Eq. 7 holds, and what does not fit is refused in one line."""
+"""Loading a negative: saved weights come back, Eq. 7 holds, and what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ def test_eq7_in_closed_form():
 @pytest.mark.parametrize("layout", ["run", "part", "denoiser", "file", "sharded", "variant"])
 def test_full_weights_come_back(base, trained, tmp_path, layout, caplog):
     run = tmp_path / "run"
-    given = {"run": run, "denoiser": run / "negative/unet", "file": run / "negative/unet" / WEIGHTS}
-    given = given.get(layout, run / "negative")
+    sources = {"run": run, "denoiser": run / "negative/unet", "file": run / "negative/unet" / WEIGHTS}
+    source = sources.get(layout, run / "negative")
     options = {"max_shard_size": "40KB"} if layout == "sharded" else {}
     options |= {"variant": "fp16"} if layout == "variant" else {}
     trained.save_pretrained(run / "negative/unet", **options)
     assert (len(list((run / "negative/unet").glob("*.safetensors"))) > 2) == (layout == "sharded")
-    negative = load_negative(base, str(given) if layout != "part" else given)
+    negative = load_negative(base, str(source) if layout != "part" else source)
     assert negative.deltas is None
-    assert negative.source == str(given)
+    assert negative.source == str(source)
     assert not negative.network.training
     assert not any(parameter.requires_grad for parameter in negative.network.parameters())
     assert torch.equal(output(negative.network), output(trained))
@@ -101,31 +101,34 @@ def test_full_weights_take_the_positives_dtype(base, trained, tmp_path):
 
 
 def original_names(names: list[str]) -> dict[str, str]:
-    """diffusers' name -> the original one, for two blocks of one layer each, written down from the original code."""
+    """The original name by diffusers' name, for two blocks of one layer each.
+
+    The names are copied from the original code.
+    """
     outer = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     outer |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
     inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
     inner |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
-    places = {"down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op"}
-    places |= {"down_blocks.1.resnets.0": "input_blocks.3.0", "down_blocks.1.attentions.0": "input_blocks.3.1"}
-    places |= {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
-    places |= {"mid_block.resnets.1": "middle_block.2"}
+    blocks = {"down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op"}
+    blocks |= {"down_blocks.1.resnets.0": "input_blocks.3.0", "down_blocks.1.attentions.0": "input_blocks.3.1"}
+    blocks |= {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
+    blocks |= {"mid_block.resnets.1": "middle_block.2"}
     for i in range(2):
-        places |= {
+        blocks |= {
             f"up_blocks.0.resnets.{i}": f"output_blocks.{i}.0",
             f"up_blocks.0.attentions.{i}": f"output_blocks.{i}.1",
         }
-        places |= {f"up_blocks.1.resnets.{i}": f"output_blocks.{i + 2}.0"}
-    places["up_blocks.0.upsamplers.0.conv"] = "output_blocks.1.2.conv"
-    found = {}
+        blocks |= {f"up_blocks.1.resnets.{i}": f"output_blocks.{i + 2}.0"}
+    blocks["up_blocks.0.upsamplers.0.conv"] = "output_blocks.1.2.conv"
+    originals = {}
     for name in names:
-        prefix = next(p for p in (*outer, *places) if name.startswith(f"{p}."))
-        rest = name.removeprefix(f"{prefix}.")
+        prefix = next(p for p in (*outer, *blocks) if name.startswith(f"{p}."))
+        suffix = name.removeprefix(f"{prefix}.")
         if ".resnets." in prefix:
-            part, _, leaf = rest.rpartition(".")
-            rest = f"{inner[part]}.{leaf}"
-        found[name] = f"model.diffusion_model.{(outer | places)[prefix]}.{rest}"
-    return found
+            part, _, leaf = suffix.rpartition(".")
+            suffix = f"{inner[part]}.{leaf}"
+        originals[name] = f"model.diffusion_model.{(outer | blocks)[prefix]}.{suffix}"
+    return originals
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
@@ -171,7 +174,7 @@ def test_the_positive_is_the_base_where_none_is_given(base, tuned, trained, tmp_
     trained.save_pretrained(tmp_path / "unet")
     delta = {name: value - base.state_dict()[name] for name, value in trained.state_dict().items()}
     assert_eq7(load_negative(base, tmp_path, beta=0.25).network, base, base, delta, 1.0, 0.25)
-    # At alpha 0 a negative of full weights is what it is, next to any positive.
+    # At alpha 0 full weights are unchanged, next to any positive.
     assert torch.equal(output(load_negative(tuned, tmp_path, alpha=0).network), output(trained))
     with pytest.raises(UserError, match=r"^alpha: 0.5 needs the base model"):
         load_negative(base, tmp_path, alpha=0.5)
@@ -207,7 +210,10 @@ def test_a_module_is_taken_over(base, tuned, trained, adapter):
 
 
 class Resident:
-    """Bytes of what a source gave and is still alive, now and at most; views count with their storage."""
+    """Bytes of the tensors that a reader has given and that are still alive, now and at most.
+
+    A view counts with its storage.
+    """
 
     def __init__(self) -> None:
         self.now, self.most = 0, 0
@@ -256,8 +262,8 @@ def test_our_lora_comes_back_with_its_scale(adapter, base, tmp_path, rank, alpha
     folder.mkdir(parents=True)
     weights = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
     write_lora(folder, network, weights, adapter, base_record("b", None, module_weights(base, "b")))
-    given = {"run": folder.parent, "part": folder, "file": folder / LORA_FILE}[layout]
-    negative = load_negative(base, given)
+    source = {"run": folder.parent, "part": folder, "file": folder / LORA_FILE}[layout]
+    negative = load_negative(base, source)
     assert negative.network is None
     assert {delta.scale for delta in negative.deltas.values()} == {(alpha or rank) / rank}
     expected = output(merged(adapter, network, (alpha or rank) / rank))
@@ -295,7 +301,8 @@ def test_mixtures_with_a_lora(adapter, base, tuned, tmp_path, alpha, beta):
     for name, found in mixed.network.state_dict().items():
         t, p = base.state_dict()[name].double(), tuned.state_dict()[name].double()
         expected = t + alpha * (p - t) + beta * delta[name]
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-6)  # observed 5e-7: delta up to 10
+        # Observed 5e-7: delta is up to 10.
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-6)
     with pytest.raises(UserError, match=r"^alpha: 0.5 needs the base model"):
         load_negative(tuned, tmp_path, alpha=0.5)
 
@@ -342,14 +349,14 @@ def test_a_fingerprint_survives_casts_and_knows_a_fine_tune(base, dtypes):
     assert not matches(saved, module_weights(tiny.unet(block_out_channels=(8, 32)), ""))
 
 
-def test_another_base_is_refused_until_one_says_what_is_meant(base, tuned, trained, adapter, tmp_path):
+def test_another_base_is_refused_unless_base_or_alpha_is_given(base, tuned, trained, adapter, tmp_path):
     run = with_record(tmp_path, trained, base)
     load_negative(copy.deepcopy(base).bfloat16(), run)
     with pytest.raises(
         UserError, match=r"was trained from some/base, and the positive model has other weights"
-    ) as said:
+    ) as caught:
         load_negative(tuned, run)
-    assert "base='some/base'" in str(said.value) and "alpha=0" in str(said.value)
+    assert "base='some/base'" in str(caught.value) and "alpha=0" in str(caught.value)
     assert torch.equal(output(load_negative(tuned, run, alpha=0).network), output(trained))
     load_negative(tuned, run, base=adapter.path)
     tuned.save_pretrained(tmp_path / "other/unet")
@@ -360,7 +367,7 @@ def test_another_base_is_refused_until_one_says_what_is_meant(base, tuned, train
         load_negative(base, run)
 
 
-def test_a_lora_on_a_fine_tune_is_said(adapter, base, tuned, tmp_path, caplog):
+def test_a_lora_on_a_fine_tune_is_a_warning(adapter, base, tuned, tmp_path, caplog):
     network = with_lora(adapter, 2, None)
     weights = {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
     write_lora(tmp_path, network, weights, adapter, base_record("some/base", None, module_weights(base, "")))
@@ -376,7 +383,7 @@ def test_a_lora_on_a_fine_tune_is_said(adapter, base, tuned, tmp_path, caplog):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Puts files where huggingface_hub keeps what it has downloaded; there is no network."""
+    """A function that makes a repository in huggingface_hub's cache; there is no network."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -408,9 +415,9 @@ def test_hub_ids(adapter, base, trained, hub, caplog):
         ("some/negatives/folder", "holds neither"),
         ("some/negatives/weights.ckpt", "is a pickle"),
     ):
-        with pytest.raises(UserError, match=rf"^negative: .*{message}") as said:
+        with pytest.raises(UserError, match=rf"^negative: .*{message}") as caught:
             load_negative(base, name)
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(caught.value)
 
 
 # What does not fit
@@ -603,7 +610,7 @@ def test_a_damaged_base_is_named(base, tuned, trained, adapter, tmp_path, alpha)
         load_negative(tuned, tmp_path, alpha=alpha, base=tmp_path / "lora")
 
 
-def test_a_pickle_is_refused_by_name_alone(base, tmp_path):
+def test_a_pickle_is_refused_by_its_name(base, tmp_path):
     """The file does not even exist: nothing can have been read."""
     for suffix in ("bin", "pt", "ckpt", "PTH"):
         with pytest.raises(UserError, match=rf"^negative: cannot load .*\.{suffix}: it is a pickle"):
@@ -611,7 +618,10 @@ def test_a_pickle_is_refused_by_name_alone(base, tmp_path):
 
 
 def test_importing_it_is_light():
-    """PEFT imports bitsandbytes; a LoRA in any naming is read without either, but for what diffusers' UNet imports."""
+    """A LoRA in any naming is read without PEFT and bitsandbytes, which PEFT imports.
+
+    diffusers' UNet imports both, so the test has a class of that name.
+    """
     code = """
 import sys, torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""LoRA files in every naming give the updates that PEFT applies to them; damaged and foreign ones are refused."""
+"""LoRA files in every naming give PEFT's updates; damaged and unsupported files are refused."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_kohya_naming(kind, targets):
         assert delta.scale == state[f"{key}.alpha"].item() / 2
         assert torch.equal(delta.down, state[f"{key}.lora_down.weight"])
         assert torch.equal(delta.up, state[f"{key}.lora_up.weight"])
-    # diffusers 0.42 itself loses alphas of single attention layers: it warns, and takes the commonest for them.
+    # diffusers 0.42 loses alphas of single attention layers: it warns, and takes the commonest.
     state = kohya_state(kind, targets, [3.0])
     assert_deltas(read_lora(state, unet(kind)), loaded_by_diffusers(unet(kind), state))
 
@@ -194,7 +194,7 @@ def test_kohya_naming_of_sdxls_original_blocks():
         read_lora(renamed | state, unet("sdxl"))
 
 
-def test_weights_of_text_encoders_are_said(caplog):
+def test_weights_of_text_encoders_are_a_warning(caplog):
     state = kohya_state("sd", ATTENTION)
     text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     extra = {f"{text}.lora_down.weight": torch.ones(2, 16), f"{text}.lora_up.weight": torch.ones(16, 2)}
@@ -268,9 +268,9 @@ def test_broken_files_are_refused(message, tmp_path):
     state = change(BROKEN[message])
     path = tmp_path / "lora.safetensors"
     save_file({key: value.clone() for key, value in state.items()}, path)
-    with pytest.raises(UserError, match=rf"^negative: {path}.*{message}") as said:
+    with pytest.raises(UserError, match=rf"^negative: {path}.*{message}") as caught:
         read_lora(path, unet())
-    assert_one_line(str(said.value))
+    assert_one_line(str(caught.value))
 
 
 def test_broken_kohya_files_are_refused():
@@ -282,24 +282,24 @@ def test_broken_kohya_files_are_refused():
         ({f"{KOHYA_LAYER}.mystery": torch.ones(2)}, "mystery"),
         ({f"{KOHYA_LAYER}.alpha": torch.ones(2)}, "does not fit the model"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=rf"^negative: the state dict .*{message}") as said:
+        with pytest.raises(UserError, match=rf"^negative: the state dict .*{message}") as caught:
             read_lora(state | extra, unet())
-        assert_one_line(str(said.value))
+        assert_one_line(str(caught.value))
 
 
-def test_zero_layers_beside_others_are_taken():
+def test_zero_layers_next_to_others_are_taken():
     state = change(lambda s: s[f"{LAYER}.lora_B.weight"].zero_())
     assert not read_lora(state, unet())[LAYER.removeprefix("unet.")].delta().any()
 
 
-@pytest.mark.parametrize("noted", ["{", "[]", '{"unet.r": 2}', '{"unet.lora_alpha": "x"}', '{"unet.use_dora": true}',
+@pytest.mark.parametrize("text", ["{", "[]", '{"unet.r": 2}', '{"unet.lora_alpha": "x"}', '{"unet.use_dora": true}',
                                    '{"unet.lora_alpha": 2, "unet.alpha_pattern": {"(": 3}}', "9" * 5000])  # fmt: skip
-def test_odd_metadata_is_refused(noted, tmp_path):
+def test_odd_metadata_is_refused(text, tmp_path):
     path = tmp_path / "lora.safetensors"
-    save_file(peft_state(), path, metadata={"lora_adapter_metadata": noted})
-    with pytest.raises(UserError, match=rf"^negative: .*{path}") as said:
+    save_file(peft_state(), path, metadata={"lora_adapter_metadata": text})
+    with pytest.raises(UserError, match=rf"^negative: .*{path}") as caught:
         read_lora(path, unet())
-    assert_one_line(str(said.value))
+    assert_one_line(str(caught.value))
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def network() -> nn.Module:
 @fuzz(40)
 @given(data=st.data())
 def test_damaged_keys_and_shapes(files, network, naming, data):
-    """One key renamed, dropped or given another shape: never read as if nothing were."""
+    """A file with one key renamed, dropped or reshaped is always refused."""
     state = load_file(files[naming])
     key = data.draw(st.sampled_from(sorted(state)))
     damage = data.draw(st.sampled_from(["drop", "rename", "reshape"]))
@@ -328,15 +328,15 @@ def test_damaged_keys_and_shapes(files, network, naming, data):
         damage = "rename"  # a file without an alpha is one whose alpha is the rank
     value = state.pop(key)
     if damage == "rename":
-        place = data.draw(st.integers(0, len(key) - 1))
+        position = data.draw(st.integers(0, len(key) - 1))
         letter = data.draw(st.sampled_from("xz9-"))
-        renamed = key[:place] + letter + key[place + 1 :]
+        renamed = key[:position] + letter + key[position + 1 :]
         state[renamed if renamed != key else key + letter] = value
     elif damage == "reshape":
         state[key] = torch.cat([value.reshape(-1)] * 2).reshape(2 * max(1, len(value.shape) and len(value)), -1)
-    with pytest.raises(UserError) as said:
+    with pytest.raises(UserError) as caught:
         read_lora(state, network)
-    assert_one_line(str(said.value))
+    assert_one_line(str(caught.value))
 
 
 @fuzz(20)
@@ -345,9 +345,9 @@ def test_truncated_files(files, network, tmp_path_factory, share):
     content = files["peft"].read_bytes()
     path = tmp_path_factory.mktemp("cut") / "lora.safetensors"
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=rf"^negative: cannot load {path}: ") as said:
+    with pytest.raises(UserError, match=rf"^negative: cannot load {path}: ") as caught:
         read_lora(path, network)
-    assert_one_line(str(said.value))
+    assert_one_line(str(caught.value))
 
 
 def test_pickles_are_refused_by_name(tmp_path):
@@ -356,7 +356,7 @@ def test_pickles_are_refused_by_name(tmp_path):
             read_lora(tmp_path / f"lora.{suffix}", unet())
 
 
-def test_a_peft_config_beside_has_to_be_json(tmp_path):
+def test_a_peft_config_next_to_the_file_has_to_be_json(tmp_path):
     state = get_peft_model_state_dict(with_peft(unet()))
     save_file({f"base_model.model.{key}": v.detach() for key, v in state.items()}, tmp_path / "a.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps([1]))

@@ -1,4 +1,4 @@
-"""`selfnpo merge`: what it writes is theta + alpha eta + beta delta, loads everywhere, and is whole or not there."""
+"""`selfnpo merge`: it writes Eq. 7, every loader reads the result, and it writes all or nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Models:
-    """A base, fine-tunes and negatives of it in files, and what each adds to the base's weights, in float64."""
+    """A base, fine-tunes and negatives of it in files, and the change of each in float64."""
 
     def __init__(self, folder: Path) -> None:
         self.adapter = load_adapter(str(tiny.write_sd(folder / "base")))
@@ -124,7 +124,7 @@ def test_the_result_is_for_its_positive(models, tmp_path):
 
 @pytest.mark.slow  # a process that imports diffusers: 10 s
 def test_the_command(models, tmp_path):
-    """As a person calls it, in a process of its own."""
+    """As a user calls it, in a separate process."""
     words = ["merge", "--base", models.paths["base"], "--positive", models.paths["tuned"], "--alpha", "0.8"]
     words += ["--negative", models.paths["negative"], "--beta", "0.5", "--output", str(tmp_path / "out")]
     done = subprocess.run(
@@ -182,7 +182,7 @@ def test_bases_that_are_none(models, tmp_path):
         assert_refused(code, error, message)
 
 
-def test_a_folder_in_use_is_left_alone(models, tmp_path):
+def test_a_folder_in_use_is_not_changed(models, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     code, error = call(cli.main, words_for(models, tmp_path))
     assert_refused(code, error, "is not empty")
@@ -190,7 +190,7 @@ def test_a_folder_in_use_is_left_alone(models, tmp_path):
 
 
 def test_a_tensor_that_is_not_finite_in_the_last_place(models, tmp_path):
-    """The files before it are written already: they go."""
+    """The files before it are already written: they are removed."""
     weights = load_file(Path(models.paths["negative"]) / "unet" / WEIGHTS)
     last = sorted(weights)[-1]
     weights[last].view(-1)[-1] = float("inf")

@@ -1,4 +1,4 @@
-"""Backends, dtype mixtures, shapes and tensors of the tests of the ops; how an error is measured."""
+"""Backends, dtype mixtures, shapes and tensors for the tests of the ops, and the error measure."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ BACKENDS = ("reference", "cpp", "triton")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 UNIT = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24, F64: 2.0**-53}
 HALF_SUBNORMAL = {F16: 2.0**-25}  # half a step near zero, where it matters
-SEED = 2**63 - 3 * 2**33 + 12345  # both words of the key are in use, and the sum with 1 stays below 2^63
+# Both words of the key are in use, and SEED + 1 is below 2^63.
+SEED = 2**63 - 3 * 2**33 + 12345
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What the networks put out beside what the states are kept in."""
+    """The dtypes of network outputs and of states."""
 
     name: str
     network: torch.dtype
@@ -38,17 +39,19 @@ MIXTURES = (
     Mixture("fp16", F16, F16),
     Mixture("crossed", F32, BF16),
 )
-FLOAT64 = Mixture("fp64", F64, F64)  # the reference alone
+FLOAT64 = Mixture("fp64", F64, F64)  # served by the reference only
 EVERY_MIXTURE = tuple(Mixture("any", network, state) for network in (F32, BF16, F16) for state in (F32, BF16, F16))
-IMAGE, VIDEO = (3, 4, 5, 7), (2, 3, 4, 5, 3)  # B, C, H, W and B, F, C, H, W; no size is a multiple of a vector
+# B, C, H, W and B, F, C, H, W; no size is a multiple of a vector.
+IMAGE, VIDEO = (3, 4, 5, 7), (2, 3, 4, 5, 3)
 BLOCKS = (2, 2085)  # more than one block of every kernel, the last of them ragged
 SHAPES = (IMAGE, VIDEO, (1, 1), (1, 2), (5, 63), (257, 4), BLOCKS, (2, 4, 64, 64), (3000, 3))
-INTERPRETED = (IMAGE, (2, 67))  # every mixture, in Triton's interpreter, which takes some 10 ms for a program
+# Every mixture runs these in Triton's interpreter, which takes about 10 ms for a program.
+INTERPRETED = (IMAGE, (2, 67))
 INTERPRETED_IN_FLOAT32 = (VIDEO, (1, 1), (1, 2), (5, 63), (40, 3), BLOCKS, (2, 4, 64, 64))
 
 
 def device(backend: str) -> str:
-    """Where the tensors of a backend's tests live."""
+    """The device of the tensors in a backend's tests."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
@@ -71,7 +74,7 @@ def grid(*, least: int = 1) -> list:
 
 
 def some_slow(values, quick: tuple) -> list:
-    """Parameters (backend, value), of which the interpreter leaves all but a few to the slow tests."""
+    """Parameters (backend, value); under the interpreter all but those in `quick` are slow."""
 
     def slow(backend: str, value) -> bool:
         return backend == "triton" and device(backend) == "cpu" and value not in quick
@@ -95,7 +98,7 @@ def draw(seed: int, *sizes: tuple[int, ...], dtype: torch.dtype = F32, on: str =
 
 
 def key(batch: int, on: str = "cpu", seed: int = SEED, per_sample: bool = True) -> NoiseKey:
-    """A noise key with ids beyond 2^32 and negative ones, and draws beyond 2^31 or one draw for all."""
+    """A noise key with negative ids and ids beyond 2^32; draws beyond 2^31, or one draw for all."""
     ids = torch.arange(batch, dtype=torch.int64) * 0x1_2345_6789 - 5
     draws = (torch.arange(batch) % 7 * 0x2345_6789).to(on) if per_sample else 0x9ABC_DEF0
     return NoiseKey(seed, ids.to(on), draws)
@@ -113,7 +116,11 @@ def rows(k: torch.Tensor, index: torch.Tensor | None, batch: int) -> np.ndarray:
 
 
 def tables(seed: int, batch: int, columns: int, on: str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The three ways to give coefficients: a row for each, an index into another number of rows, one row for all."""
+    """The three ways to give coefficients.
+
+    They are a row for each sample, an index into another number of rows, and one row for all
+    samples.
+    """
     each, some, one = draw(seed, (batch, columns), (5, columns), (1, columns), on=on)
     yield each, None
     yield some, (torch.arange(batch, dtype=torch.int64) * 3 % 5).to(on)
@@ -121,7 +128,7 @@ def tables(seed: int, batch: int, columns: int, on: str = "cpu") -> Iterator[tup
 
 
 def large(backend: str) -> tuple[int, ...]:
-    """A shape that several threads share; smaller where the interpreter walks it."""
+    """A shape that several threads share; a smaller one for the interpreter."""
     return (3, 70) if backend == "triton" and device(backend) == "cpu" else (3, 4, 96, 100)
 
 
@@ -145,11 +152,15 @@ def noise_terms(noise: torch.Tensor | NoiseKey, shape: tuple[int, ...]) -> tuple
     return exact.sized_normals(noise.seed, noise.sample_ids.cpu(), draws, tuple(shape[1:]))
 
 
-OBSERVED: dict[tuple[str, str], float] = {}  # (op, backend) -> largest error seen, in the unit of `tolerances.py`
+# (op, backend) -> the largest error seen, in the unit of `tolerances.py`.
+OBSERVED: dict[tuple[str, str], float] = {}
 
 
 def within(op: str, backend: str, mixture: Mixture, excess: np.ndarray, unit: np.ndarray) -> None:
-    """`excess` errors are at most the tolerance times `unit`; the largest ratio is kept for the summary."""
+    """The errors `excess` are at most the tolerance times `unit`.
+
+    The largest ratio is kept for the summary.
+    """
     if excess.size == 0:
         return
     ratio = np.where(excess > 0, excess, 0) / np.where(excess > 0, np.maximum(unit, 1e-300), 1)
@@ -162,7 +173,10 @@ def within(op: str, backend: str, mixture: Mixture, excess: np.ndarray, unit: np
 def assert_rounded(
     op: str, backend: str, mixture: Mixture, out: torch.Tensor, exact: np.ndarray, terms: np.ndarray, *, roundings=1
 ) -> None:
-    """`out` is `exact` rounded (once) to its dtype, after some roundings of the arithmetic on terms of this size."""
+    """`out` is `exact`, rounded `roundings` times to its dtype.
+
+    The arithmetic before it may have rounded terms of the sizes `terms`.
+    """
     assert tuple(out.shape) == exact.shape
     arithmetic = F64 if mixture is FLOAT64 else F32
     bound = HALF_SUBNORMAL.get(out.dtype, 0.0)

@@ -13,7 +13,7 @@ from selfnpo_kernels import backends
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Fill fresh memory with NaN (integers with their largest value): what an op forgets to write is seen."""
+    """Fills new memory with NaN (integers: the largest value), so that unwritten results show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,6 +1,7 @@
-"""The numbers of the ops by other means: noise in numpy's unsigned integers, formulas in float64, draws in Python.
+"""The numbers of the ops, computed by other means.
 
-Nothing here imports the code under test, except the names of the draws.
+Noise uses numpy's unsigned integers, formulas float64, and draws Python's integers. This module
+imports only the names of the draws from the code under test.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ MASK = 0xFFFFFFFF
 
 
 def philox(counter: tuple, seed: int) -> list[np.ndarray]:
-    """Philox4x32-10 (Salmon et al., 2011) on four arrays of uint32 values held as uint64; seed: any integer."""
+    """Philox4x32-10 (Salmon et al., 2011) on four arrays of uint32 values, held as uint64.
+
+    seed: any integer.
+    """
     c = [np.asarray(word, dtype=np.uint64) for word in counter]
     key = [np.uint64(seed & MASK), np.uint64(seed >> 32 & MASK)]
     low, half = np.uint64(MASK), np.uint64(32)
@@ -37,7 +41,7 @@ def bits(seed: int, ids, draws, blocks: int) -> np.ndarray:
 
 
 def uniforms(seed: int, ids, draws, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(u1, u2), each (B, pairs) float64: what Box-Muller is fed with."""
+    """(u1, u2), each (B, pairs) float64: the inputs of Box-Muller."""
     kept = bits(seed, ids, draws, -(-count // 4)) >> np.uint64(8)
     return (kept[..., 0::2] + np.uint64(1)).reshape(len(kept), -1) * 2.0**-24, (
         kept[..., 1::2].reshape(len(kept), -1) * 2.0**-24
@@ -45,7 +49,10 @@ def uniforms(seed: int, ids, draws, count: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def sized_normals(seed: int, ids, draws, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(normals, what their roundings are relative to), each (B, *shape): an angle's rounding grows with the angle."""
+    """(normals, sizes), each (B, *shape). Roundings are relative to the sizes.
+
+    The rounding of an angle grows with the angle.
+    """
     count = math.prod(shape)
     u1, u2 = uniforms(seed, ids, draws, count)
     radius, angle = np.sqrt(-2 * np.log(u1)), 2 * np.pi * u2
@@ -79,11 +86,11 @@ def randint(seed: int, sample: int, draw: int, high: int) -> int:
     return first_word(seed, sample, draw) * high >> 32
 
 
-def item(sample: int, items: int, key: int) -> int:
-    """The prompt of a sample: in each epoch of `items` ids, a four-round Feistel permutation under `key`."""
-    epoch, position = divmod(sample, items)
+def prompt_index(sample: int, num_prompts: int, key: int) -> int:
+    """The prompt of a sample: a Feistel permutation of each epoch of `num_prompts` ids."""
+    epoch, position = divmod(sample, num_prompts)
     half = 1
-    while 4**half < items:
+    while 4**half < num_prompts:
         half += 1
     low = 2**half - 1
     while True:
@@ -93,7 +100,7 @@ def item(sample: int, items: int, key: int) -> int:
             mixed = (mixed ^ mixed >> 15) * 0x9E3779B1 & MASK
             left, right = right, left ^ (mixed ^ mixed >> 16) & low
         position = left << half | right
-        if position < items:
+        if position < num_prompts:
             return position
 
 
@@ -103,7 +110,7 @@ def column(k: np.ndarray, j: int, rank: int) -> np.ndarray:
 
 
 def guided(pos, neg, k: np.ndarray, scale=None) -> tuple[np.ndarray, np.ndarray]:
-    """(p, size of its terms) of classifier-free guidance, Eq. 6."""
+    """(p, size of its terms) of classifier-free guidance, Eq. 1."""
     if pos is None or neg is None:
         p = neg if pos is None else pos
         size = np.abs(p)
@@ -118,5 +125,8 @@ def guided(pos, neg, k: np.ndarray, scale=None) -> tuple[np.ndarray, np.ndarray]
 
 
 def linear(*terms: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """(sum of coefficient times value, sum of coefficient times size); terms are (coefficient, value, size)."""
+    """(sum of coefficient times value, sum of the absolute values of coefficient times size).
+
+    terms: (coefficient, value, size) each.
+    """
     return sum(k * value for k, value, _ in terms), sum(np.abs(k) * np.abs(size) for k, _, size in terms)

@@ -1,6 +1,6 @@
-"""What the Triton kernels compile to, on a machine without a GPU, and that a bad kernel would be noticed.
+"""The machine code of the Triton kernels, without a GPU; and whether a bad kernel is noticed.
 
-Everything that compiles runs in a process of its own: this one may have imported Triton's interpreter.
+Everything that compiles runs in another process: this one may have imported Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from selfnpo_kernels import aot
-from selfnpo_kernels.ops import SCHEMAS
+from selfnpo_kernels import aot, machine_code
+from selfnpo_kernels.schemas import SCHEMAS
 
 # (bytes an element, more for samples that restart), counted by hand from the contracts of ops.py.
 BY_HAND = {
@@ -61,7 +61,7 @@ def check(rows: list[dict]) -> None:
 
 
 def test_every_kernel_compiles_to_its_floor(tmp_path):
-    """One mixture on sm_90: 16-byte accesses, no spills; the interpreter's variable is set and has to be ignored."""
+    """One mixture on sm_90: 16-byte accesses, no spills. The interpreter's variable is ignored."""
     check(compiled(tmp_path / "rows.json", "--quick", "--arch", "90", TRITON_INTERPRET="1"))
 
 
@@ -130,7 +130,7 @@ for kernel, extra, block, options in (
 
 
 def test_bad_kernels_are_caught(tmp_path):
-    """Narrow accesses, spills, needless bytes and wide indices, each in a kernel that has that flaw alone."""
+    """Narrow accesses, spills, needless bytes and wide indices: one kernel has each flaw."""
     (tmp_path / "toys.py").write_text(TOYS)
     done = python(str(tmp_path / "toys.py"))
     assert done.returncode == 0, done.stderr
@@ -167,7 +167,7 @@ PTX = """
 
 
 def test_instructions_are_matched_with_their_accesses():
-    accesses = aot.ir_accesses(IR)
+    accesses = machine_code.ir_accesses(IR)
     assert [(a.kind, a.elements, a.size, a.conditional) for a in accesses] == [
         ("ld", 0, 8, False),
         ("ld", 1024, 2, False),
@@ -175,21 +175,22 @@ def test_instructions_are_matched_with_their_accesses():
         ("ld", 0, 4, True),
         ("st", 1024, 4, False),
     ]
-    widths = aot.ptx_widths(PTX)
-    assert [own for _, own in aot.matched(accesses, widths, threads=128)] == [[8], [16], [16, 16], [4], [16, 8, 8]]
+    widths = machine_code.ptx_widths(PTX)
+    found = machine_code.matched(accesses, widths, threads=128)
+    assert [instructions for _, instructions in found] == [[8], [16], [16, 16], [4], [16, 8, 8]]
     with pytest.raises(ValueError, match="has no instruction left"):
-        aot.matched(accesses, widths[:-1], threads=128)
+        machine_code.matched(accesses, widths[:-1], threads=128)
     with pytest.raises(ValueError, match="without an access"):
-        aot.matched(accesses, [*widths, ("st", 4)], threads=128)
+        machine_code.matched(accesses, [*widths, ("st", 4)], threads=128)
     with pytest.raises(ValueError, match="moves 16 bytes a thread where 8"):
-        aot.matched(accesses, [("ld", 16), *widths[1:]], threads=128)
+        machine_code.matched(accesses, [("ld", 16), *widths[1:]], threads=128)
 
 
 def test_resource_usage_and_machine_code():
     usage = " Function k:\n  REG:29 STACK:24 SHARED:1024 LOCAL:8 CONSTANT[0]:576 TEXTURE:0"
-    assert aot.resources(usage) == {"REG": 29, "STACK": 24, "SHARED": 1024, "LOCAL": 8}
+    assert machine_code.resources(usage) == {"REG": 29, "STACK": 24, "SHARED": 1024, "LOCAL": 8}
     sass = "LDG.E.128 R4, [R2]\nLDG.E R1\nSTG.E.128 [R2]\nSTG.E.64 [R2]\nLDS.128 R4\nLDG.E.EF.128 R1"
-    assert aot.sass_wide(sass) == 3
+    assert machine_code.sass_wide(sass) == 3
 
 
 @pytest.mark.parametrize(
@@ -205,4 +206,4 @@ def test_resource_usage_and_machine_code():
 def test_index_width_is_read_from_the_address(address, bits):
     other = "mul.wide.u32 %rd7, %r5, 12288;"  # feeds no 16-byte access
     for access in ("ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", "st.global.v4.b32 [ %rd1 + 0 ], { %r1 };"):
-        assert aot.index_bits("\n".join([address, other, access])) == bits
+        assert machine_code.index_bits("\n".join([address, other, access])) == bits

@@ -1,4 +1,4 @@
-"""What the ops refuse: one clear ValueError for each, whatever the backend, and when they are traced."""
+"""What the ops refuse: a clear ValueError for each fault, in every backend and in tracing."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ SPOILED = {  # what is wrong with it -> (how it got so, what the error says)
 @pytest.mark.parametrize("fault", SPOILED)
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in STATES.items() for name in names])
 def test_states(op, name, fault):
-    """The first state sets the shape and the device; what disagrees with it is then named in its place."""
+    """The first state sets the shape and the device; the error names a tensor that differs."""
     spoil, says = SPOILED[fault]
     function, good = arguments(op)
     good[name] = spoil(good[name])
@@ -179,8 +179,8 @@ REFUSED = {  # op -> [(what is wrong, what the error says)]
         (spoil_table("timesteps", lambda t: t.int()), "timesteps is torch.int32"),
         (spoil_table("timesteps", lambda t: t[:1]), "timesteps has 1 rows"),
         (spoil_table("weight", lambda t: t[:4]), "weight is"),
-        (spoil_rule(items=0), "items is 0"),
-        (spoil_rule(items=2**31), "items"),
+        (spoil_rule(num_prompts=0), "num_prompts is 0"),
+        (spoil_rule(num_prompts=2**31), "num_prompts"),
         (spoil_rule(stride=0), "stride is 0"),
         (spoil_rule(max_steps=0), "max_steps is 0"),
         (spoil_rule(dropout=2.0), "dropout is 2.0; expected 0 to 1"),
@@ -220,7 +220,7 @@ FAULTS = [pytest.param(op, *fault, id=f"{op}-{i}") for op, faults in REFUSED.ite
 
 
 def spoiled(good: dict, fault: dict) -> dict:
-    """The good arguments with those of `fault` in their place, or changed by its functions."""
+    """The good arguments, replaced by the values of `fault` or changed by its functions."""
     return good | {n: value(good[n]) if callable(value) else value for n, value in fault.items()}
 
 
@@ -269,7 +269,7 @@ def test_slots_beyond_the_grid(index):
 
 @pytest.mark.parametrize("one", ["final", "pos", "neg"])
 def test_states_that_share_memory(one):
-    """Blocks of one launch would read what others have overwritten."""
+    """A block of a launch would read what another block has overwritten."""
     good = tdft_arguments("noise")
     good[one] = good["x"]
     with pytest.raises(ValueError, match=f"tdft_step: {one} shares memory with x"):
@@ -314,7 +314,7 @@ def test_arguments_stay_as_they_are_when_a_call_is_refused():
 
 
 def test_every_mixture_is_taken(backend):
-    """float32, bfloat16 and float16 noise beside x of any of them."""
+    """Noise and x may each be float32, bfloat16 or float16."""
     on = cases.device(backend)
     for mixture in cases.EVERY_MIXTURE:
         (x,), (noise,) = draw(3, SHAPE, dtype=mixture.state, on=on), draw(4, SHAPE, dtype=mixture.network, on=on)

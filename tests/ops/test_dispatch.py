@@ -1,4 +1,4 @@
-"""Which backend serves a call, asked by default, by name and by environment; what importing brings along."""
+"""Which backend serves a call: by default, by name, by environment; and what importing imports."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def child(code: str, *, without: tuple[str, ...] = (), fresh: bool = False, **en
     return subprocess.CompletedProcess([sys.executable, "-c", code], status, out, err)
 
 
-def said(done: subprocess.CompletedProcess) -> str:
+def stdout(done: subprocess.CompletedProcess) -> str:
+    """The standard output of a process that must have succeeded."""
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -165,8 +166,8 @@ def test_a_forced_backend_refuses_other_devices():
 
 
 def test_environment_forces_a_backend():
-    assert said(child(ONE_CALL, SELFNPO_BACKEND="reference")) == "12.0 reference"
-    assert said(child(ONE_CALL, SELFNPO_BACKEND="")) == "12.0 cpp"
+    assert stdout(child(ONE_CALL, SELFNPO_BACKEND="reference")) == "12.0 reference"
+    assert stdout(child(ONE_CALL, SELFNPO_BACKEND="")) == "12.0 cpp"
     assert "'cudnn' is no backend" in failure(child(ONE_CALL, SELFNPO_BACKEND="cudnn"))
 
 
@@ -181,15 +182,15 @@ def test_environment_names_a_backend_that_is_not_there():
 def test_triton_needs_a_device_or_its_interpreter():
     code = "from selfnpo_kernels import backends\nprint(*backends.available('triton'))"
     there = torch.cuda.is_available()
-    assert said(child(code)).startswith("True Triton kernels" if there else "False no CUDA device")
+    assert stdout(child(code)).startswith("True Triton kernels" if there else "False no CUDA device")
     if not there:
-        assert said(child(code, TRITON_INTERPRET="1")).startswith("True Triton's interpreter")
+        assert stdout(child(code, TRITON_INTERPRET="1")).startswith("True Triton's interpreter")
 
 
 def test_without_the_extension_the_reference_serves_and_says_so():
     missing = {"without": ("selfnpo_kernels._cpp",)}
     done = child(ONE_CALL, **missing)
-    assert said(done) == "12.0 reference"
+    assert stdout(done) == "12.0 reference"
     assert "fused ops on cpu: the PyTorch reference, since cpp is not there" in done.stderr
     assert done.stderr.count("fused ops on cpu") == 1
 
@@ -198,7 +199,7 @@ def test_a_required_extension_that_is_missing_is_a_failure():
     missing = {"without": ("selfnpo_kernels._cpp",)}
     line = failure(child(ONE_CALL, SELFNPO_REQUIRE_CPP="1", **missing))
     assert "BackendError: SELFNPO_REQUIRE_CPP=1, and the C++ extension is not there" in line
-    assert said(child(ONE_CALL, SELFNPO_REQUIRE_CPP="1")) == "12.0 cpp"
+    assert stdout(child(ONE_CALL, SELFNPO_REQUIRE_CPP="1")) == "12.0 cpp"
 
 
 def test_importing_brings_neither_triton_nor_diffusers_nor_the_trainer():
@@ -214,7 +215,7 @@ x = torch.ones(2, 3)
 selfnpo_kernels.affine_noise(x, torch.ones(1, 2), x)
 print([name for name in ("triton", "diffusers", "selfnpo_fast") if name in sys.modules])
 """
-    assert said(child(code)) == "['selfnpo_kernels']\n[]"
+    assert stdout(child(code)) == "['selfnpo_kernels']\n[]"
 
 
 @pytest.mark.parametrize(
@@ -228,15 +229,15 @@ print([name for name in ("triton", "diffusers", "selfnpo_fast") if name in sys.m
     ids=["extension", "loader", "torch.ops", "submodules"],
 )
 def test_import_order(first):
-    """Every op is registered once, whatever comes first."""
+    """Every op is registered once, in any order of imports."""
     fresh = not first.startswith("import torch")
-    assert said(child(first + "\n" + ONE_CALL, fresh=fresh)) == "12.0 cpp"
+    assert stdout(child(first + "\n" + ONE_CALL, fresh=fresh)) == "12.0 cpp"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_the_extension_takes_what_the_machine_has(capability):
-    """As on a machine without AVX2, and on one without AVX-512: it passes the tests of its values."""
+    """The tests of values pass as on machines without AVX2 and without AVX-512."""
     chosen = "cpp and (3x4x5x7 or 1x2 or 257x4 or test_bits or test_integers or test_whole_runs or test_lists)"
     code = f"""
 import sys
@@ -245,12 +246,12 @@ from selfnpo_kernels import cpp
 assert cpp.capability() == {capability.upper()!r}
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, {str(Path(__file__).parent)!r}]))
 """
-    line = said(child(code, fresh=True, ATEN_CPU_CAPABILITY=capability)).splitlines()[-1]
+    line = stdout(child(code, fresh=True, ATEN_CPU_CAPABILITY=capability)).splitlines()[-1]
     assert int(line.split(" passed")[0].split()[-1]) > 150, line
 
 
 def test_first_calls_from_several_threads():
-    """All of them find every op registered, however slowly it goes."""
+    """All threads find every op registered, even where registration is slow."""
     code = """
 import threading, time
 import torch
@@ -271,7 +272,7 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(failed)
 """
-    assert said(child(code)) == "[]"
+    assert stdout(child(code)) == "[]"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ print(failed)
     ids=str,
 )
 def test_the_status_of_the_table(environment, status):
-    """1 where what was asked for is not there, and nowhere else."""
+    """The status is 1 only where a backend that was asked for is not available."""
     done = child("import sys; from selfnpo_kernels.__main__ import main; sys.exit(main())", **environment)
     assert done.returncode == status, done.stdout + done.stderr
 
@@ -298,7 +299,7 @@ def test_the_table(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "selfnpo_kernels"], env=clean, capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    text = said(done)
+    text = stdout(done)
     for name in backends.NAMES:
         assert name in text
     assert cpp.capability() in text

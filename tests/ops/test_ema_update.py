@@ -23,7 +23,8 @@ def check(backend, mixture, masters, live, shadows, decay: float) -> None:
     ema_update(masters, live, shadows, decay)
     for i, (master, new) in enumerate(zip(masters, live, strict=True)):
         exact = decay * before[i] + (1 - decay) * wide(new)
-        # The step is small where the decay is near 1, and so must be its rounding, beside that of the master itself.
+        # The step is small where the decay is near 1. Its rounding has to be as small; that of the
+        # master comes on top.
         terms = np.abs(exact) + (1 - decay) * (np.abs(before[i]) + np.abs(wide(new)))
         cases.assert_rounded("ema_update", backend, mixture, master, exact, terms)
         assert torch.equal(new, kept[i])
@@ -84,7 +85,7 @@ def test_an_empty_tensor(backend):
 
 
 def test_channels_last(backend):
-    """Memory is walked in its own order, the same in all three."""
+    """The update follows the order of memory, which all three tensors share."""
     mixture = cases.MIXTURES[1]
     tensors = parameters(5, ((3, 5, 2, 7),), mixture, cases.device(backend))
     masters, live, shadows = ([t.to(memory_format=torch.channels_last) for t in group] for group in tensors)
@@ -94,7 +95,7 @@ def test_channels_last(backend):
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 5])
 def test_views_into_flat_buffers(backend, offset):
-    """As shards of masters are: no view begins where a vector would, and nothing beside it may change."""
+    """Unaligned views, like those of master shards; memory outside them stays the same."""
     on, sizes = cases.device(backend), (67, 1, 33, 128)
     flat = [draw(6, (300,), on=on)[0], *draw(7, (300,), (300,), dtype=BF16, on=on)]
     kept = [t.clone() for t in flat]
@@ -110,7 +111,7 @@ def test_views_into_flat_buffers(backend, offset):
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_the_master_moves_where_its_shadow_cannot_see_it(backend, dtype):
-    """By 1.25e-5 at first, a hundredth of a bfloat16 step; after many updates as far as closed form says."""
+    """The first update is 1.25e-5, a hundredth of a bfloat16 step; many follow the closed form."""
     on, steps = cases.device(backend), 100 if backend == "triton" else 20_000
     master, live = torch.ones(5, device=on), torch.full((5,), 1.125, dtype=dtype, device=on)
     shadow = master.to(dtype)
@@ -120,7 +121,8 @@ def test_the_master_moves_where_its_shadow_cannot_see_it(backend, dtype):
     for _ in range(steps - 1):
         ema_update([master], [live], [shadow], 0.9999)
     expected = 1.125 - 0.125 * math.exp(steps * math.log1p(-1e-4))
-    # Observed 6e-6 after 20,000 steps, 4e-6 after 100; a decay rounded to float32 alone would be off by 1.6e-5.
+    # Observed 6e-6 after 20,000 steps, 4e-6 after 100; a decay rounded to float32 would be off by
+    # 1.6e-5.
     assert master[0].item() == pytest.approx(expected, abs=1e-5)
     assert torch.equal(shadow, master.to(dtype))
     if steps == 20_000:

@@ -1,4 +1,4 @@
-"""`guidance_rescale` against its formula in float64 numpy and against diffusers' rescale_noise_cfg."""
+"""`guidance_rescale` against its formula in float64 numpy and against diffusers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def check(backend, mixture, pos, neg, k, phi, index=None) -> None:
     p, size = exact.guided(wide(pos), wide(neg), rows(k, index, len(pos)))
     flat = [a.reshape(len(pos), -1) for a in (wide(pos), p, size)]
     ratio = flat[0].std(1, ddof=1) / flat[1].std(1, ddof=1)
-    # Elements round independently of each other: their error is small beside the deviation by the root of their number.
+    # Elements round independently of each other: their error, relative to the deviation, falls with
+    # the root of their number.
     noise = np.sqrt((flat[2] ** 2).mean(1) / flat[0].shape[1]) / flat[1].std(1, ddof=1)
     cases.assert_rounded("guidance_rescale", backend, mixture, out, phi * ratio + 1 - phi, 1 + ratio * (1 + noise))
 
@@ -60,7 +61,7 @@ def test_a_large_mean_does_not_drown_the_deviation(backend, offset):
 
 
 def test_an_outlier_does_not_drown_the_deviation(backend):
-    """Wherever it lies: no single element may stand for the mean."""
+    """At any position of the outlier: no single element may stand for the mean."""
     on, shape = cases.device(backend), (3, 2085)
     pos, neg = draw(14, shape, shape, on=on)
     pos[0, 0], pos[1, 7], pos[2, -1] = 1000.0, -1000.0, 1000.0

@@ -36,7 +36,7 @@ def check(backend, mixture, pos, neg, x, k, index=None, *, scale=None, x0_prev=N
 
 
 def extras(seed: int, shape, mixture, on: str = "cpu") -> list[dict]:
-    """Every optional argument alone, none, and all."""
+    """No optional argument, each by itself, and all."""
     (scale,), (x0_prev,) = draw(seed, (shape[0],), on=on), draw(seed + 1, shape, dtype=mixture.state, on=on)
     (noise,) = draw(seed + 2, shape, dtype=mixture.network, on=on)
     key = cases.key(shape[0], on)
@@ -51,7 +51,7 @@ def extras(seed: int, shape, mixture, on: str = "cpu") -> list[dict]:
 
 @cases.over_grid()
 def test_values(backend, mixture, shape):
-    """Every pair of (branches, optional arguments), with the three ways to give coefficients in turn."""
+    """All pairs of branches and optional arguments, with each way to give coefficients in turn."""
     on = cases.device(backend)
     (x,) = draw(1, shape, dtype=mixture.state, on=on)
     before, ways = x.clone(), list(cases.tables(2, shape[0], 7, on))
@@ -97,7 +97,7 @@ def table(*row: float, on: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_the_identity_row_leaves_x_as_it_is(backend, dtype):
-    """Slots that wait in lockstep rollouts get it."""
+    """Slots that wait in lockstep rollouts get this row."""
     on, shape = cases.device(backend), (2, 3, 67)
     (x,) = draw(10, shape, dtype=dtype, on=on)
     pos, neg = outputs(11, shape, F32, "both", on)
@@ -106,7 +106,7 @@ def test_the_identity_row_leaves_x_as_it_is(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_guidance_0_is_the_positive_branch_alone(backend, dtype):
+def test_guidance_0_is_the_positive_branch(backend, dtype):
     on, shape = cases.device(backend), (2, 3, 67)
     (x,), (k,) = draw(12, shape, on=on), draw(13, (2, 7), on=on)
     pos, neg = outputs(14, shape, dtype, "both", on)
@@ -116,8 +116,8 @@ def test_guidance_0_is_the_positive_branch_alone(backend, dtype):
         assert torch.equal(a, b)
 
 
-def test_one_branch_alone_takes_no_guidance(backend):
-    """Whatever w says: the negative branch alone is w = -1, the positive alone w = 0."""
+def test_one_branch_takes_no_guidance(backend):
+    """For any w: only the negative branch is as w = -1, only the positive one as w = 0."""
     on, shape = cases.device(backend), (2, 67)
     (x,), (k,) = draw(15, shape, on=on), draw(16, (2, 7), on=on)
     pos, neg = outputs(17, shape, F32, "both", on)

@@ -31,7 +31,10 @@ def column(values, on: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, SEED, 2**63 - 1, 2**63 + 5, 2**64 - 1, -1, -(2**63)])
 def test_bits_are_those_of_the_specification(backend, seed):
-    """A wrong bit in seed, id, draw or element changes every normal; the sizes end within a counter's four normals."""
+    """A wrong bit in seed, id, draw or element changes every normal.
+
+    The sizes end within the four normals of a counter.
+    """
     on = cases.device(backend)
     for shape in ((2, 3), (9,)):
         out = normal(NoiseKey(seed, column(IDS, on), column(DRAWS, on)), shape)
@@ -68,15 +71,16 @@ def test_float64():
 
 
 def test_no_uniform_is_off_by_one(backend):
-    """Both uniforms, found again from the normals, are right on average to a part of their 24th bit."""
+    """Both uniforms, recovered from the normals, are right on average to a part of the 24th bit."""
     on, samples = cases.device(backend), 40
     pairs = wide_pairs(normal(NoiseKey(SEED, torch.arange(samples, device=on), 7), (1000,)))
     u1, u2 = exact.uniforms(SEED, np.arange(samples), 7, 1000)
     found1 = np.exp(-(pairs**2).sum(-1) / 2)
     found2 = np.arctan2(pairs[..., 1], pairs[..., 0]) / (2 * np.pi)
     turn = (found2 - u2 + 0.5) % 1 - 0.5
-    # Observed in reference, cpp and triton: -.01, .007, -.08 of 2^-24, and .23 (a float32 angle is too large by that in
-    # the mean), .0004, .0002. Leaving out the 1 that is added to the bits of u1 would be 1.
+    # Observed in reference, cpp and triton: -.01, .007, -.08 of 2^-24, and .23 (a float32 angle is
+    # too large by that in the mean), .0004, .0002. Leaving out the 1 that is added to the bits of
+    # u1 would be 1.
     assert abs((found1 - u1).mean()) < 0.25 * 2.0**-24
     assert abs(turn.mean()) < 0.4 * 2.0**-24
 
@@ -85,7 +89,7 @@ def wide_pairs(out: torch.Tensor) -> np.ndarray:
     return cases.wide(out).reshape(len(out), -1, 2)
 
 
-def test_neither_batch_nor_place_nor_shape_matters(backend):
+def test_neither_batch_nor_position_nor_shape_matters(backend):
     on = cases.device(backend)
     key = cases.key(11, on)
     whole = normal(key, (3, 23))
@@ -107,7 +111,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return abs(((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std())).item() * math.sqrt(len(a))
 
 
-# Draws of each backend; the interpreter walks some 10^5 a second.
+# Number of draws of each backend; the interpreter computes about 10^5 a second.
 AMOUNTS = [
     pytest.param("cpp", 10**6),
     pytest.param("cpp", 10**7, marks=pytest.mark.slow),
@@ -119,7 +123,7 @@ AMOUNTS = [
 
 @pytest.mark.parametrize(("backend", "count"), AMOUNTS, indirect=["backend"])
 def test_distribution(backend, count):
-    """Moments, Kolmogorov-Smirnov, and no correlation between neighbours, in their values or in their squares."""
+    """Moments, Kolmogorov-Smirnov, and no correlation of neighbours in values or squares."""
     on, samples = cases.device(backend), 100
     ids = 2**32 - samples // 2 + torch.arange(samples, device=on)
     z = normal(NoiseKey(SEED, ids, draw_id(Draw.RENOISE, 3)), (count // samples,)).cpu()
@@ -164,8 +168,8 @@ def test_the_ends_of_the_uniforms(backend):
     kept = exact.bits(0, np.arange(2**15), 0, 64)[..., 0::2] >> np.uint64(8)
     assert kept.min() < 8
     assert kept.max() > 2**24 - 8
-    for place in (kept.argmin(), kept.argmax()):
-        sample, block, _ = np.unravel_index(place, kept.shape)
+    for flat_index in (kept.argmin(), kept.argmax()):
+        sample, block, _ = np.unravel_index(flat_index, kept.shape)
         shape = (4 * int(block) + 4,)
         out = normal(NoiseKey(0, column([int(sample)], on), 0), shape)
         cases.assert_rounded("normal", backend, cases.FLOAT32, out, *exact.sized_normals(0, [sample], 0, shape))

@@ -46,8 +46,8 @@ def test_noise_does_not_depend_on_the_batch(seed, first, count, size):
     draws = draw_id(Draw.RENOISE, torch.arange(count))
     whole = normal(NoiseKey(seed, samples, draws), (size,))
     for i in range(count):
-        alone = normal(NoiseKey(seed, samples[i : i + 1], draws[i : i + 1]), (size,))
-        assert torch.equal(whole[i : i + 1], alone)
+        single = normal(NoiseKey(seed, samples[i : i + 1], draws[i : i + 1]), (size,))
+        assert torch.equal(whole[i : i + 1], single)
 
 
 def test_noise_does_not_depend_on_the_shape():
@@ -67,7 +67,10 @@ def test_float64_normals_have_the_same_uniforms():
 
 @given(seed=st.integers(-(2**63), 2**63 - 1), sample=st.integers(-(2**63), 2**63 - 1), draw=st.integers(0, 2**32 - 1))
 def test_keys_are_64_bits_whatever_their_sign(seed, sample, draw):
-    """A negative seed is the unsigned one of the same bits, and one draw for all the same as one for each."""
+    """A negative seed equals the unsigned seed of the same bits.
+
+    One draw id for all samples equals one for each.
+    """
     out = normal(NoiseKey(seed, ids(sample), draw), (5,))
     assert torch.equal(out, normal(NoiseKey(seed % 2**64, ids(sample), draw), (5,)))
     assert torch.equal(out, normal(NoiseKey(seed, ids(sample), ids(draw)), (5,)))
@@ -130,7 +133,7 @@ def test_randint_and_uniform_share_their_first_word(seed, high):
 
 @given(size=st.integers(1, 2**31 - 1), key=st.integers(0, 2**64 - 1), epoch=st.integers(-3, 2**40))
 def test_permute_stays_in_range_and_apart(size, key, epoch):
-    """For sizes that no table could hold: neighbours at both ends land in range, and on different places."""
+    """For sizes that no table could hold: neighbours at both ends stay in range, and distinct."""
     position = torch.tensor(sorted({*range(min(size, 5)), *range(max(0, size - 5), size)}))
     out = permute(position, size, key, torch.full_like(position, epoch))
     assert 0 <= out.min()
@@ -145,12 +148,12 @@ def test_permute_is_a_permutation(size, key, epoch):
 
 
 def test_permute_mixes_well():
-    """Over many epochs every item lands everywhere equally often, and neighbours do not stay neighbours."""
+    """Over many epochs every position gets all numbers equally often; neighbours are separated."""
     size, epochs = 23, 2000
     epoch = torch.arange(epochs).repeat_interleave(size)
     table = permute(torch.arange(size).repeat(epochs), size, 99, epoch).view(epochs, size)
-    for place in (0, 7, 22):
-        assert stats.chisquare(table[:, place].bincount(minlength=size).numpy()).pvalue > 1e-3
+    for position in (0, 7, 22):
+        assert stats.chisquare(table[:, position].bincount(minlength=size).numpy()).pvalue > 1e-3
     follows = (table[:, 1:] - table[:, :-1] == 1).float().mean().item()
     assert abs(follows - 1 / size) < 0.01
     one = torch.zeros(100, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""`tdft_step` against rollouts told sample by sample (lives.py)."""
+"""`tdft_step` against rollouts computed sample by sample (lives.py)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ STARTS = ("noise", "data")
 
 
 def some_slots(world: lives.World, batch: int, first: int, on: str) -> torch.Tensor:
-    """(4, B): every grid index beside every way to go on, a third of the samples at their end."""
+    """(4, B): every grid index with every way to go on; a third of the samples are at their end."""
     lane = torch.arange(batch)
     low = -1 if world.latents is not None else 0
     top = world.top - (world.latents is not None)
     index = low + lane % (top - low + 1)
     left = torch.where(lane % 3 == 1, 0, 1 + lane % 2)
     ids = first + lane * 5
-    rows = torch.tensor([world.item(int(i)) + 1 for i in ids])
+    rows = torch.tensor([world.prompt_index(int(i)) + 1 for i in ids])
     return torch.stack([index, ids, left, rows]).to(on)
 
 
 def call(world: lives.World, pos, neg, x, final, slots):
-    """The op into poisoned tables; (pairs of tensors, next slots). It must leave the table alone that it reads."""
+    """(results of the op, next slots), written into poisoned memory.
+
+    The op must not change the slots that it reads.
+    """
     following, kept = torch.full_like(slots, -(2**62)), slots.clone()
     out = tdft_step(pos, neg, x, final, slots, following, world.tables, world.rules, world.latents)
     assert torch.equal(slots, kept)
@@ -40,7 +43,7 @@ def call(world: lives.World, pos, neg, x, final, slots):
 
 
 def told_slots(world: lives.World, x, final, slots, chosen) -> dict[int, lives.Slot]:
-    """The slots as lives.py holds them."""
+    """The slots of the numbers `chosen`, as lives.py holds them."""
     table = slots.tolist()
 
     def exactly(state: torch.Tensor | None, i: int):
@@ -50,14 +53,14 @@ def told_slots(world: lives.World, x, final, slots, chosen) -> dict[int, lives.S
 
 
 def check(op, backend, mixture, world, told: dict[int, lives.Slot], pos, neg, x, final, out, following) -> None:
-    """Results, states and tables of these slots are what was told of them."""
+    """Results, states and tables of the slots in `told` are those of lives.py."""
     target, x_s, pairs, weight = out
     arrays = [None if a is None else wide(a) for a in (pos, neg)]
     for i, slot in told.items():
         pair = lives.advance(world, slot, *(None if a is None else a[i] for a in arrays))
         assert pairs[:, i].tolist() == pair.numbers
         assert weight[i].item() == pair.weight
-        next_row = world.item(slot.sample) + 1
+        next_row = world.prompt_index(slot.sample) + 1
         assert following[:, i].tolist() == [slot.index, slot.sample, slot.left, next_row]
         expected = [(target, pair.target), (x_s, pair.x_s), (x, slot.x)] + [(final, slot.final)] * (final is not None)
         for tensor, terms in expected:
@@ -86,14 +89,14 @@ def test_one_step(backend, mixture, shape, start):
         assert x.data_ptr() == address
         assert out[0].data_ptr() != out[1].data_ptr() != address
         check("tdft_step", backend, mixture, world, told, pos, neg, x, final, out, following)
-        if final is not None:  # where no sample has ended, not a bit of it changes
+        if final is not None:  # it stays the same where no sample has ended
             going = slots[2] != 0
             assert torch.equal(final[going], kept[1][going])
 
 
 RUNS = {  # start, grid steps, w, batch, rules
     "no-guidance": ("noise", 4, 0.0, 5, {}),
-    "empty-prompt-alone": ("noise", 4, -1.0, 6, {"shuffled": True}),
+    "empty-prompt-only": ("noise", 4, -1.0, 6, {"shuffled": True}),
     "guided": ("noise", 5, -3.0, 5, {"dropout": 0.3}),
     "naive": ("noise", 4, -3.0, 3, {"naive": True, "dropout": 0.3, "shuffled": True}),
     "one-step": ("noise", 1, -3.0, 4, {"dropout": 0.5}),
@@ -101,7 +104,7 @@ RUNS = {  # start, grid steps, w, batch, rules
     "data": ("data", 5, -1.0, 5, {"max_steps": 2, "dropout": 0.3}),
     "data-guided": ("data", 5, -3.0, 7, {"max_steps": 5, "shuffled": True}),
     "data-naive": ("data", 4, 0.0, 3, {"naive": True, "max_steps": 1}),
-    "data-two-steps": ("data", 2, -3.0, 4, {"max_steps": 9, "items": 1}),
+    "data-two-steps": ("data", 2, -3.0, 4, {"max_steps": 9, "num_prompts": 1}),
 }
 
 
@@ -110,7 +113,7 @@ QUICK = ("guided", "naive", "one-step-naive", "data")
 
 @pytest.mark.parametrize(("backend", "name"), cases.some_slow(RUNS, QUICK), indirect=["backend"])
 def test_whole_runs(backend, name):
-    """Several lives of every slot, ping-ponged, with the telling going on in float64 by itself."""
+    """Several samples of every slot, in two tables by turns, while lives.py goes on in float64."""
     start, steps, w, batch, rules = RUNS[name]
     on, shape = cases.device(backend), (batch, 2, 3, 3)
     world = lives.make_world(SEED - 1, shape, steps=steps, w=w, start=start, on=on, **({"stride": batch} | rules))
@@ -142,11 +145,11 @@ SEEDS = (0, -1, 2**32, 2**63 - 1, -(2**63), 2**63 + 5)
 @pytest.mark.parametrize(("backend", "seed"), cases.some_slow(SEEDS, (-1, 2**63 - 1)), indirect=["backend"])
 @pytest.mark.parametrize("start", STARTS)
 def test_integers(backend, start, seed):
-    """t, s, ids, items, dropout and start index, for seeds and ids of any bits and numbers of items of any size."""
+    """t, s, ids, prompts, dropout and start index, for any seeds, ids and numbers of prompts."""
     on, shape = cases.device(backend), (8, 1)
-    for items, first in ((1, 2**62), (2, 3), (1000, 2**40), (1024, 2**32 - 20)):
-        # The op is given a seed's 64 bits; the second item order belongs to the seed after it.
-        rules = {"items": items, "dropout": 0.5, "shuffled": True, "stride": 2**31 - 1}
+    for num_prompts, first in ((1, 2**62), (2, 3), (1000, 2**40), (1024, 2**32 - 20)):
+        # The op is given the seed's 64 bits; the second order of prompts belongs to seed + 1.
+        rules = {"num_prompts": num_prompts, "dropout": 0.5, "shuffled": True, "stride": 2**31 - 1}
         world = lives.make_world(1, shape, steps=4, w=0.0, start=start, on=on, **rules)
         world.rules = replace(world.rules, seed=seed)
         x, final, pos = draw(4, shape, shape, shape, on=on)
@@ -159,9 +162,9 @@ def test_integers(backend, start, seed):
 
 
 def test_ids_below_the_stride(backend):
-    """The samples before a run's first have negative ids; their items, too, are items."""
+    """The samples before the first of a run have negative ids, and prompts like all others."""
     on, shape = cases.device(backend), (4, 6)
-    world = lives.make_world(2, shape, steps=3, w=0.0, start="noise", on=on, stride=4, items=3)
+    world = lives.make_world(2, shape, steps=3, w=0.0, start="noise", on=on, stride=4, num_prompts=3)
     x, final, pos = draw(5, shape, shape, shape, on=on)
     slots = some_slots(world, 4, 0, on)
     slots[0] = world.top
@@ -173,7 +176,7 @@ def test_ids_below_the_stride(backend):
 
 
 def test_a_reseeded_slot_restarts(backend):
-    """From noise its state is the new sample's start noise; from data the noise on the new sample's own latent."""
+    """From noise the state is the new sample's start noise; from data, its noised latent."""
     on, shape = cases.device(backend), (5, 3, 7)
     for start in STARTS:
         world = lives.make_world(SEED, shape, steps=3, w=0.0, start=start, on=on, stride=5)
@@ -194,7 +197,7 @@ def test_a_reseeded_slot_restarts(backend):
 
 
 def test_slots_noise_is_independent(backend):
-    """Eq. 16's noise of neighbouring slots, samples and grid indices, seen alone."""
+    """The noise of Eq. 16 without a signal, in neighbouring slots, samples and grid indices."""
     interpreted = backend == "triton" and cases.device(backend) == "cpu"
     on, shape = cases.device(backend), (6, 2**10 if interpreted else 2**14)
     world = lives.make_world(SEED, shape, steps=4, w=0.0, start="noise", on=on, stride=1)
@@ -213,7 +216,10 @@ def test_slots_noise_is_independent(backend):
 
 
 def test_dropout(backend):
-    """No prompt is dropped at 0, every one at 1; one whose uniform is the float32 number next to .7 is not at .7."""
+    """Dropout 0 drops no prompt, and dropout 1 every prompt.
+
+    A prompt whose uniform is 0.7 in float32 is not dropped at dropout 0.7.
+    """
     on, shape = cases.device(backend), (6, 3)
     x, pos = draw(7, shape, shape, on=on)
     for dropout, dropped in ((0.0, 0), (1.0, 6)):
@@ -249,7 +255,7 @@ def test_float64():
     steps=st.integers(2, 9),
     start=st.sampled_from(STARTS),
     first=st.integers(2**31, 2**62),
-    items=st.integers(1, 2**20),
+    num_prompts=st.integers(1, 2**20),
     rules=st.fixed_dictionaries(
         {
             "naive": st.booleans(),
@@ -260,9 +266,9 @@ def test_float64():
         }
     ),
 )
-def test_any_step(name, shape, seed, mixture, steps, start, first, items, rules):
-    items = items if start == "noise" else 1 + items % 5
-    options = {"latent_dtype": mixture.network, "items": items, **rules}
+def test_any_step(name, shape, seed, mixture, steps, start, first, num_prompts, rules):
+    num_prompts = num_prompts if start == "noise" else 1 + num_prompts % 5
+    options = {"latent_dtype": mixture.network, "num_prompts": num_prompts, **rules}
     world = lives.make_world(5, shape, steps=steps, w=-2.0, start=start, **options)
     world.rules = replace(world.rules, seed=seed)
     x, final = draw(9, shape, shape, dtype=mixture.state)

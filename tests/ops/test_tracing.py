@@ -1,4 +1,4 @@
-"""The ops under torch.library.opcheck, torch.compile and FakeTensorMode: one graph, no question to the host."""
+"""The ops under opcheck, torch.compile and FakeTensorMode: one graph, nothing read by the host."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from selfnpo_kernels import (
     tdft_step,
     x0_loss,
 )
+from selfnpo_kernels.schemas import SCHEMAS
 
 SHAPE = (3, 2, 5)
 SLOTS = torch.tensor([[0, 1, 2], [9, 10, 11], [0, 1, 1], [1, 1, 1]])
@@ -34,7 +35,7 @@ DRAWN = (-5, torch.arange(3), 0, torch.arange(3))
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Memory as it comes: inductor's own buffers are none of our business."""
+    """No poisoned memory in this file: inductor allocates buffers that it does not fill."""
     yield
 
 
@@ -45,7 +46,7 @@ def tdft_arguments(start: str, branches: str = "both", dtype=F32) -> tuple:
     return (
         pos if branches != "neg" else None, neg if branches != "pos" else None, x, final if start == "noise" else None,
         SLOTS, torch.zeros_like(SLOTS), t.step, t.start, t.renoise, t.timesteps, t.weight, world.latents,
-        r.items, r.stride, r.max_steps, r.seed, 0.5, start == "noise", start == "data",
+        r.num_prompts, r.stride, r.max_steps, r.seed, 0.5, start == "noise", start == "data",
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ OPCHECKS = [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(op
 
 
 def test_every_op_is_checked():
-    assert {case[0] for case in opcheck_cases()} == set(ops.SCHEMAS)
+    assert {case[0] for case in opcheck_cases()} == set(SCHEMAS)
 
 
 @pytest.mark.parametrize("name", ["cpp", "reference"])
@@ -95,7 +96,7 @@ def test_opcheck(op, arguments, name):
 
 
 def test_fake_shapes_and_dtypes_are_the_real_ones(backend):
-    """What tracing is told of the results, for every case above."""
+    """Traced results have the shapes, dtypes, devices and strides of real ones."""
     for op, arguments in opcheck_cases():
         function = getattr(torch.ops.selfnpo, op)
         arguments = tree_map_only(torch.Tensor, lambda tensor: tensor.to(cases.device(backend)), arguments)
@@ -107,8 +108,11 @@ def test_fake_shapes_and_dtypes_are_the_real_ones(backend):
             assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
-def test_draws_and_seeds_do_not_compile_anew():
-    """A sampler's step i draws under an id of its own: two graphs at most, the first one's integers taken for fixed."""
+def test_draws_and_seeds_do_not_compile_again():
+    """Each step of a sampler has another draw id, which makes two graphs at most.
+
+    The first graph takes the integers for constants.
+    """
     x, pos, k = *draw(9, SHAPE, SHAPE), torch.ones(1, 7)
     graphs = torch._dynamo.testing.CompileCounter()
 
@@ -199,7 +203,7 @@ def test_a_batch_that_changes_is_no_new_op():
 
 @pytest.mark.parametrize("network", [F32, BF16, F16])
 def test_a_step_on_fake_cuda_tensors_asks_nothing_of_the_host(network):
-    """Any .item(), and any branch on a value, raises here."""
+    """Any .item() and any branch on a value raises in this mode."""
     mode = FakeTensorMode()
 
     def on_cuda(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,13 @@
-"""Whole trajectories of diffusers' schedulers by `guided_step` in every backend; test_solvers.py has all options."""
+"""Whole trajectories of diffusers' schedulers by `guided_step`, in every backend.
+
+test_solvers.py tests all options of the schedulers.
+"""
 
 from __future__ import annotations
 
 import cases
 import pytest
-import test_solvers as solvers
+import solver_cases as solvers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 

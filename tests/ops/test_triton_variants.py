@@ -1,4 +1,4 @@
-"""What common shapes do not reach in Triton's kernels: 64-bit indices, and loops over more blocks than a load holds.
+"""What common shapes do not reach in Triton's kernels: 64-bit indices and the longest loops.
 
 The values of the variants, in the interpreter or on a GPU; test_aot.py reads their machine code.
 """
@@ -26,7 +26,7 @@ def module(name: str):
 
 @pytest.fixture
 def wide(monkeypatch) -> list[bool]:
-    """Every launch computes its indices in 64 bits, whatever the sizes; what was asked for before."""
+    """Makes every launch compute its indices in 64 bits; collects what the plans had chosen."""
     asked = []
     plan = module("common").plan
 
@@ -67,7 +67,7 @@ def test_64_bit_indices(wide):
 
 
 def test_64_bit_indices_of_a_rollout(wide):
-    """By the tests of the op itself, which tell every slot's story in float64."""
+    """By the tests of the op itself, which compute every slot in float64."""
     import test_tdft_step
 
     with backends.use("triton"):
@@ -77,7 +77,7 @@ def test_64_bit_indices_of_a_rollout(wide):
 
 
 def test_more_samples_and_blocks_than_a_tile():
-    """x0_loss_sum_kernel: 10 samples of 7 blocks, 4 samples and 2 blocks a turn."""
+    """x0_loss_sum_kernel: 10 samples of 7 blocks, 4 samples and 2 blocks at a time."""
     samples, blocks = 10, 7
     (partial,), (weight,) = draw(3, (samples, blocks), on=ON), draw(4, (samples,), on=ON)
     loss, per_sample = torch.full((), torch.nan, device=ON), torch.full((samples,), torch.nan, device=ON)
@@ -89,15 +89,19 @@ def test_more_samples_and_blocks_than_a_tile():
 
 
 def test_more_blocks_than_a_load():
-    """guidance_rescale_kernel: a row of 9 elements in blocks of 2, 2 blocks a turn, the last block half empty."""
+    """guidance_rescale_kernel: a row of 9 elements in blocks of 2, 2 blocks at a time.
+
+    The last block is half empty.
+    """
     rows, n, block = 3, 9, 2
     pos, p = draw(5, (rows, n), (rows, n), on=ON)
     blocks = triton.cdiv(n, block)
     partial = torch.zeros(rows, blocks, 4, dtype=F32, device=ON)
     for b in range(blocks):
-        for at, values in ((0, pos), (2, p)):
+        for column, values in ((0, pos), (2, p)):
             part = values[:, b * block : (b + 1) * block]
-            partial[:, b, at], partial[:, b, at + 1] = part.mean(1), part.var(1, correction=0) * part.shape[1]
+            partial[:, b, column] = part.mean(1)
+            partial[:, b, column + 1] = part.var(1, correction=0) * part.shape[1]
     scale = torch.full((rows,), torch.nan, device=ON)
     module("guidance_rescale").guidance_rescale_kernel[(rows,)](
         scale, partial, blocks, 0.7, 0.3, N=n, BLOCK=block, WIDTH=2

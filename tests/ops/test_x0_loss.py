@@ -25,17 +25,20 @@ def inputs(seed: int, shape, mixture, on: str = "cpu") -> list[torch.Tensor]:
 
 
 def by_hand(pred, x_s, target, weight, each: np.ndarray, kind: str, c: float) -> dict[str, tuple]:
-    """Loss, losses of the samples, slope and gradient at pred: (value, size of what its roundings are relative to)."""
+    """(value, size) of the loss, the samples' losses, the slope and the gradient at pred.
+
+    Roundings are relative to the sizes.
+    """
     share = wide(weight).reshape(-1, *[1] * (pred.ndim - 1)) / pred.numel()
     k0, k1 = (exact.column(each, j, pred.ndim) for j in range(2))
     d, size = exact.linear((k0, wide(x_s), wide(x_s)), (k1, wide(pred), wide(pred)), (-1.0, wide(target), wide(target)))
     if kind == "l2":
-        value, slope, bend = d**2, 2 * d, 2.0
+        value, slope, curvature = d**2, 2 * d, 2.0
     else:
         root = np.sqrt(d**2 + c**2)
-        value, slope, bend = d**2 / (root + c), d / root, c**2 / root**3
-    # Of d's own rounding, `size`, the loss sees its slope and the slope its bend.
-    value_size, slope_size = value + np.abs(slope) * size, np.abs(slope) + bend * size
+        value, slope, curvature = d**2 / (root + c), d / root, c**2 / root**3
+    # The rounding of d, `size`, reaches the loss by its slope and the slope by its curvature.
+    value_size, slope_size = value + np.abs(slope) * size, np.abs(slope) + curvature * size
     samples, sample_sizes = (a.reshape(len(a), -1).mean(1) for a in (value, value_size))
     return {
         "loss": ((wide(weight) * samples).mean(), (wide(weight) * sample_sizes).mean()),
@@ -110,7 +113,7 @@ def test_any_shape_and_mixture(name, shape, seed, mixture, kind, c):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mixture", cases.MIXTURES, ids=lambda mixture: mixture.name)
 def test_the_slope_of_the_raw_op(backend, mixture, kind):
-    """In pred's dtype; without it nothing is allocated."""
+    """The slope is in pred's dtype; without it nothing is allocated."""
     on, shape = cases.device(backend), (3, 67)
     pred, x_s, target, weight = inputs(9, shape, mixture, on)
     (k,) = draw(10, (3, 2), on=on)

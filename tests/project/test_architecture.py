@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +106,7 @@ def test_a_room_imports_from_lower_floors_only():
     assert not wrong, "imports against the floors:\n" + "\n".join(wrong)
 
 
-def test_kernels_import_torch_and_triton_alone():
+def test_kernels_import_only_torch_and_triton():
     allowed = {"torch", "triton", KERNELS.name} | set(sys.stdlib_module_names)
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
@@ -113,6 +115,47 @@ def test_kernels_import_torch_and_triton_alone():
         if name.partition(".")[0] not in allowed
     ]
     assert not wrong, "selfnpo_kernels has to import alone:\n" + "\n".join(wrong)
+
+
+def import_graph(top: Path) -> dict[str, set[str]]:
+    """The modules of a package, and for each the modules of the package that it imports.
+
+    Late imports count like those at the top of a file; none is exempt. The package's `__init__`,
+    which Python runs before any module of the package, counts only where a module imports a name
+    that `__init__` defines. The compiled extension `_cpp` imports nothing and is left out.
+    """
+    files = {}
+    for path in python_files(top):
+        name = f"{dotted_package(path, top)}.{path.stem}".removesuffix(".__init__")
+        files[name] = path
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for _, imported in imported_modules(path, dotted_package(path, top)):
+            if imported == f"{top.name}._cpp":
+                continue
+            while imported and imported not in files:
+                imported = imported.rpartition(".")[0]
+            if imported:
+                graph[name].add(imported)
+    return graph
+
+
+def test_no_kernel_modules_import_each_other_in_a_circle():
+    try:
+        graphlib.TopologicalSorter(import_graph(KERNELS)).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"imports in a circle: {' <- '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("late", ["from top import a", "import top.a", "importlib.import_module('top.a')"])
+def test_a_circle_of_late_imports_is_found(tmp_path, late):
+    top = tmp_path / "top"
+    top.mkdir()
+    (top / "__init__.py").write_text("from top import b\n")
+    (top / "a.py").write_text("from top.b import name\n")
+    (top / "b.py").write_text(f"import importlib\n\ndef name():\n    {late}\n")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(import_graph(top)).prepare()
 
 
 def test_reader_of_imports_sees_every_form(tmp_path):
@@ -269,3 +312,20 @@ def test_train_imports_nothing_from_its_own_folder(tmp_path, config_by_script):
     for name in ("torch", "config", "datasets", "evaluate", "utils", "yaml", "jsonargparse", "schedule", "dataclasses"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} came from the folder of the script')\n")
     assert printed_config(sys.executable, script) == config_by_script
+
+
+# --- what only models/ and diffusion/ may name
+
+FAMILY_WORDS = re.compile(r"\b(unet|UNet2DConditionModel|alphas_cumprod|encoder_hid_proj)\b")
+
+
+def test_no_family_is_named_outside_models_and_diffusion():
+    """Everything else asks models/base.py's Family and Adapter (docs/adding_a_model.md)."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in python_files(PACKAGE)
+        if room_of(path) not in ("models", "diffusion")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if FAMILY_WORDS.search(line)
+    ]
+    assert not wrong, "\n".join(wrong)

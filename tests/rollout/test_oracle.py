@@ -1,7 +1,7 @@
 """Single training iterations of the authors' code, replayed through the public lockstep path.
 
-The files hold all random draws, embeddings and weights, and what the authors' code computed from them.
-`SELFNPO_ORACLE_DIR` names another folder of such files.
+The files hold all random draws, embeddings and weights, and what the authors' code computed from
+them. `SELFNPO_ORACLE_DIR` names another folder of such files.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_lockstep_iteration_matches_the_authors_code(path: Path):
 
 
 def test_forwards_per_pair_are_half_of_the_authors():
-    """w = -1 needs the unconditional branch alone: K + 1 forwards per pair, not 2 (K + 1)."""
+    """w = -1 needs only the unconditional branch: K + 1 forwards per pair, not 2 (K + 1)."""
     path = next(path for path in FILES if path.stem.startswith("sd15"))
     tensors, meta = read(path)
     table = conditioning(tensors, sdxl=False)

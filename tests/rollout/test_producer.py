@@ -1,4 +1,4 @@
-"""Pairs made ahead: by which reference, into which memory, what a checkpoint holds of them, who hears of errors."""
+"""Pairs made ahead: their reference, their memory, their errors, and their part in a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ FIELDS = ("x_s", "s", "target", "t", "rows", "weight", "sample_ids")
 
 
 class Counting:
-    """A rollout whose pairs say which call made them and in which thread; `forwards` goes up by three a call."""
+    """A rollout whose pairs say which call made them; every call counts three forwards.
+
+    `threads` has the thread of each call.
+    """
 
     def __init__(self) -> None:
         self.calls, self.forwards, self.threads, self.maker = 0, 0, [], self
@@ -58,16 +61,16 @@ def overlapped(rollout: Counting, reference: Moving, accumulation: int = 2) -> O
 
 
 def test_pairs_of_an_update_are_made_by_the_reference_of_one_before():
-    """Update n + 1 by the one that had moved n - 1 times; without overlap by the one that has moved n times."""
+    """Those of update n + 1 by the reference after n - 1 moves; without overlap, after n moves."""
     for make, lag in ((overlapped, 1), (lambda r, m: Producer(r, r, 2, lambda: m.version), 0)):
         rollout, reference = Counting(), Moving()
         producer = make(rollout, reference)
         for update in range(6):
             with torch.no_grad():
-                made = producer.take()
-            assert made.version == max(0, update - lag)
-            assert made.forwards == 6
-            assert [int(pairs.sample_ids[0]) for pairs in made.micro_batches] == [2 * update + 1, 2 * update + 2]
+                taken = producer.take()
+            assert taken.version == max(0, update - lag)
+            assert taken.forwards == 6
+            assert [int(pairs.sample_ids[0]) for pairs in taken.micro_batches] == [2 * update + 1, 2 * update + 2]
             producer.settle()
             reference.version += 1
         producer.close()
@@ -83,17 +86,17 @@ def test_they_are_made_in_another_thread():
 
 
 def test_two_sets_of_buffers_in_turn():
-    """What the student reads stays as it is while the next pairs are made, and nothing is allocated anew."""
+    """What the student reads stays while the next pairs are made; buffers are allocated once."""
     rollout, reference = Counting(), Moving()
     producer, seen = overlapped(rollout, reference), []
     for update in range(5):
-        made = producer.take()
-        producer.settle()  # the pairs after these lie in the other set by now
-        for number, pairs in enumerate(made.micro_batches):
+        taken = producer.take()
+        producer.settle()  # the pairs after these are in the other set by now
+        for number, pairs in enumerate(taken.micro_batches):
             call = 2 * update + number + 1
             assert pairs.x_s.tolist() == [[call] * 3] * 2
             assert pairs.target.tolist() == [[call + 0.5] * 3] * 2
-        seen.append([getattr(pairs, name).data_ptr() for pairs in made.micro_batches for name in FIELDS])
+        seen.append([getattr(pairs, name).data_ptr() for pairs in taken.micro_batches for name in FIELDS])
     assert seen[0] == seen[2] == seen[4]
     assert seen[1] == seen[3]
     assert set(seen[0]).isdisjoint(seen[1])
@@ -198,7 +201,7 @@ def test_with_a_frozen_reference_overlap_changes_nothing(name, tmp_path):
 
 @pytest.mark.parametrize("reference", ["ema", "frozen"])
 def test_lora_learns_as_two_networks_with_peft_layers_do(reference, tmp_path, monkeypatch):
-    """Student and reference as two module trees with PEFT's own forward, instead of one network with ours."""
+    """Against student and reference as two networks whose layers have PEFT's forward."""
 
     def two_networks(student, config):
         student.requires_grad_(False)

@@ -73,10 +73,10 @@ class Run:
             dropout=self.dropout,
             device=CPU,
         )
-        place = {"batch": self.batch, "rank": self.rank, "world_size": self.world_size}
+        shard = {"batch": self.batch, "rank": self.rank, "world_size": self.world_size}
         if self.config.mode == "lockstep":
-            return LockstepRollout(maker, **place)
-        return ContinuousRollout(maker, groups=self.pool, **place)
+            return LockstepRollout(maker, **shard)
+        return ContinuousRollout(maker, groups=self.pool, **shard)
 
 
 def config(**changes) -> RolloutConfig:
@@ -84,7 +84,7 @@ def config(**changes) -> RolloutConfig:
 
 
 def diffusers_trajectory(sample_id: int, row: int, seed: int, steps: int, w: float) -> dict[int, torch.Tensor]:
-    """x at every grid timestep and at t = 0, by diffusers' own DDIM steps from the sample's own noise."""
+    """x at every grid timestep and at t = 0, by diffusers' DDIM steps from the sample's noise."""
     theirs = scheduler()
     theirs.set_timesteps(steps)
     ids = torch.tensor([sample_id])
@@ -108,7 +108,7 @@ def tweedie(x: torch.Tensor, t: int, row: int, w: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("w", [-1.0, 0.0, -3.0])
 def test_continuous_pairs_lie_on_diffusers_trajectories(w):
-    """Every pair's target and x_s come from its own sample's DDIM trajectory, over several lives of each slot."""
+    """Every pair's target and x_s are of its sample's trajectory, over several lives of a slot."""
     run = Run(config(omega=w))
     rollout = run.make()
     a = scheduler().alphas_cumprod.double().sqrt()
@@ -137,7 +137,10 @@ def test_continuous_pairs_lie_on_diffusers_trajectories(w):
 
 @pytest.mark.parametrize("mode", ["lockstep", "continuous"])
 def test_data_started_pairs_lie_on_diffusers_trajectories(mode):
-    """x_t is the sample's own noised latent walked down by diffusers; at t = 0, too, the target is the estimate."""
+    """x_t is the sample's noised latent after diffusers' steps.
+
+    The target is the estimate, also at t = 0.
+    """
     run = Run(config(mode=mode, start="data", k=3, omega=-2.0), batch=5)
     rollout = run.make()
     maker = rollout.maker
@@ -178,7 +181,7 @@ def test_one_forward_gives_one_pair():
 
 
 def test_a_group_is_filled_on_its_first_turn():
-    """With states at the same places of the trajectories as if all had been filled at once, and in the same order."""
+    """Its states and their order are as if all groups had been filled at once."""
     lazy, eager = (Run(config(), pool=3).make() for _ in range(2))
     eager.fill()
     eager.fill()  # a second time changes nothing
@@ -225,7 +228,7 @@ CASES = [
 @pytest.mark.parametrize("mode", ["lockstep", "continuous"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_noise_levels_come_as_often_as_closed_form_says(mode, case):
-    """Counts of t within five standard deviations; for continuous data starts, from the very first update on."""
+    """Counts of t within five standard deviations; in continuous mode from the first update on."""
     if mode == "continuous" and case["start"] == "noise":
         case = {"start": "noise"}  # runs to the end, wherever lockstep would stop
     setting = config(mode=mode, **case)
@@ -307,17 +310,18 @@ def test_prompt_dropout_drops_its_share():
 
 def test_without_the_prompt_in_the_rollout_pairs_do_not_depend_on_it():
     """w = -1 from noise: the trajectory never sees a prompt."""
-    here, there = (
-        Run(config(omega=-1.0)).make(),
-        Run(config(omega=-1.0), num_prompts=3).make(),
-    )  # other prompts, same samples
-    mine, theirs = here.next_pairs(), there.next_pairs()
-    assert torch.equal(mine.x_s, theirs.x_s)
-    assert not torch.equal(mine.rows, theirs.rows)
+    # The same samples with other prompts.
+    first, second = (Run(config(omega=-1.0), num_prompts=count).make() for count in (PROMPTS, 3))
+    one, other = first.next_pairs(), second.next_pairs()
+    assert torch.equal(one.x_s, other.x_s)
+    assert not torch.equal(one.rows, other.rows)
 
 
-def test_shuffled_prompts_leave_the_rollout_alone():
-    """The control: the same states and targets, but the student sees other prompts, each as often as before."""
+def test_shuffled_prompts_do_not_change_the_rollout():
+    """The control has equal states and targets, but the student sees other prompts.
+
+    Each prompt comes as often as before.
+    """
     setting = config(mode="lockstep", omega=-3.0)
     plain, control = Run(setting, batch=PROMPTS).make(), Run(setting, batch=PROMPTS).make()
     control.maker.shuffled = True
@@ -343,7 +347,7 @@ def test_naive_noising_starts_from_the_estimate():
 
 @pytest.mark.parametrize("start", ["data", "noise"])
 def test_lockstep_forwards_no_sample_that_has_arrived(start):
-    """Each sample costs its own steps and one evaluation for the target; the network never sees it again."""
+    """Each sample costs its steps and one evaluation for the target; then no forward holds it."""
     run = Run(config(mode="lockstep", start=start, k=6), batch=16).make()
     seen, predict = [], run.maker.predictor.predict
 
@@ -362,7 +366,7 @@ def test_lockstep_forwards_no_sample_that_has_arrived(start):
 
 
 class Slow:
-    """A network whose calls take a fixed time each, and more for every sample; the clock is its own."""
+    """A network whose calls take a fixed time, and more for every sample, by a simulated clock."""
 
     def __init__(self, call: float, sample: float) -> None:
         self.call, self.sample, self.now, self.calls = call, sample, 0.0, []
@@ -375,7 +379,7 @@ class Slow:
 
 @pytest.mark.parametrize(("call", "sample", "batched"), [(1.0, 0.01, True), (0.0, 1.0, True), (-0.5, 1.0, False)])
 def test_branches_run_as_is_faster_here(monkeypatch, call, sample, batched):
-    """One batch where calls cost something of their own, or nothing; two where two small ones are cheaper."""
+    """One batch where a call has a cost, or none; two batches where two small ones are cheaper."""
     slow = Slow(call, sample)
     monkeypatch.setattr("selfnpo_fast.runtime.batch_or_split.time.perf_counter", lambda: slow.now)
     predictor = GuidedPredictor(slow, TABLE, -3.0)

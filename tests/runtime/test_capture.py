@@ -1,4 +1,4 @@
-"""The captured rollout step, by a stand-in for CUDA graphs that holds a CPU to a graph's rules; real ones on a GPU."""
+"""The captured rollout step: on a CPU that keeps the rules of CUDA graphs, and on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from selfnpo_fast.config import LossConfig, OptimizerConfig
 from selfnpo_fast.models import StableDiffusionAdapter
 from selfnpo_fast.models.conditioning import ConditioningTable
-from selfnpo_fast.rollout import ContinuousRollout, CudaGraphs, GuidedPredictor, OverlappedProducer, Pairs, Producer
+from selfnpo_fast.rollout import ContinuousRollout, GuidedPredictor, OverlappedProducer, Pairs, Producer
+from selfnpo_fast.runtime.capture import CudaGraphs
 from selfnpo_fast.runtime.compiling import compiled
 from selfnpo_fast.training.engine import clip, make_optimizer
 from selfnpo_fast.training.moving_reference import MovingReference
@@ -34,14 +35,14 @@ def rollout(start: str = "noise", w: float = -1.0, **options) -> ContinuousRollo
     return ContinuousRollout(maker, batch=BATCH, groups=GROUPS, rank=0, world_size=1, **options)
 
 
-def copies(made) -> list[torch.Tensor]:
-    return [getattr(pairs, field.name).clone() for pairs in made.micro_batches for field in fields(Pairs)]
+def copies(update) -> list[torch.Tensor]:
+    return [getattr(pairs, field.name).clone() for pairs in update.micro_batches for field in fields(Pairs)]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("start", "w"), [("noise", -1.0), ("noise", -3.0), ("data", 0.0)])
 def test_replays_use_the_same_memory_and_ask_nothing(start, w, overlap):
-    """And the pairs are those of a plain rollout, though a graph overwrites what it gave before."""
+    """The pairs are those of a plain rollout, though each replay overwrites the pairs before."""
     recording = Recording()
     plain, captured = rollout(start, w), rollout(start, w, capture=recording)
     first = Producer(plain, plain.maker.predictor, 2, lambda: 0)
@@ -76,7 +77,7 @@ def test_nothing_is_allocated_between_replays():
 
 
 def test_the_stand_in_notices():
-    """A step that moves its memory, asks for a value, or does something else than it did."""
+    """A step that moves its memory, reads a value back, or runs other operations than before."""
     state = {"x": torch.zeros(3)}
 
     def moving():
@@ -90,9 +91,13 @@ def test_the_stand_in_notices():
         seen.append(1)
         return (torch.zeros(3).sin() if len(seen) > 2 else torch.zeros(3).cos(),)
 
-    for step, said in ((moving, "an address has changed"), (asking, "asks the device"), (changing, "other operations")):
+    for step, words in (
+        (moving, "an address has changed"),
+        (asking, "asks the device"),
+        (changing, "other operations"),
+    ):
         replayed = Recording()(step)
-        with pytest.raises(AssertionError, match=said):
+        with pytest.raises(AssertionError, match=words):
             for _ in range(4):
                 replayed()
 
@@ -111,13 +116,13 @@ def fake_network(mode: FakeTensorMode, dtype: torch.dtype) -> torch.nn.Module:
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
                 if value is not None:
-                    made = fake_cuda(mode, value)
-                    table[name] = torch.nn.Parameter(made) if table is module._parameters else made
+                    fake = fake_cuda(mode, value)
+                    table[name] = torch.nn.Parameter(fake) if table is module._parameters else fake
     return network
 
 
 class NoDevice(TorchFunctionMode):
-    """x[...], contiguous, float and copy_ by other ops: their entries in C++ ask for a device that may not be there."""
+    """Replaces x[...], contiguous, float and copy_, whose C++ entries need a device that exists."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__:
@@ -151,18 +156,18 @@ class NoDevice(TorchFunctionMode):
         return x
 
 
-def whole_update(w: float, place, student, reference, table: torch.Tensor):
-    """(rollout and loss, EMA, what they overwrite) as functions of nothing; `place` puts tensors where they belong."""
-    adapter, cond = StableDiffusionAdapter("none"), ConditioningTable({"encoder_hidden_states": place(table)})
+def whole_update(w: float, to_device, student, reference, table: torch.Tensor):
+    """(rollout and loss, EMA, what they overwrite); the first two are functions of nothing."""
+    adapter, cond = StableDiffusionAdapter("none"), ConditioningTable({"encoder_hidden_states": to_device(table)})
     maker = gm.make_maker(gm.config(omega=w))
     rollout = ContinuousRollout(maker, batch=BATCH, groups=1, rank=0, world_size=1)
     maker.predictor = GuidedPredictor(lambda *a: adapter.predict(reference, *a), cond, w, "batched")
-    maker.grid = replace(maker.grid, timesteps=place(maker.grid.timesteps))
-    rollout.tables = replace(rollout.tables, **{name: place(value) for name, value in vars(rollout.tables).items()})
-    x, final = (place(torch.randn(BATCH, 4, 8, 8)) for _ in range(2))
-    slots, rollout._next_slots = place(rollout.slots[0]), place(rollout._next_slots)
+    maker.grid = replace(maker.grid, timesteps=to_device(maker.grid.timesteps))
+    rollout.tables = replace(rollout.tables, **{name: to_device(value) for name, value in vars(rollout.tables).items()})
+    x, final = (to_device(torch.randn(BATCH, 4, 8, 8)) for _ in range(2))
+    slots, rollout._next_slots = to_device(rollout.slots[0]), to_device(rollout._next_slots)
     objective = Objective.build(LossConfig(kind="huber"), maker.grid.schedule, gm.CPU)
-    objective = replace(objective, k=place(objective.k))
+    objective = replace(objective, k=to_device(objective.k))
     moving = MovingReference(reference, student.named_parameters(), 0.9)
 
     def pair_loss():
@@ -182,19 +187,20 @@ TEXT = torch.zeros(5, 7, tiny.WIDTH)
     [(-1.0, torch.bfloat16), (-3.0, torch.float32), pytest.param(0.0, torch.float32, marks=pytest.mark.slow)],
 )
 def test_a_whole_update_on_fake_cuda_is_one_graph_and_asks_nothing_of_the_host(w, dtype):
-    """Tiny networks of the real class on a device that is not there, traced into a single graph; any `.item()`, any
-    branch on a value, raises.
+    """Tiny networks of the real class, traced into one graph on a device that does not exist.
 
-    Rollout, loss, clipping, optimiser and average; without autograd, which would ask for the device: the next test has
-    it. (So would dynamo, whose fullgraph=True make_fx stands in for.)
+    Any `.item()` and any branch on a value raises.
+
+    Rollout, loss, clipping, optimiser and average; without autograd, which would ask for the
+    device: the next test has it. (So would dynamo, whose fullgraph=True make_fx stands in for.)
     """
     mode = FakeTensorMode()
     student, reference = fake_network(mode, dtype), fake_network(mode, dtype)
 
-    def place(tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
         return fake_cuda(mode, tensor)
 
-    pair_loss, move, _ = whole_update(w, place, student, reference, TEXT.to(dtype))
+    pair_loss, move, _ = whole_update(w, to_device, student, reference, TEXT.to(dtype))
     optimizer = make_optimizer(OptimizerConfig(name="adamw"))(student.parameters())
 
     def update() -> tuple[torch.Tensor, ...]:
@@ -208,7 +214,7 @@ def test_a_whole_update_on_fake_cuda_is_one_graph_and_asks_nothing_of_the_host(w
 
     with mode, NoDevice(), torch.no_grad():
         with pytest.raises(DataDependentOutputException):
-            place(TEXT).sum().item()
+            to_device(TEXT).sum().item()
         graph = make_fx(update)().graph
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     counts = Counter(str(node.target) for node in nodes)
@@ -217,14 +223,14 @@ def test_a_whole_update_on_fake_cuda_is_one_graph_and_asks_nothing_of_the_host(w
     assert ours == {f"selfnpo.{name}.default": 1 for name in once}
     assert counts["aten._fused_adamw_.default"] == 1
     assert not ASKS & {name.split(".")[1] for name in counts if "." in name}
-    made = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    assert sum(value.device.type == "cuda" for value in made) > 500
+    values = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert sum(value.device.type == "cuda" for value in values) > 500
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("w", [-1.0, -3.0])
 def test_a_whole_update_is_one_graph(w):
-    """fullgraph=True over rollout and loss, backward traced with it; with the results of the plain functions."""
+    """With fullgraph=True over rollout, loss and backward: the results of the plain functions."""
     torch.compiler.reset()
     results = []
     graph = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")

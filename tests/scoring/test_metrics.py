@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from selfnpo_fast.scoring import metrics
-from selfnpo_fast.scoring.metrics import frechet_distance, knn_metrics, knn_samples
+from selfnpo_fast.scoring.metrics import KnnSamples, frechet_distance, knn_samples
+
+KNN = ("precision", "density", "recall", "coverage")
 
 
 def with_moments(n: int, mean: torch.Tensor, root: torch.Tensor, seed: int) -> torch.Tensor:
-    """Samples (n, D) float64 whose mean is `mean` and whose unbiased covariance is exactly root^T root."""
+    """Samples (n, D) float64 of mean `mean` and unbiased covariance root^T root, both exact."""
     raw = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     q = torch.linalg.qr(raw - raw.mean(0)).Q
     return q * (n - 1) ** 0.5 @ root + mean
@@ -23,6 +25,11 @@ def with_moments(n: int, mean: torch.Tensor, root: torch.Tensor, seed: int) -> t
 
 def cloud(n: int, d: int, seed: int, shift: float = 0.0) -> torch.Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def means(samples: KnnSamples) -> tuple[float, ...]:
+    """Precision, density, recall, coverage: the means of their terms."""
+    return tuple(getattr(samples, name).double().mean().item() for name in KNN)
 
 
 def brute_force(generated: torch.Tensor, real: torch.Tensor, k: int) -> tuple[float, float, float, float]:
@@ -75,9 +82,8 @@ def test_frechet_of_a_set_to_itself_is_zero_even_when_singular():
 @settings(max_examples=40, deadline=None)
 def test_knn_metrics_agree_with_brute_force(d, n, m, k, shift, seed):
     generated, real = cloud(n, d, seed, shift), cloud(m, d, seed + 1000)
-    found = knn_metrics(generated, real, k)
-    expected = brute_force(generated, real, k)
-    assert (found.precision, found.density, found.recall, found.coverage) == pytest.approx(expected, abs=1e-12)
+    found = means(knn_samples(generated, real, k))
+    assert found == pytest.approx(brute_force(generated, real, k), abs=1e-12)
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -85,42 +91,41 @@ def test_chunks_change_nothing(monkeypatch):
     whole = knn_samples(generated, real)
     monkeypatch.setattr(metrics, "CHUNK", 7)
     parts = knn_samples(generated, real)
-    for name in ("precision", "density", "recall", "coverage"):
+    for name in KNN:
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
 
 
 def test_identical_sets_overlap_fully():
     features = cloud(200, 16, 0)
-    found = knn_metrics(features, features)
-    assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
-    # A sample lies in its own ball and, on average, in those of k others.
-    assert found.density == pytest.approx(1.2)
+    precision, density, recall, coverage = means(knn_samples(features, features))
+    assert (precision, recall, coverage) == (1, 1, 1)
+    # A sample lies in its ball and, on average, in those of k others.
+    assert density == pytest.approx(1.2)
 
 
 def test_disjoint_sets_do_not_overlap():
-    found = knn_metrics(cloud(60, 4, 0, 100.0), cloud(80, 4, 1))
-    assert (found.precision, found.density, found.recall, found.coverage) == (0, 0, 0, 0)
+    assert means(knn_samples(cloud(60, 4, 0, 100.0), cloud(80, 4, 1))) == (0, 0, 0, 0)
 
 
 def test_a_collapsed_model_is_precise_but_not_diverse():
     real = cloud(300, 4, 0)
-    found = knn_metrics(0.05 * cloud(300, 4, 1), real)
-    assert found.precision > 0.99
-    assert found.recall < 0.1
+    precision, _, recall, _ = means(knn_samples(0.05 * cloud(300, 4, 1), real))
+    assert precision > 0.99
+    assert recall < 0.1
 
 
 def test_duplicates_lie_in_their_own_balls():
     features = torch.ones(12, 3)
-    found = knn_metrics(features, features)
-    assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
+    precision, _, recall, coverage = means(knn_samples(features, features))
+    assert (precision, recall, coverage) == (1, 1, 1)
 
 
-def test_per_sample_terms_average_to_the_metrics():
+def test_there_is_one_term_per_sample():
     generated, real = cloud(50, 4, 0, 0.5), cloud(60, 4, 1)
     terms = knn_samples(generated, real)
     assert len(terms.precision) == len(terms.density) == 50
     assert len(terms.recall) == len(terms.coverage) == 60
-    assert terms.means() == knn_metrics(generated, real)
+    assert means(terms) == pytest.approx(brute_force(generated, real, 5), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -134,4 +139,4 @@ def test_per_sample_terms_average_to_the_metrics():
 )
 def test_impossible_input_is_refused(generated, real, k, message):
     with pytest.raises(ValueError, match=message):
-        knn_metrics(generated, real, k)
+        knn_samples(generated, real, k)

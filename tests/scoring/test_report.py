@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,44 +12,64 @@ from PIL import Image
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.images import image_grid
+from selfnpo_fast.scoring.digits.cases import make_cases
 from selfnpo_fast.scoring.digits.domain import digits_domain
+from selfnpo_fast.scoring.digits.measures import digits_measures
 from selfnpo_fast.scoring.digits.network import DigitScorer
-from selfnpo_fast.scoring.digits.scorers import DigitsScorers
-from selfnpo_fast.scoring.intervals import Interval, win_rate
+from selfnpo_fast.scoring.digits.scorer import FittedScorer
+from selfnpo_fast.scoring.intervals import Interval, win_rate_interval
+from selfnpo_fast.scoring.measures import Measures, Roles
 from selfnpo_fast.scoring.report import brief, statements, write_report
-from selfnpo_fast.scoring.sweep import Case, Results, evaluate, make_cases
+from selfnpo_fast.scoring.results import Case, Results, Row
+from selfnpo_fast.scoring.set_measures import FrechetDistance, knn_measures
+from selfnpo_fast.scoring.sweep import evaluate
 
 SCALES = (1.0, 2.0, 3.0)
 CONFIG = {"model": "fake", "steps": 10}
 
 
-@dataclass
-class ToyScores:
-    right: torch.Tensor
-    quality: torch.Tensor
-    features: torch.Tensor
+def mean_colour(images: torch.Tensor) -> torch.Tensor:
+    """(N, 3): the features of toy pictures."""
+    return images.mean(dim=(2, 3))
 
 
-class ToyScorers:
-    """A domain that is not digits: a picture's mean colour is its place in feature space, and `quality` is red."""
+class Right:
+    name = "right"
 
-    accuracy = "right"
-    compared = ("quality",)
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return mean_colour(images)[:, 0] > -0.2
 
-    def __init__(self) -> None:
-        self.real_features = torch.randn(150, 3, generator=torch.Generator().manual_seed(99)) * 0.2
 
-    def score(self, images: torch.Tensor, labels: list) -> ToyScores:
-        features = images.mean(dim=(2, 3))
-        return ToyScores(right=features[:, 0] > -0.1 * (1 + len(labels[0])), quality=features[:, 0], features=features)
+class Quality:
+    """The mean of red."""
+
+    name = "quality"
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return mean_colour(images)[:, 0]
+
+
+def toy_measures() -> Measures:
+    """A domain that is not digits."""
+    real_features = torch.randn(150, 3, generator=torch.Generator().manual_seed(99)) * 0.2
+    return Measures(
+        picture=[Right(), Quality()],
+        sets=[FrechetDistance(mean_colour, real_features), *knn_measures(mean_colour, real_features)],
+        roles=Roles(
+            accuracy="right", compared=("quality",), precision="precision", recall="recall", distance="frechet"
+        ),
+    )
 
 
 def toy_cases(n: int = 120) -> list[Case]:
-    return [Case(label="a", prompt=f"prompt {i % 60}", seed=i, held_out=i % 10 == 0) for i in range(n)]
+    return [Case(prompt=f"prompt {i % 60}", seed=i, held_out=i % 10 == 0) for i in range(n)]
 
 
 def toy_generate(spread: dict[str, float], lift: dict[str, float]):
-    """Arms that draw around `lift` with `spread`; real pictures have spread 0.2 around 0. Scale narrows the spread."""
+    """Arms that draw around `lift` with `spread`, which the guidance scale narrows.
+
+    Real pictures have spread 0.2 around 0.
+    """
 
     def generate(arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:
         noise = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -62,12 +82,12 @@ def toy_generate(spread: dict[str, float], lift: dict[str, float]):
 
 def toy_results(spread: float, lift: float) -> Results:
     generate = toy_generate({"base": 0.4, "negative": spread}, {"base": 0.3, "negative": lift})
-    return evaluate(generate, toy_cases(), ["base", "negative"], SCALES, ToyScorers())
+    return evaluate(generate, toy_cases(), ["base", "negative"], SCALES, toy_measures())
 
 
 @pytest.fixture(scope="module")
 def better() -> Results:
-    """An arm at the real pictures' place; the base stands beside it."""
+    """An arm whose pictures lie where the real ones lie; those of the base lie elsewhere."""
     return toy_results(spread=0.4, lift=0.0)
 
 
@@ -87,8 +107,8 @@ def test_cases_walk_through_all_prompts_before_any_repeats():
     assert {case.prompt for case in cases[:560]} == {domain.prompt(label) for label in domain.labels()}
     assert [case.prompt for case in cases[560:]] == [case.prompt for case in cases[:40]]
     assert len({case.seed for case in cases}) == 600
-    assert all(domain.parse(case.prompt) == case.label for case in cases)
-    assert all(case.held_out == domain.is_held_out(case.label) for case in cases)
+    assert all(domain.prompt(domain.label(case.prompt)) == case.prompt for case in cases)
+    assert all(case.held_out == domain.is_held_out(domain.label(case.prompt)) for case in cases)
     assert make_cases(96, seed=3) == cases[:96]
     assert [case.prompt for case in make_cases(96, seed=4)] != [case.prompt for case in cases[:96]]
     assert not {case.seed for case in make_cases(96, seed=4)} & {case.seed for case in cases}
@@ -104,7 +124,7 @@ def test_every_arm_sees_the_same_prompts_and_seeds_in_order():
         return inner(arm, guidance_scale, prompts, seeds)
 
     cases, rows = toy_cases(), []
-    results = evaluate(generate, cases, ["base", "negative"], SCALES, ToyScorers(), batch_size=50, on_row=rows.append)
+    results = evaluate(generate, cases, ["base", "negative"], SCALES, toy_measures(), batch_size=50, on_row=rows.append)
     assert len(seen) == 6
     assert all(pairs == [(case.prompt, case.seed) for case in cases] for pairs in seen.values())
     assert rows == results.rows
@@ -115,11 +135,11 @@ def test_rows_hold_the_means_of_the_scores(better):
     generate = toy_generate({"negative": 0.4}, {"negative": 0.0})
     cases = toy_cases()
     images = generate("negative", row.guidance_scale, [c.prompt for c in cases], [c.seed for c in cases])
-    scores = ToyScorers().score(images, [c.label for c in cases])
+    scores = toy_measures().score(images, [c.prompt for c in cases])
     assert row.images == 120
-    assert row.means["right"].value == pytest.approx(scores.right.double().mean().item())
-    assert row.means["quality"].value == pytest.approx(scores.quality.double().mean().item(), abs=1e-7)
-    assert row.held_out.value == pytest.approx(scores.right[::10].double().mean().item())
+    assert row.means["right"].value == pytest.approx(scores["right"].double().mean().item())
+    assert row.means["quality"].value == pytest.approx(scores["quality"].double().mean().item(), abs=1e-7)
+    assert row.held_out.value == pytest.approx(scores["right"][::10].double().mean().item())
     assert row.means["quality"].low < row.means["quality"].value < row.means["quality"].high
 
 
@@ -129,12 +149,12 @@ def test_comparisons_cover_all_pairs_of_scales_and_count_wins(better):
     seeds = [case.seed for case in toy_cases()]
     quality = {arm: generate(arm, scale, [], seeds)[:, 0, 0, 0] for arm, scale in (("negative", 1.0), ("base", 3.0))}
     pair = better.comparison("negative", 1.0, 3.0)
-    assert pair.wins["quality"].value == pytest.approx(win_rate(quality["negative"], quality["base"]))
+    assert pair.wins["quality"].value == pytest.approx(win_rate_interval(quality["negative"], quality["base"]).value)
     difference = (quality["negative"] - quality["base"]).double().mean().item()
     assert pair.differences["quality"].value == pytest.approx(difference, abs=1e-6)
     rows = {(row.arm, row.guidance_scale): row for row in better.rows}
     for name in ("precision", "recall"):
-        ours, theirs = getattr(rows["negative", 1.0], name), getattr(rows["base", 3.0], name)
+        ours, theirs = rows["negative", 1.0].sets[name], rows["base", 3.0].sets[name]
         assert pair.differences[name].value == pytest.approx(ours.value - theirs.value)
 
 
@@ -193,7 +213,7 @@ def test_a_worse_arm_is_no_gain_and_says_so(worse):
 def test_an_arm_that_only_moves_along_the_frontier_is_no_gain():
     # The arm at scale s is the base at scale 2 s: stronger effective guidance, nothing else.
     generate = toy_generate({"base": 0.6, "negative": 0.3}, {"base": 0.0, "negative": 0.0})
-    results = evaluate(generate, toy_cases(), ["base", "negative"], (1.0, 2.0, 4.0, 8.0), ToyScorers())
+    results = evaluate(generate, toy_cases(), ["base", "negative"], (1.0, 2.0, 4.0, 8.0), toy_measures())
     for scale in (1.0, 2.0, 4.0):
         pair = results.comparison("negative", scale, 2 * scale)
         assert pair.differences["precision"].value == pair.differences["recall"].value == 0
@@ -203,9 +223,10 @@ def test_an_arm_that_only_moves_along_the_frontier_is_no_gain():
 
 
 def test_a_shift_in_guidance_between_two_scales_is_no_gain():
-    # At scale s the arm is the base at 1.2 s, which the sweep of the base leaves out; it may win pairs, no more.
+    # At scale s the arm is the base at 1.2 s, which the sweep of the base leaves out; the arm may win
+    # pairs, no more.
     generate = toy_generate({"base": 0.6, "negative": 0.5}, {"base": 0.0, "negative": 0.0})
-    results = evaluate(generate, toy_cases(), ["base", "negative"], (1.0, 1.5, 2.0, 3.0), ToyScorers())
+    results = evaluate(generate, toy_cases(), ["base", "negative"], (1.0, 1.5, 2.0, 3.0), toy_measures())
     assert not results.verdict("negative").gain
     assert "no gain" in statements(results, "negative")[0]
 
@@ -215,7 +236,8 @@ def test_report_files_agree_with_the_results(better, tmp_path):
     assert set(paths) == {"report.json", "report.md", "frontier.png", "accuracy.png", "grid.png"}
     stored = json.loads(paths["report.json"].read_text())
     assert stored["config"] == CONFIG
-    assert [row["frechet"] for row in stored["rows"]] == [row.frechet for row in better.rows]
+    assert [row["frechet"] for row in stored["rows"]] == [row.sets["frechet"] for row in better.rows]
+    assert [Row.from_record(record) for record in stored["rows"]] == better.rows
     assert stored["verdicts"]["negative"]["gain"] is True
     assert len(stored["comparisons"]) == 9
     text = paths["report.md"].read_text()
@@ -226,7 +248,8 @@ def test_report_files_agree_with_the_results(better, tmp_path):
     for name in ("frontier.png", "accuracy.png", "grid.png"):
         with Image.open(paths[name]) as image:
             assert image.width > 300, name
-            assert image.convert("L").getextrema()[0] < 60, name  # something dark is drawn on the page
+            # Something dark is drawn on the page.
+            assert image.convert("L").getextrema()[0] < 60, name
 
 
 def test_tables_have_as_many_cells_as_columns(better, tmp_path):
@@ -249,11 +272,11 @@ def test_brief_is_short_and_ends_with_the_verdict(better, worse):
 def test_brief_stays_short_with_many_arms_and_scales():
     arms = ["base", "negative", "same prompt"]
     generate = toy_generate(dict.fromkeys(arms, 0.4), {"base": 0.3, "negative": 0.0, "same prompt": 0.2})
-    results = evaluate(generate, toy_cases(60), arms, (1.0, 1.5, 2.0, 3.0, 5.0), ToyScorers())
+    results = evaluate(generate, toy_cases(60), arms, (1.0, 1.5, 2.0, 3.0, 5.0), toy_measures())
     assert len(brief(results).splitlines()) <= 15
 
 
-def test_digits_run_through_with_a_baseline_alone(tmp_path):
+def test_digits_run_through_with_only_a_baseline(tmp_path):
     torch.manual_seed(0)
     network = DigitScorer().eval()
     with torch.no_grad():
@@ -264,7 +287,8 @@ def test_digits_run_through_with_a_baseline_alone(tmp_path):
             [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in seeds]
         )
 
-    results = evaluate(generate, make_cases(30), ["base"], [1.0, 2.0], DigitsScorers(network, real, {}))
+    measures = digits_measures(FittedScorer(network, real, {}))
+    results = evaluate(generate, make_cases(30), ["base"], [1.0, 2.0], measures)
     assert set(results.rows[0].means) == {"digit_log_prob", "digit_correct", "colour_match", "realness"}
     assert results.comparisons == []
     write_report(results, tmp_path, CONFIG)
@@ -299,7 +323,7 @@ def test_impossible_sweeps_are_refused_before_anything_is_made(change, message):
 
     sweep = {"cases": toy_cases(), "arms": ["base"], "guidance_scales": [1.0]} | change
     with pytest.raises(UserError, match=message):
-        evaluate(generate, scorers=ToyScorers(), **sweep)
+        evaluate(generate, measures=toy_measures(), **sweep)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +332,7 @@ def test_impossible_sweeps_are_refused_before_anything_is_made(change, message):
 )
 def test_broken_pictures_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(lambda *_: images, toy_cases(20), ["base"], [1.0], ToyScorers())
+        evaluate(lambda *_: images, toy_cases(20), ["base"], [1.0], toy_measures())
 
 
 @pytest.mark.parametrize(("n", "seed", "message"), [(0, 0, "cases: 0"), (5, -1, "seed: -1")])

@@ -1,9 +1,10 @@
-"""Kills training runs at random instants, resumes them, and compares what they end in with an uninterrupted run.
+"""Kills training runs at random moments, resumes them, and compares them with an uninterrupted run.
 
     python tests/tools/crash.py --kills 50
 
-Some kills fall anywhere, some after a random update, some into the writing of a checkpoint. Of two ranks, either both
-are killed or one of them: the other then has to end by itself within a minute and say which rank was lost.
+Some kills come at any time, some after a random update, and some while a checkpoint is written. Of
+two ranks, both are killed or one of them: the other then has to end by itself within a minute, and
+say which rank was lost.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def all_cases() -> list[Case]:
 
 
 def words(case: Case, model: Path, output: Path) -> list[str]:
-    """The command line of a case: small enough that most of a run is what can go wrong."""
+    """The command line of a case, so small that most of a run's time is what can go wrong."""
     options = {
         "model.path": model,
         "output": output,
@@ -83,20 +84,23 @@ def words(case: Case, model: Path, output: Path) -> list[str]:
 
 
 def run_child(argv: list[str], env: dict[str, str], log: Path) -> None:
-    """What a child process does: a training command with its own environment and its output in a file."""
+    """The main function of a child process: a training command with its output in a file."""
     os.environ.update(env)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    faulthandler.enable()  # `finish` asks a process that hangs where
-    gc.freeze()  # DeepSpeed collects garbage often, and all that the server has imported would be looked through
+    faulthandler.enable()  # `finish` makes a process that hangs say where
+    gc.freeze()  # DeepSpeed collects garbage often, and would look through all that the server has imported
     from selfnpo_fast import train
 
     sys.exit(train.main(argv))
 
 
 def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[multiprocessing.Process]:
-    """One process per rank, forked from a server that has imported everything: a start costs a second."""
+    """One process per rank.
+
+    They are forked from a server that has imported everything, so that a start costs a second.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -108,15 +112,15 @@ def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[mult
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        process = context.Process(target=child, args=(argv, env | own, logs / f"rank{rank}.log"))
+        rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        process = context.Process(target=child, args=(argv, env | rank_env, logs / f"rank{rank}.log"))
         process.start()
         processes.append(process)
     return processes
 
 
 def finish(processes: list[multiprocessing.Process], logs: Path, timeout: float = 300) -> list[int]:
-    """Exit codes of processes that end by themselves."""
+    """Exit codes of processes that end by themselves. Raises AssertionError where one hangs."""
     for process in processes:
         process.join(timeout)
         if process.is_alive():
@@ -133,28 +137,28 @@ def tail(logs: Path) -> str:
 
 
 def _wait_for_moment(kind: str, output: Path, processes, chance: random.Random) -> bool:
-    """Return at the instant at which to kill; at once where a process has ended by itself.
+    """Wait for the moment at which to kill; not any longer once a process has ended by itself.
 
-    Says whether the ranks have met: the run's folder then holds what this start wrote.
+    Returns whether the ranks have met: then the run's folder holds files of this start.
     """
-    begun, row = time.time(), chance.randrange(1, UPDATES // 3)
+    started, row = time.time(), chance.randrange(1, UPDATES // 3)
     deadline = time.monotonic() + (chance.uniform(0, 4) if kind == "anywhere" else 120)
 
     def new(path: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            return path.stat().st_mtime > begun
+            return path.stat().st_mtime > started
         return False
 
     def met() -> bool:
         return new(output / "config.yaml")
 
-    def seen() -> bool:
+    def moment_has_come() -> bool:
         if kind == "after an update":
             metrics = output / "metrics.jsonl"
             return met() and new(metrics) and metrics.read_text().count("\n") >= row
         return kind == "while writing" and any(new(path) for path in (output / "checkpoints").glob(".writing-*"))
 
-    while time.monotonic() < deadline and not seen() and all(process.is_alive() for process in processes):
+    while time.monotonic() < deadline and not moment_has_come() and all(process.is_alive() for process in processes):
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.04))
     return met()
@@ -162,16 +166,19 @@ def _wait_for_moment(kind: str, output: Path, processes, chance: random.Random) 
 
 def kill_once(case: Case, argv: list[str], output: Path, logs: Path, chance: random.Random, counts: Counter) -> None:
     """Start or resume a run and kill it."""
+    # Start it, and wait.
     processes = start(int(case["ranks"]), [*argv, "--resume"], logs)
     kind = chance.choice(("anywhere", "after an update", "while writing", "while writing"))
     met = _wait_for_moment(kind, output, processes, chance)
     writing = any((output / "checkpoints").glob(".writing-*")) if output.exists() else False
-    # Ranks that have not met yet wait for each other as long as torch lets them; that is the launcher's to end.
-    alone = len(processes) > 1 and met and chance.random() < 0.5
-    victims = [chance.choice(processes)] if alone and all(p.is_alive() for p in processes) else processes
+    # Kill one rank or all of them. Ranks that have not met yet wait for each other as long as torch
+    # lets them; in a real run the launcher ends them.
+    only_one = len(processes) > 1 and met and chance.random() < 0.5
+    victims = [chance.choice(processes)] if only_one and all(p.is_alive() for p in processes) else processes
     for victim in victims:
         if victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)
+    # The other ranks end by themselves.
     codes = finish(processes, logs, LOST_WITHIN)
     counts[kind if not (met and writing) else "inside checkpoint writing"] += 1
     assert all(code in (-signal.SIGKILL, 0, 1) for code in codes), f"{codes}\n{tail(logs)}"
@@ -185,42 +192,47 @@ def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The rows of metrics.jsonl without what a clock or the kernel says."""
+    """The rows of metrics.jsonl, without times and memory."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 
 
 def assert_equal(expected: Path, found: Path) -> None:
     """Bit-identical weights, optimiser, reference, slots and metrics."""
-    theirs, ours = files(expected), files(found)
-    assert theirs.keys() == ours.keys()
-    for name, tensors in theirs.items():
-        assert tensors.keys() == ours[name].keys(), name
+    expected_files, found_files = files(expected), files(found)
+    assert expected_files.keys() == found_files.keys()
+    for name, tensors in expected_files.items():
+        assert tensors.keys() == found_files[name].keys(), name
         for key, value in tensors.items():
-            assert torch.equal(value, ours[name][key]), f"{name}: {key} differs"
+            assert torch.equal(value, found_files[name][key]), f"{name}: {key} differs"
     assert metrics(expected) == metrics(found)
 
 
 def crash(case: Case, kills: int, work: Path, model: Path, chance: random.Random) -> Counter:
-    """Kill one run `kills` times, let it finish, and compare it. Returns how many kills of which kind there were."""
+    """Kill one run `kills` times, let it finish, and compare it with an uninterrupted one.
+
+    Returns the number of kills by their kind.
+    """
     name = "-".join(str(value) for value in case.values())
     whole, parts = work / f"{name}-whole", work / f"{name}-parts"
     for folder in (whole, parts):
         (folder / "logs").mkdir(parents=True)
     ranks, counts = int(case["ranks"]), Counter()
+    # The uninterrupted run.
     argv = words(case, model, whole / "run")
     assert finish(start(ranks, argv, whole / "logs"), whole / "logs") == [0] * ranks, tail(whole / "logs")
+    # The run that is killed.
     argv = words(case, model, parts / "run")
     for _ in range(kills):
         kill_once(case, argv, parts / "run", parts / "logs", chance, counts)
-    done = finish(start(ranks, [*argv, "--resume"], parts / "logs"), parts / "logs")
-    assert done == [0] * ranks, tail(parts / "logs")
+    codes = finish(start(ranks, [*argv, "--resume"], parts / "logs"), parts / "logs")
+    assert codes == [0] * ranks, tail(parts / "logs")
     assert_equal(whole / "run", parts / "run")
     return counts
 
 
 def main() -> None:
-    """Spread the kills over randomly chosen cases; every choice of every option is among them."""
+    """Spread the kills over the cases, in random order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--per-case", type=int, default=5)

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from selfnpo_fast import train
 from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.runtime.folders import why_not_whole, write_manifest
+from selfnpo_fast.runtime.world import init_world
 from selfnpo_fast.training.checkpoint import recipe
-from selfnpo_fast.training.engine import StudentEngine
+from selfnpo_fast.training.engine import StudentEngine, start_deepspeed
+from selfnpo_fast.training.engine_state import EngineCounters, loss_scale
 
 PACKAGE = Path(__file__).parents[2] / "selfnpo_fast"
 CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
@@ -36,7 +38,7 @@ def run(model: Path, output: Path, *more: str, **changes) -> int:
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory) -> Path:
-    """The folder of a run of 12 updates that keeps four checkpoints; tests copy it before they touch it."""
+    """The folder of a run of 12 updates that keeps four checkpoints; tests change copies of it."""
     output = tmp_path_factory.mktemp("finished") / "run"
     assert run(model, output, "--log.keep", "4") == 0
     return output
@@ -75,8 +77,8 @@ def test_a_checkpoint_holds_everything(finished, model):
             tensors.pop(counter, None)
         assert {key: value.shape for key, value in tensors.items()} == shapes, name
         assert all(value.dtype == torch.float32 for value in tensors.values())
-    own = load_file(folder / "rank0.safetensors")
-    assert {"rng.cpu", "rollout.ids", "rollout.index", "rollout.x", "recorder.loss"} <= own.keys()
+    of_rank = load_file(folder / "rank0.safetensors")
+    assert {"rng.cpu", "method.ids", "method.index", "method.x", "recorder.loss"} <= of_rank.keys()
     state = json.loads((folder / "state.json").read_text())
     assert state["update"] == state["engine"]["steps"] == state["engine"]["lr_steps"] == 12
     assert state["config"]["optimizer"]["lr"] == 1e-2
@@ -118,16 +120,16 @@ def test_what_is_not_whole_is_passed_over_and_the_run_ends_alike(damage, finishe
     folder = newest(copied)
     reason = damage(folder)
     assert run(model, copied, "--log.keep", "4", "--resume") == 0
-    said = capfd.readouterr().err
-    line = next(line for line in said.splitlines() if "passing over" in line)
+    log = capfd.readouterr().err
+    line = next(line for line in log.splitlines() if "passing over" in line)
     assert str(folder) in line
     assert reason in line
-    assert "resumed from" in said
-    assert "update-0000010" in said
+    assert "resumed from" in log
+    assert "update-0000010" in log
     crash.assert_equal(finished, copied)
 
 
-def test_where_none_is_whole_nothing_starts_anew_in_silence(copied, model, capfd):
+def test_where_none_is_whole_no_run_starts_again_in_silence(copied, model, capfd):
     for folder in (copied / "checkpoints").iterdir():
         lose(folder)
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
@@ -151,7 +153,7 @@ def test_length_log_and_folder_may_change(copied, model, tmp_path):
     assert newest(moved).name == "update-0000015"
 
 
-def test_other_versions_are_said(copied, model, capfd):
+def test_other_versions_are_logged(copied, model, capfd):
     path = newest(copied) / "state.json"
     path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
     write_manifest_again(newest(copied))
@@ -175,7 +177,10 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints_and_go(copied, model):
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "ranks"), [(2, (1, 2)), (0, (2, 1)), (3, (2, 1)), (3, (1, 2))], ids=str)
 def test_another_number_of_ranks_goes_on(zero, ranks, model, tmp_path):
-    """The same pairs, and losses and moments to rounding; the metrics' sums go on in the middle of an interval."""
+    """The same pairs, and losses and moments to rounding.
+
+    The sums of the metrics continue in the middle of an interval.
+    """
     case = CASE | {"zero": zero}
     more = ["--log.every", "4", "--log.keep", "9", "--optimizer.lr", "1e-4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -188,7 +193,7 @@ def test_another_number_of_ranks_goes_on(zero, ranks, model, tmp_path):
                 if folder.name > "update-0000006":
                     shutil.rmtree(folder)
     for expected, found in zip(crash.metrics(whole), crash.metrics(parts), strict=True):
-        # Filling the slots takes each rank until its own last one has arrived: forwards depend on the split.
+        # Each rank fills its slots until its last sample has arrived: forwards depend on the split.
         expected.pop("reference_forwards_per_pair"), found.pop("reference_forwards_per_pair")
         for key, value in expected.items():
             assert found[key] == (value and pytest.approx(value, rel=5e-6)), key  # observed: 6e-7
@@ -197,8 +202,8 @@ def test_another_number_of_ranks_goes_on(zero, ranks, model, tmp_path):
     assert max((expected[key] - found[key]).abs().max() for key in expected) < 1e-5 * scale  # observed: 1.4e-6
     one, other = (load_file(newest(folder) / "rank0.safetensors") for folder in (whole, parts))
     lanes = slice(0, 4 // ranks[1])
-    assert torch.equal(one["rollout.ids"][:, lanes], other["rollout.ids"])
-    torch.testing.assert_close(one["rollout.x"][:, lanes], other["rollout.x"], rtol=1e-3, atol=1e-4)
+    assert torch.equal(one["method.ids"][:, lanes], other["method.ids"])
+    torch.testing.assert_close(one["method.x"][:, lanes], other["method.x"], rtol=1e-3, atol=1e-4)
 
 
 def test_8_bit_moments_are_refused_elsewhere_with_a_reason(model, tmp_path):
@@ -213,7 +218,7 @@ def test_8_bit_moments_are_refused_elsewhere_with_a_reason(model, tmp_path):
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """An object whose unpickling leaves the file `trace`."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -234,7 +239,7 @@ def test_a_hostile_pickle_in_a_checkpoint_is_refused(name, copied, model, tmp_pa
     assert not trace.exists()
 
 
-def test_a_manifest_names_files_of_its_own_folder_alone(copied):
+def test_a_manifest_names_only_files_of_its_folder(copied):
     folder = newest(copied)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"../../config.yaml": {"bytes": 1, "sha256": ""}}))
@@ -253,25 +258,26 @@ def test_nothing_in_the_package_unpickles():
 
 def test_the_loss_scale_of_fp16_is_saved():
     """fp16 needs a GPU; the scaler itself does not."""
+    start_deepspeed(init_world())  # its scaler asks for the rank
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     def engine(scale: float) -> StudentEngine:
         scaler = DynamicLossScaler(scale, 100, 1.0, 2, False)
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5)
-        made = object.__new__(StudentEngine)
-        made.stage = 1
-        made.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-        made.engine = SimpleNamespace(basic_optimizer=optimizer, optimizer=SimpleNamespace(loss_scaler=scaler))
-        return made
+        student = object.__new__(StudentEngine)
+        student.stage = 1
+        student.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        student.engine = SimpleNamespace(basic_optimizer=optimizer, optimizer=SimpleNamespace(loss_scaler=scaler))
+        return student
 
     first, second = engine(2.0**16), engine(2.0**4)
     for overflow in (False, True, False, False, True):
         first.engine.optimizer.loss_scaler.update_scale(overflow)
     first.lr_scheduler.last_epoch = 3
-    second.load_counters(json.loads(json.dumps(first.counters())))
-    assert second.loss_scale == first.loss_scale < 2.0**16
+    EngineCounters(second).load_state_dict(json.loads(json.dumps(EngineCounters(first).state_dict())))
+    assert loss_scale(second)["cur_scale"] == loss_scale(first)["cur_scale"] < 2.0**16
     assert second.lr == 0.5 / 4
     for overflow in (True, False, True):
-        for made in (first, second):
-            made.engine.optimizer.loss_scaler.update_scale(overflow)
+        for student in (first, second):
+            student.engine.optimizer.loss_scaler.update_scale(overflow)
         assert vars(first.engine.optimizer.loss_scaler) == vars(second.engine.optimizer.loss_scaler)

@@ -1,4 +1,4 @@
-"""A handful of SIGKILLs; `python tests/tools/crash.py --kills 50` is the long form."""
+"""A few SIGKILLs; `python tests/tools/crash.py --kills 50` is the long form."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_more_of_them(case, model, tmp_path):
 
 
 def test_the_comparison_sees_a_single_bit(model, tmp_path):
-    """The test that everything above rests on can fail."""
+    """The comparison on which the tests above rest can fail."""
     from safetensors.torch import load_file, save_file
 
     case = FEW[0]

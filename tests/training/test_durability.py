@@ -1,4 +1,4 @@
-"""Runs against the world: signals, lost ranks, disks that are full or gone, losses that are not finite."""
+"""What can happen to a run: signals, lost ranks, full or lost disks, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(model: Path, output: Path, *more: str, **changes) -> int:
 
 
 def at_update(monkeypatch, update: int, action) -> None:
-    """Call `action(trainer)` when this update has been made, before anything is saved."""
+    """Call `action(trainer)` after this update, before anything is saved."""
     original = Trainer.train_update
 
     def train_update(self, recorder):
@@ -62,8 +62,8 @@ def test_a_signal_finishes_the_update_saves_and_leaves_with_0(number, model, who
     with monkeypatch.context() as patch:
         at_update(patch, 5, lambda trainer: os.kill(os.getpid(), number))
         assert run(model, output) == 0
-    said = capfd.readouterr().err
-    assert f"{number.name}: stopped after update 5; checkpoint {output}/checkpoints/update-0000005" in said
+    log = capfd.readouterr().err
+    assert f"{number.name}: stopped after update 5; checkpoint {output}/checkpoints/update-0000005" in log
     assert not (output / "negative").exists()
     assert signal.getsignal(number) is handler, "the handlers of the program that called us are back"
     assert run(model, output, "--resume") == 0
@@ -99,7 +99,7 @@ def test_a_lost_rank_ends_the_other_with_a_line_that_names_it(victim, model, tmp
 
 
 @pytest.mark.slow
-def test_an_error_of_one_rank_alone_ends_the_other_with_its_message(model, tmp_path):
+def test_an_error_of_only_one_rank_ends_the_other_with_its_message(model, tmp_path):
     """Only rank 1 cannot read its model: rank 0 would wait for it in the first collective."""
     case = CASE | {"ranks": 2}
     argv = crash.words(case, model, tmp_path / "run")
@@ -118,7 +118,10 @@ def _rank_1_has_another_model(argv, env, log):
 
 
 def limited(argv, env, log):
-    """A child that can write no file beyond 100 kB: the kernel says "File too large", as it says "No space left"."""
+    """A child that can write no file beyond 100 kB.
+
+    The kernel's error is "File too large", in place of "No space left".
+    """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     crash.run_child(argv, env, log)
@@ -131,15 +134,15 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(policy, model, tmp_path
     assert crash.finish(crash.start(1, [*argv, "--updates", "4"], tmp_path), tmp_path) == [0]
     processes = crash.start(1, [*argv, "--resume"], tmp_path, limited)
     assert crash.finish(processes, tmp_path) == [1], crash.tail(tmp_path)
-    said = (tmp_path / "rank0.log").read_text()
-    assert "student.safetensors" in said
-    assert "File too large" in said
+    log = (tmp_path / "rank0.log").read_text()
+    assert "student.safetensors" in log
+    assert "File too large" in log
     names = [path.name for path in sorted((output / "checkpoints").iterdir())]
     assert names == ["update-0000002", "update-0000004"], "and nothing half-written"
     assert all(why_not_whole(output / "checkpoints" / name) is None for name in names)
-    assert ("training goes on" in said) == (policy == "continue")
+    assert ("training goes on" in log) == (policy == "continue")
     assert [row["update"] for row in crash.metrics(output)][-1] == (12 if policy == "continue" else 6)
-    assert said.strip().splitlines()[-1].startswith("error: "), "the negative model could not be written, either"
+    assert log.strip().splitlines()[-1].startswith("error: "), "the negative model could not be written, either"
     assert crash.files(output)["negative/unet/diffusion_pytorch_model.safetensors"], "that of the first run is whole"
     assert crash.finish(crash.start(1, [*argv, "--resume"], tmp_path), tmp_path) == [0], "with room again"
 
@@ -160,10 +163,10 @@ def test_a_folder_that_takes_nothing_is_tried_again_at_the_next_checkpoint(model
     at_update(monkeypatch, 5, block)
     at_update(monkeypatch, 9, unblock)
     assert run(model, output) == 0
-    said = capfd.readouterr().err
-    assert said.count("could not be written") == 2
+    log = capfd.readouterr().err
+    assert log.count("could not be written") == 2
     for update in (6, 8):
-        assert f"update-{update:07d} could not be written (rank 0, folder: " in said
+        assert f"update-{update:07d} could not be written (rank 0, folder: " in log
     crash.assert_equal(whole, output)
 
 
@@ -181,7 +184,7 @@ def test_a_vanished_folder_is_made_again(model, whole, tmp_path, monkeypatch):
 
 
 def poison(monkeypatch, updates: set[int], value: float = float("nan")) -> None:
-    """The targets of these updates are useless."""
+    """Make a target of these updates useless."""
     original, calls = ContinuousRollout.next_pairs, []
 
     def next_pairs(self) -> Pairs:
@@ -210,7 +213,10 @@ SLOW = ("zero 1", "zero 2", "bf16, zero 2", "8 bit")
 
 @pytest.mark.parametrize("engine", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ENGINES])
 def test_a_useless_update_is_skipped_and_counted(engine, model, tmp_path, monkeypatch, capfd):
-    """Weights and moments after updates 1, 2, (3 skipped) are those after update 2; the average follows them on."""
+    """Weights and moments after updates 1, 2, (3 skipped) are those after update 2.
+
+    The average still follows the weights.
+    """
     words = [*ENGINES[engine], "--log.checkpoint_every", "1", "--log.keep", "9", "--log.every", "1"]
     output = tmp_path / "run"
     poison(monkeypatch, {3})
@@ -224,7 +230,7 @@ def test_a_useless_update_is_skipped_and_counted(engine, model, tmp_path, monkey
         expected, found, moved = (load_file(folder / name) for folder in (before, after, later))
         if name == "reference.safetensors":
             for key, value in load_file(before / "student.safetensors").items():
-                if "bf16" in engine:  # the average follows the weights that the network has, not their masters
+                if "bf16" in engine:  # the average follows the network's weights, not their masters
                     value = value.bfloat16().float()
                 torch.testing.assert_close(found[key], torch.lerp(value, expected[key], 0.9), rtol=1e-5, atol=1e-7)
             assert found["version"] == expected["version"] + 1 == 3
@@ -287,8 +293,8 @@ def test_a_spike_is_logged_with_noise_levels_and_sample_ids(spiked):
 
 @pytest.mark.parametrize("with_checkpoints", [True, False])
 def test_replay_makes_the_same_pairs_and_touches_nothing_else(with_checkpoints, spiked, model, tmp_path, capfd):
-    made, pairs, _ = spiked
-    output = shutil.copytree(made, tmp_path / "run")
+    run_folder, pairs, _ = spiked
+    output = shutil.copytree(run_folder, tmp_path / "run")
     if not with_checkpoints:
         shutil.rmtree(output / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}

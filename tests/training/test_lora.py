@@ -78,7 +78,7 @@ def test_lora_freezes_all_but_the_updates_of_its_targets():
     assert trained == {f"{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
 
 
-def test_lora_is_seeded_and_leaves_the_global_generator_alone():
+def test_lora_is_seeded_and_leaves_the_global_generator_as_it_was():
     def weights(seed: int) -> dict[str, torch.Tensor]:
         network = unet()
         torch.manual_seed(50)
@@ -189,7 +189,7 @@ def test_threads_choose_each_for_itself():
 
     def work(weights: LoraWeights) -> None:
         for _ in range(20):
-            with torch.no_grad():  # a thread has a grad mode of its own
+            with torch.no_grad():  # grad mode belongs to a thread
                 if not torch.equal(output(network, weights), expected[weights]):
                     wrong.append(weights)
 
@@ -217,7 +217,7 @@ def test_a_call_compiles_as_one_graph_with_its_choice():
 
 
 def gradients(network: nn.Module, between) -> dict[str, torch.Tensor]:
-    """Of the live weights; `between` runs after the forward and before the backward pass."""
+    """Those of the live weights; `between` runs after the forward and before the backward pass."""
     loss = output(network).square().mean()
     between()
     loss.backward()
@@ -228,7 +228,7 @@ def gradients(network: nn.Module, between) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("backward_in", ["this thread", "another", pytest.param("a GPU's", marks=pytest.mark.gpu)])
 def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
-    """Whatever thread autograd recomputes in (on a GPU, one of its own), and whatever was called in between."""
+    """In any thread in which autograd recomputes (a second one on a GPU), after any other call."""
     network = student(targets=["to_q", "to_v", "conv1"])
     apart(network)
     if backward_in == "a GPU's":
@@ -247,7 +247,7 @@ def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
     def meanwhile() -> None:
         with torch.no_grad():
             output(network, LoraWeights.AVERAGE)
-        call.weights = LoraWeights.OFF  # the recomputation has to set and restore it, in whichever thread
+        call.weights = LoraWeights.OFF  # the recomputation has to set and restore it, in any thread
 
     found = gradients(network, meanwhile)
     assert call.weights is LoraWeights.OFF
@@ -261,7 +261,7 @@ def test_recomputed_activations_are_those_of_the_call(backward_in, monkeypatch):
 
 
 def in_another_thread(function, call: LoraCall, left: list[LoraWeights]):
-    """`function` in a thread that other weights were left in; what it leaves there goes into `left`."""
+    """`function` in a thread whose call has other weights; those it has afterwards go to `left`."""
 
     def work(*arguments) -> None:
         call.weights = LoraWeights.OFF
@@ -294,7 +294,7 @@ def test_the_average_is_a_second_set_of_weights_that_nobody_trains():
         assert (output(network) - before).abs().max() > 1e-3
 
 
-def test_an_average_beside_the_live_weights_follows_them():
+def test_an_average_next_to_the_live_weights_follows_them():
     network = student()
     randomise(network)
     average = add_average(network)

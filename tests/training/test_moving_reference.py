@@ -1,4 +1,4 @@
-"""The reference against a float64 recurrence: moving in full precision whatever the network's dtype, or not at all."""
+"""The reference against a float64 recurrence: moving in full precision in any dtype, or frozen."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drift(student: nn.Module, generator: torch.Generator) -> None:
 
 
 def masters(reference: MovingReference) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in reference.saved() if name not in ("version", "updates")}
+    return {name: value for name, value in reference.state_dict() if name not in ("version", "updates")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -88,7 +88,7 @@ def test_only_the_named_parameters_move():
 
 
 def test_every_parameter_is_read_while_it_is_whole():
-    """Under ZeRO 3 a parameter holds its values inside `gather` alone."""
+    """Under ZeRO 3 a parameter holds its values only inside `gather`."""
     student, module = network(), network()
     drift(student, torch.Generator().manual_seed(3))
     exact = [parameter.detach().double() for parameter in student.parameters()]
@@ -125,7 +125,7 @@ def test_a_restored_average_goes_on_bit_for_bit(dtype):
     student = network(dtype)
     first = MovingReference(network(dtype), student.named_parameters(), 0.99)
     moved(first, student, 4, 5)
-    saved = {name: value.clone() for name, value in first.saved()}
+    saved = {name: value.clone() for name, value in first.state_dict()}
     weights = {name: value.clone() for name, value in student.state_dict().items()}
 
     other_student = network(dtype, seed=9)
@@ -137,8 +137,8 @@ def test_a_restored_average_goes_on_bit_for_bit(dtype):
     assert torch.equal(second.module(x), first.module(x))
     moved(first, student, 5, 5)
     moved(second, other_student, 5, 5)
-    for name, value in first.saved():
-        assert torch.equal(dict(second.saved())[name], value), name
+    for name, value in first.state_dict():
+        assert torch.equal(dict(second.state_dict())[name], value), name
     assert torch.equal(second.module(x), first.module(x))
 
 
@@ -152,7 +152,7 @@ def test_frozen_reference_never_moves():
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
     assert reference.version == 0
-    assert dict(reference.saved()) == {}
+    assert dict(reference.state_dict()) == {}
 
 
 def test_moving_reference_carries_no_gradient():
@@ -187,7 +187,7 @@ def test_the_rest_of_a_period_is_saved():
     second = MovingReference(network(seed=5), student.named_parameters(), 0.9, every=3)
     for _ in range(4):
         first.update()
-    second.load_state_dict(dict(first.saved()))
+    second.load_state_dict(dict(first.state_dict()))
     for _ in range(2):
         assert second.version == first.version == 1
         first.update()
@@ -196,7 +196,7 @@ def test_the_rest_of_a_period_is_saved():
 
 
 def some_updates(world: World) -> tuple[MovingReference, int]:
-    """Five updates of a bf16 average; and the elements of the masters that this rank keeps."""
+    """A bf16 average after five updates, and the number of master elements that this rank keeps."""
     student, module = network(torch.bfloat16), network(torch.bfloat16)
     reference = MovingReference(module, student.named_parameters(), 0.9, world=world)
     generator = torch.Generator().manual_seed(1)
@@ -211,7 +211,7 @@ def rank_of_two(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     world = World(rank, 2, torch.device("cpu"), torch.distributed.new_group(backend="gloo"))
     reference, kept = some_updates(world)
-    saved = {name: value.contiguous() for name, value in reference.saved()}
+    saved = {name: value.contiguous() for name, value in reference.state_dict()}
     shadows = {f"shadow.{name}": p.detach().clone() for name, p in reference.module.named_parameters()}
     reference.load_state_dict(saved)  # which rewrites the shadows
     again = {f"again.{name}": p.detach().clone() for name, p in reference.module.named_parameters()}
@@ -221,7 +221,10 @@ def rank_of_two(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_masters_are_shared_out_among_ranks(tmp_path: Path):
-    """Two ranks hold every master once between them, and masters and shadows are bit for bit those of one rank."""
+    """Two ranks hold every master once between them.
+
+    Masters and shadows are bit for bit those of one rank.
+    """
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=rank_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in ranks:
@@ -229,14 +232,14 @@ def test_masters_are_shared_out_among_ranks(tmp_path: Path):
     for process in ranks:
         process.join(120)
         assert process.exitcode == 0
-    alone, whole = some_updates(World(0, 1, torch.device("cpu")))
+    single, whole = some_updates(World(0, 1, torch.device("cpu")))
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     kept = [int(tensors["kept"]) for tensors in found]
     assert sum(kept) == whole
     assert max(kept) < whole
-    shadows = dict(alone.module.named_parameters())
+    shadows = dict(single.module.named_parameters())
     for tensors in found:
-        for name, value in alone.saved():
+        for name, value in single.state_dict():
             assert torch.equal(tensors[name], value), name
         for name, shadow in shadows.items():
             assert torch.equal(tensors[f"shadow.{name}"], shadow), name
@@ -255,6 +258,6 @@ def test_a_channels_last_reference_follows_a_row_major_student(dtype):
         reference = MovingReference(module, student.named_parameters(), 0.5)
         reference.update()
         assert module.weight.is_contiguous(memory_format=order)
-        averages.append(dict(reference.saved()))
+        averages.append(dict(reference.state_dict()))
     for name, value in averages[0].items():
         assert torch.equal(averages[1][name], value), name

@@ -1,4 +1,7 @@
-"""Between the networks there are fused ops alone: no eager arithmetic on latents, and none on weights for the EMA."""
+"""Between the networks there are only fused ops.
+
+There is no eager arithmetic on latents, and none on weights for the moving average.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SHORT += ["--rollout.grid_steps", "5"]
 
 
 class WholeUpdate:
-    """Watches the last update of a run: everything but the networks, their backward and the optimiser."""
+    """Watches the last update of a run, without the networks, their backward and the optimiser."""
 
     def __init__(self, monkeypatch) -> None:
         self.latents = self.weights = self.seen = None
@@ -45,7 +48,7 @@ class WholeUpdate:
 
             def predicted(*arguments):
                 out = predict(*arguments)
-                if out.requires_grad:  # the loss's own backward ends where the network's begins
+                if out.requires_grad:  # the backward of the loss ends where the network's begins
                     out.register_hook(lambda _: mode.enter())
                 return out
 
@@ -118,13 +121,13 @@ def test_an_update_of_lockstep_rollouts(monkeypatch, tmp_path):
 
 
 def test_eager_arithmetic_would_be_seen(monkeypatch, tmp_path):
-    """The reference's step in place of the op that calls it."""
+    """The step of the plain PyTorch backend in place of the op that calls it."""
 
     def eager(pos, neg, x, final, slots, next_slots, tables, rules, latents):
         return reference.tdft_step(
             pos, neg, x, final, slots, next_slots,
             tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, latents,
-            rules.items, rules.stride, rules.max_steps, rules.seed, rules.dropout, rules.shuffled, rules.naive,
+            rules.num_prompts, rules.stride, rules.max_steps, rules.seed, rules.dropout, rules.shuffled, rules.naive,
         )  # fmt: skip
 
     monkeypatch.setattr(continuous, "tdft_step", eager)

@@ -1,4 +1,4 @@
-"""Whole training runs on tiny pipelines and on the embedded model: what comes out, and what is refused."""
+"""Whole training runs on tiny pipelines and on the embedded model: their results and refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(config: str, output: Path, *words: str) -> int:
 
 
 def small(model: Path, updates: int = 2) -> list[str]:
-    """Options that shrink any config to a tiny pipeline on this machine."""
+    """Options that shrink any config to a tiny pipeline."""
     return [
         *("--model.path", str(model), "--updates", str(updates), "--engine.batch_size", "4"),
         *("--rollout.grid_steps", "5", "--rollout.pool", "2", "--log.sample_every", "-1"),
@@ -143,7 +143,7 @@ RECIPES = {
 
 
 def assert_knows_its_base(output: Path, base: UNet2DConditionModel, path: Path, lora: bool) -> None:
-    """What a run leaves is taken for a negative of its base and of nothing else."""
+    """The result of a run is taken for a negative of its base, and of nothing else."""
     part = output / "negative"
     if lora:
         record = read_record(part / LORA_FILE, "negative")
@@ -164,10 +164,10 @@ SLOW_RECIPES += ("overlap zero 3", "channels last fp32", "lora fp32")
 
 
 def test_the_base_of_a_lora_runs_samples_is_the_base(sd, prompts, tmp_path, monkeypatch):
-    """There it is the trained network without its low-rank weights, otherwise one that is loaded anew."""
+    """With LoRA it is the network without low-rank weights, otherwise one that is loaded again."""
     shown = []
     grid = lambda images, *_: shown.append(images) or Image.new("RGB", (1, 1))  # noqa: E731
-    monkeypatch.setattr("selfnpo_fast.training.trainer.image_grid", grid)
+    monkeypatch.setattr("selfnpo_fast.training.samples.image_grid", grid)
     for name in ("lora", "fp32 adamw"):
         words = [*small(sd, 4), "--prompts.source", str(prompts), "--optimizer.lr", "1e-2", *RECIPES["fp32 adamw"]]
         words += ["--log.sample_every", "0", "--log.sample_steps", "2", "--log.sample_prompts", "2", *RECIPES[name]]
@@ -179,7 +179,7 @@ def test_the_base_of_a_lora_runs_samples_is_the_base(sd, prompts, tmp_path, monk
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_RECIPES else n for n in RECIPES])
 def test_every_choice_trains(name, sd, prompts, tmp_path):
-    """The recommended config with one choice changed: finite losses, a model of the right shapes that moved."""
+    """The recommended config with one choice changed gives finite losses and a model that moved."""
     output = tmp_path / "run"
     words = [*small(sd), "--prompts.source", str(prompts), "--optimizer.lr", "1e-2"]
     assert run("sd15.yaml", output, *words, *RECIPES[name]) == 0
@@ -205,13 +205,13 @@ def test_the_authors_config_trains_on_images(prediction_type, images, tmp_path):
     output = tmp_path / "run"
     words = ["--data.source", str(images), "--engine.precision", "fp32", "--rollout.k", "2"]
     assert run("sd15_paper.yaml", output, *small(model), *words) == 0
-    # At w = -1 each of the two updates' eight samples costs its own steps, at most k, and one more.
+    # At w = -1 each of the eight samples of two updates costs its steps, at most k, and one more.
     start = randint(NoiseKey(0, torch.arange(8), draw_id(Draw.START_INDEX)), 5)
     expected = ((start + 1).clamp(max=2) + 1).float().mean().item()
     assert metrics(output)[-1]["reference_forwards_per_pair"] == expected
 
 
-def test_the_recommended_config_needs_a_model_alone(sd, tmp_path):
+def test_the_recommended_config_needs_only_a_model(sd, tmp_path):
     output = tmp_path / "run"
     words = ["--prompts.limit", "32"]
     assert run("sd15.yaml", output, *small(sd), *words) == 0
@@ -404,7 +404,7 @@ def launch(module: list[str], output: Path, *words: str) -> subprocess.Completed
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "overlap"), [("0", "false"), ("2", "true")])
 def test_two_ranks_train_like_one(stage, overlap, tmp_path):
-    """`deepspeed --num_gpus 2` on CPU: the same pairs, losses to rounding, weights to Adam's sign noise."""
+    """`deepspeed --num_gpus 2` on CPU: equal pairs, losses to rounding, weights to Adam's signs."""
     words = ["--updates", "4", "--engine.batch_size", "8", "--log.every", "1", "--log.sample_every", "-1"]
     words += ["--rollout.overlap", overlap]
     deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(29600 + os.getpid() % 300)]
@@ -419,7 +419,8 @@ def test_two_ranks_train_like_one(stage, overlap, tmp_path):
         assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-3)
     name = "unet/diffusion_pytorch_model.safetensors"
     base, one, both = (load_file(p / name) for p in (DIGITS, tmp_path / "one/negative", tmp_path / "two/negative"))
-    # Adam's first steps are signs, which rounding flips where a gradient is about zero: bound the bulk, not the worst.
+    # Adam's first steps are signs, which rounding flips where a gradient is about zero: bound the
+    # bulk, not the worst.
     moved = sum((one[key] - base[key]).abs().sum() for key in base)
     apart = sum((one[key] - both[key]).abs().sum() for key in base)
     assert apart < 0.02 * moved

@@ -1,4 +1,4 @@
-// master <- decay master + (1 - decay) live for a list of parameters, and a low-precision copy of the master.
+// master <- decay master + (1 - decay) live for a list of parameters; shadow <- master.
 #include <vector>
 
 #include "vec.h"
@@ -16,7 +16,8 @@ void ema_update(const EmaUpdateArgs& a) {
   for (int64_t i = 0; i < a.count; ++i) {
     for (int64_t offset = 0; offset < a.sizes[i]; offset += kChunk) chunks.push_back({i, offset});
   }
-  // From the nearer end, so that decay 0 gives exactly live and decay 1 exactly master.
+  // Interpolated from the nearer end, so that decay 0 gives exactly live and decay 1 exactly
+  // master.
   const bool near = a.decay > 0.5;
   const float share = static_cast<float>(near ? 1.0 - a.decay : a.decay);
   at::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t first, int64_t last) {

@@ -1,5 +1,5 @@
-// phi std(pos) / std(p) + 1 - phi per sample (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are
-// Flawed", section 3.4).
+// phi std(pos) / std(p) + 1 - phi per sample (Lin et al., "Common Diffusion Noise Schedules and
+// Sample Steps are Flawed", section 3.4).
 #include <vector>
 
 #include "guided.h"
@@ -10,7 +10,7 @@ inline namespace CPU_CAPABILITY {
 struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
-  // Chan, Golub and LeVeque (1979).
+  // The formula of Chan, Golub and LeVeque (1979).
   void add(const Moments& o) {
     const double total = count + o.count, delta = o.mean - mean;
     mean += delta * o.count / total;
@@ -19,7 +19,8 @@ struct Moments {
   }
 };
 
-// Sums of one block of values less a rough mean: nothing cancels where the mean is large. Eight lanes and a tail.
+// Sums over one block of the values minus a rough mean, so that a large mean cancels no digits.
+// Eight lanes and a tail.
 struct Sums {
   float rough;
   Vec sum{0.0f}, squares{0.0f};
@@ -47,7 +48,7 @@ struct Sums {
   }
 };
 
-// Of a block's first values: one alone may lie far from the others.
+// The mean of a block's first values; a single value may lie far from the others.
 template <class T>
 float rough_mean(const T* p, int64_t n) {
   const int64_t some = std::min<int64_t>(n, 64);

@@ -1,4 +1,4 @@
-// Classifier-free guidance of one element or vector (Eq. 6).
+// Classifier-free guidance of one element or vector (Eq. 1).
 #pragma once
 
 #include "vec.h"
@@ -6,7 +6,7 @@
 namespace selfnpo {
 inline namespace CPU_CAPABILITY {
 
-// p = scale (pos + w (pos - neg)); the one branch that is given, times scale, where only one is.
+// p = scale (pos + w (pos - neg)); with only one branch given, scale times that branch.
 template <bool Both>
 struct Guidance {
   float w = 0, scale = 1;
@@ -19,7 +19,8 @@ struct Guidance {
   }
 };
 
-// Calls f(pointer tag of pos and neg, Guidance type) for the branches that are there; one alone counts as pos.
+// Calls f(tag of the dtype of pos and neg, whether both are given). A single branch is passed as
+// pos.
 template <class F>
 inline void branches(const Array& pos, const Array& neg, const F& f) {
   dispatch((pos ? pos : neg).type, [&](auto type) {

@@ -1,4 +1,5 @@
-// Standard normals of a stream, block by block, in the L1 cache of the thread that uses them.
+// Standard normals of a stream, computed block by block in the L1 cache of the thread that uses
+// them.
 #pragma once
 
 #include <bit>
@@ -38,10 +39,12 @@ inline V cos_polynomial(V t) {
 }
 constexpr float kHalfPi = 1.57079632679489662f;
 
-// Two normals of two words: radius sqrt(-2 ln u1), angle 2 pi u2. 4 u2 = q + r with q whole and |r| <= 1/2, exactly.
+// Two normals from two words: radius sqrt(-2 ln u1), angle 2 pi u2. The angle is split exactly into
+// 4 u2 = q + r, with q an integer and |r| <= 1/2.
 inline void box_muller(uint32_t word1, uint32_t word2, float* z) {
   const float u1 = static_cast<float>((word1 >> 8) + 1) * 0x1p-24f;
-  // Split u1 = m 2^e with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) rounds the exponent.
+  // Split u1 = m 2^e with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) rounds the
+  // exponent.
   const int32_t root = 0x3F3504F3, shifted = std::bit_cast<int32_t>(u1) - root;
   const float m = std::bit_cast<float>((shifted & 0x7FFFFF) + root);
   const float radius = std::sqrt(-2.0f * log_polynomial<float>(m, static_cast<float>(shifted >> 23)));
@@ -54,12 +57,12 @@ inline void box_muller(uint32_t word1, uint32_t word2, float* z) {
   z[1] = radius * ((q & 2) ? -s : s);
 }
 
-// The generators below make kGroup normals of consecutive counters at a time, in element order, all of them the same
-// numbers: Normals(stream).group(block, z).
+// Each generator below computes kGroup normals of consecutive counters at a time, in the order of
+// elements: Normals(stream).group(block, z). All generators give the same numbers up to rounding.
 
 #if defined(CPU_CAPABILITY_AVX2)
 
-// What the generator needs of a register, for 256 and for 512 bits.
+// The register operations of the generator, for 512 and for 256 bits.
 #ifdef SELFNPO_AVX512
 
 struct Floats {
@@ -174,9 +177,9 @@ inline void box_muller(Ints word1, Ints word2, Floats& z0, Floats& z1) {
   z1 = radius * flip_sign(choose(s, c, odd), left<30>(both(q, two)));
 }
 
-// Each 64-bit lane holds one counter's word in its low half (the high half is never looked at), which is what the
-// 32 x 32 -> 64 multiplication wants: even counters in one register, odd in the other. The rounds' keys are laid out
-// once per block of noise, as memory operands.
+// Each 64-bit lane holds a word of one counter in its low half, as the 32 x 32 -> 64 bit
+// multiplication takes it; the high half is not read. One register holds even counters, another one
+// odd counters. The keys of the rounds are computed once for a block of noise and read from memory.
 class Normals {
  public:
   explicit Normals(const Stream& stream)
@@ -234,7 +237,7 @@ class Normals {
 
 #endif
 
-// Asks for the cache lines of kGroup elements from p[i] on; p may be null.
+// Prefetches the cache lines of kGroup elements from p[i] on; p may be null.
 template <class T>
 inline void prefetch(const T* p, int64_t i) {
   if (!p) return;
@@ -242,12 +245,13 @@ inline void prefetch(const T* p, int64_t i) {
   for (size_t byte = 0; byte < kGroup * sizeof(T); byte += 64) __builtin_prefetch(first + byte);
 }
 
-// A buffer of one block's noise; filled in whole groups, so it may run over the sample's end.
+// The noise of one block. It is filled in whole groups, which may run over the end of the sample.
 struct alignas(64) NoiseBlock {
   float z[kBlock];
 
-  // The n normals of a stream from element `offset` (a multiple of 4) of its sample on. Meanwhile `soon`, what the
-  // caller reads next, is fetched into the cache: making noise is arithmetic alone, and memory would stand idle.
+  // The n normals of a stream from element `offset` (a multiple of 4) of its sample on. The
+  // pointers `soon` are what the caller reads next; they are fetched into the cache meanwhile,
+  // since drawing noise leaves the memory idle.
   template <class... T>
   const float* draw(const Stream& stream, int64_t offset, int64_t n, const T*... soon) {
     const Normals normals(stream);
@@ -258,7 +262,7 @@ struct alignas(64) NoiseBlock {
     return z;
   }
 
-  // A given noise tensor's elements, or drawn ones, or null where an op has no noise.
+  // The elements of a given noise tensor, or drawn normals, or null where the op has no noise.
   template <class... T>
   const float* get(const Array& tensor, const Noise& noise, int64_t b, int64_t sample_offset, int64_t offset, int64_t n,
                    const T*... soon) {

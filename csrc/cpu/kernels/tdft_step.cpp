@@ -1,5 +1,6 @@
-// One grid step of every slot of a continuous rollout, the pair of the state it was in (Eq. 16, 17), and the next
-// sample where this one ended. The contract is ops.tdft_step's; the order of draws is reference.tdft_step's.
+// One grid step of every slot of a continuous rollout, the pair of the state before the step (Eq.
+// 16, 17), and a new sample where one has ended. ops.tdft_step holds the contract;
+// reference.tdft_step draws the same numbers.
 #include <vector>
 
 #include "guided.h"
@@ -8,27 +9,29 @@
 namespace selfnpo {
 inline namespace CPU_CAPABILITY {
 
-// What chance and the tables say of one slot; made once per slot, before its blocks.
+// The draws and table rows of one slot, computed once, before the slot's blocks.
 struct Slot {
   bool no_room, ended;
   const float* k;            // guided step
   const float* r;            // re-noising
   const float* start;        // forward diffusion of a restart from data
-  int64_t latent;            // item of a restart from data
+  int64_t latent;            // prompt index of a restart from data
   Stream renoise, fresh;
 };
 
-int64_t item_of(const TdftStepArgs& a, int64_t id, uint64_t order) {
-  const int64_t below = id % a.items < 0;  // ids below the first round down, as everywhere
-  return permute(id % a.items + below * a.items, a.items, a.seed + order, id / a.items - below);
+int64_t prompt_index(const TdftStepArgs& a, int64_t id, uint64_t order) {
+  const int64_t below = id % a.num_prompts < 0;  // quotients of negative ids are rounded down
+  const int64_t position = id % a.num_prompts + below * a.num_prompts, epoch = id / a.num_prompts - below;
+  return permute(position, a.num_prompts, a.seed + order, epoch);
 }
 
-// Decides slot b, and writes its columns of next_slots, pairs and weight.
+// Computes slot b, and writes its columns of next_slots, pairs and weight.
 Slot decide(const TdftStepArgs& a, int64_t b) {
   const int64_t index = a.slots[b], id = a.slots[a.B + b], left = a.slots[2 * a.B + b], top = a.grid_rows - 2;
   const bool from_noise = !a.latents;
   Slot slot{};
-  // The state at the last grid index has no s above it; the end of the sample before takes its place, at t = 0.
+  // No timestep s lies above the last grid index: there the pair is that of the final state of the
+  // slot's previous sample, at t = 0.
   slot.no_room = from_noise && index == top;
   slot.ended = left == 0;
   slot.k = a.step + 7 * (index + 1);
@@ -44,10 +47,10 @@ Slot decide(const TdftStepArgs& a, int64_t b) {
   a.pairs[b] = t;
   a.pairs[a.B + b] = s;
   a.pairs[2 * a.B + b] = pair_id;
-  a.pairs[3 * a.B + b] = dropped ? 0 : item_of(a, pair_id, a.shuffled) + 1;
+  a.pairs[3 * a.B + b] = dropped ? 0 : prompt_index(a, pair_id, a.shuffled) + 1;
   a.weight[b] = a.weights[at + 1];
 
-  const int64_t new_id = slot.ended ? id + a.stride : id, item = item_of(a, new_id, 0);
+  const int64_t new_id = slot.ended ? id + a.stride : id, prompt = prompt_index(a, new_id, 0);
   int64_t next_index = index - 1, next_left = left - 1;
   if (slot.ended) {
     slot.fresh = stream(Draw::StartNoise, new_id);
@@ -56,13 +59,13 @@ Slot decide(const TdftStepArgs& a, int64_t b) {
       next_index = randint(stream(Draw::StartIndex, new_id), top);
       next_left = std::min(next_index + 1, a.max_steps);
       slot.start = a.start + 2 * (next_index + 1);
-      slot.latent = item;
+      slot.latent = prompt;
     }
   }
   a.next_slots[b] = next_index;
   a.next_slots[a.B + b] = new_id;
   a.next_slots[2 * a.B + b] = next_left;
-  a.next_slots[3 * a.B + b] = item + 1;
+  a.next_slots[3 * a.B + b] = prompt + 1;
   return slot;
 }
 

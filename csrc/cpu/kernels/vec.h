@@ -1,9 +1,9 @@
-// Loads, stores and loops shared by the kernels. Everything here exists once per instruction set: CPU_CAPABILITY names
-// it, and keeps the linker from merging what was compiled with different flags.
+// Loads, stores and loops shared by the kernels. The namespace CPU_CAPABILITY names the instruction
+// set, so that the linker does not merge code that was compiled with different flags.
 //
-// A loop body is written once, for a vector of 8 lanes (Vec) and for a single float (tails): it takes a tag of the type.
-// Products are fused where the instruction set has it, in both forms alike, so an element's value does not depend on
-// whether it falls into the tail.
+// A loop body is written once for a vector of 8 lanes (Vec) and for a single float (tails); it
+// takes a tag of the type. Both forms fuse products where the instruction set can, so that the
+// value of an element does not depend on whether it falls into the tail.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -25,7 +25,8 @@ inline namespace CPU_CAPABILITY {
 using Vec = at::vec::Vectorized<float>;
 static_assert(Vec::size() == 8, "the kernels are written for vectors of eight floats");
 
-constexpr int64_t kBlock = 2048;  // elements a unit of work has: its noise (8 KiB) stays in the L1 cache
+// Elements of a unit of work: their noise (8 KiB) stays in the L1 cache.
+constexpr int64_t kBlock = 2048;
 
 template <class V>
 constexpr int64_t width = std::is_same_v<V, Vec> ? 8 : 1;
@@ -91,7 +92,7 @@ inline void store(T* p, V v) {
   }
 }
 
-// Writes past the cache where the output is far larger than it: the line is not read first, and evicts nothing.
+// With `stream`, writes around the cache: the cache line is not read first, and nothing is evicted.
 template <class V, class T>
 inline void store(T* p, V v, bool stream) {
 #ifdef CPU_CAPABILITY_AVX2
@@ -129,7 +130,8 @@ inline T* at_offset(const Array& a, int64_t offset) {
   return a ? static_cast<T*>(a.data) + offset : nullptr;
 }
 
-// Runs body(b, offset, n) over blocks of samples, in parallel. Which elements share a block never depends on threads.
+// Runs body(b, offset, n) over the blocks of all samples, in parallel. The number of threads has no
+// effect on which elements share a block.
 template <class Body>
 inline void blocks(int64_t B, int64_t N, const Body& body) {
   const int64_t per_sample = (N + kBlock - 1) / kBlock;
@@ -140,7 +142,7 @@ inline void blocks(int64_t B, int64_t N, const Body& body) {
       body(b, offset, std::min(kBlock, N - offset));
     }
 #ifdef CPU_CAPABILITY_AVX2
-    _mm_sfence();  // streaming stores are seen by others only after it
+    _mm_sfence();  // other threads see streaming stores only after it
 #endif
   });
 }

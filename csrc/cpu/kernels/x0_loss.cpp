@@ -1,4 +1,5 @@
-// Eq. 17 on the student's x0 = k0 x_s + k1 pred: loss and its slope in one pass, and the gradient made of the slope.
+// Eq. 17 on the student's x0 = k0 x_s + k1 pred: the loss and its slope in one pass, and the
+// gradient, which is computed from the slope.
 #include <vector>
 
 #include "vec.h"
@@ -21,7 +22,8 @@ double loss_block(const X0LossArgs& a, int64_t b, int64_t offset, int64_t n, boo
     V loss, rise;
     if constexpr (Huber) {
       const V root = sqrt(fmadd(d, d, V(c2)));
-      // d / root and d^2 / (root + c) by one division; root - c would cancel where |d| is far below c.
+      // d / root and d^2 / (root + c) by one division; root - c would cancel where |d| is far below
+      // c.
       const V more = root + V(c), inverse = V(1.0f) / (root * more);
       loss = d * d * root * inverse;
       rise = d * more * inverse;

@@ -1,7 +1,8 @@
-"""The operations as Triton kernels: one function per op of `ops.SCHEMAS`, with its schema's arguments.
+"""The operations as Triton kernels: a launcher for each op, with the arguments of its schema.
 
-Importing this imports triton; whether the kernels are compiled or interpreted (TRITON_INTERPRET=1) is settled then.
-Each file holds a kernel and its launcher; `aot.py` compiles them all with no GPU.
+Importing this package imports triton, and decides whether the kernels are compiled or interpreted
+(TRITON_INTERPRET=1). Each file holds a kernel and its launcher. `aot.py` compiles all kernels on a
+machine without a GPU.
 """
 
 from selfnpo_kernels.triton.affine_noise import affine_noise

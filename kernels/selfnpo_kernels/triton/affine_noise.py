@@ -1,4 +1,4 @@
-"""k0 x + k1 noise."""
+"""`affine_noise`: k0 x + k1 noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 
 from selfnpo_kernels.triton import common
-from selfnpo_kernels.triton.common import entry, launch, load, place, plan, store, table_row
+from selfnpo_kernels.triton.common import entry, launch, load, plan, sample_and_block, store, table_row
 
 
 @entry(do_not_specialize=["seed", "draw"])
@@ -15,7 +15,7 @@ def affine_noise_kernel(
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of a sample: out = k0 x + k1 noise."""
-    sample, block = place(N, BLOCK, WIDE)
+    sample, block = sample_and_block(N, BLOCK, WIDE)
     values = load(x, sample, block, N, BLOCK)
     z = common.noise(noise, seed, sample_ids, draw, draws, sample, block, N, BLOCK, x.dtype.element_ty)
     k += table_row(index, sample, PER_SAMPLE) * 2
@@ -23,7 +23,7 @@ def affine_noise_kernel(
 
 
 def affine_noise(x, k, index, noise, seed, sample_ids, draw, draws):
-    """k0 x + k1 noise (forward diffusion; Eq. 16), (B, ...) in x's dtype."""
+    """k0 x + k1 noise, (B, ...) in x's dtype; see `ops.affine_noise`."""
     out = torch.empty_like(x)
     p = plan(x.shape)
     launch(

@@ -1,8 +1,9 @@
-"""What the kernels share: noise, keyed draws, the placing of programs, launching.
+"""Shared by the kernels: launching, loads and stores, noise, and keyed draws.
 
-Every kernel runs on a flat grid, `blocks` programs for each sample, so a sample's scalars are loaded once a program and
-both thousands of samples and huge ones fit a grid. The row length N is a constexpr: the compiler then knows whether
-rows begin at multiples of 16 bytes, and that a row's end falls between two accesses.
+Every kernel runs on a flat grid with `blocks` programs for each sample. A program therefore loads
+the scalars of one sample only, and a grid holds thousands of samples as well as very large ones.
+The row length N (elements of a sample) is a constexpr: the compiler then knows whether rows begin
+at multiples of 16 bytes, and that a row ends between two accesses.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ RENOISE = tl.constexpr(int(Draw.RENOISE))
 PROMPT_DROPOUT = tl.constexpr(int(Draw.PROMPT_DROPOUT))
 
 
-# Arguments of which a kernel reads a few numbers a sample: where they begin is nobody's concern, and rows of a table
-# begin anywhere. Without this, every odd address would compile a variant of its own.
+# Arguments of which a kernel reads a few numbers for each sample. Their alignment does not matter,
+# and rows of a table begin at any address. Specialised on alignment, the kernels would be compiled
+# again for every odd address.
 SMALL = ["k", "index", "scale", "sample_ids", "draws", "weight", "slots", "next_slots", "pairs", "pair_weight", "step",
          "start", "renoise", "timesteps", "grad", "per_sample", "loss"]  # fmt: skip
 
 
 def entry(**options):
-    """triton.jit for kernels whose small arguments are named as in `SMALL`."""
+    """triton.jit with `options`, not specialised on the alignment of the arguments in `SMALL`."""
 
     def decorate(function):
         names = [name for name in inspect.signature(function).parameters if name in SMALL]
@@ -49,22 +51,27 @@ def entry(**options):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a (B, ...) tensor is cut into programs: the constexprs of `place`, and the warps."""
+    """How a (B, ...) tensor is divided among programs."""
 
     N: int
+    """Elements of a sample."""
     BLOCK: int
+    """Elements of a program."""
     WIDE: bool
+    """Whether indices need 64 bits."""
     num_warps: int
+    """Warps of a program."""
     samples: int
+    """B."""
 
     @property
     def blocks(self) -> int:
-        """Programs for each sample."""
+        """Number of programs for each sample."""
         return triton.cdiv(self.N, self.BLOCK)
 
     @property
     def programs(self) -> int:
-        """Programs in all."""
+        """Number of programs of all samples."""
         return self.samples * self.blocks
 
     @property
@@ -74,11 +81,15 @@ class Plan:
 
 
 def plan(shape: tuple[int, ...], *, block: int = 1024, rows: int = 0) -> Plan:
-    """The configuration for tensors of `shape` (B, ...), of which the largest has max(B, rows) rows.
+    """The plan for tensors of `shape` (B, ...), of which the largest has max(B, rows) rows.
 
-    1024 elements over 128 threads are eight a thread: one 16-byte access of bf16, two of float32, and no fewer would do
-    for either. Larger blocks would cost registers (tdft_step takes 80) and so warps to hide latency with, and waste
-    more of a row's last block. Rows of 256 elements or fewer get one warp, eight elements a thread again.
+    1024 elements over 128 threads are eight for each thread: one 16-byte access of bfloat16 or two
+    of float32, the least that fills 16-byte accesses for both. Larger blocks would take more
+    registers (tdft_step takes 80), which leaves fewer warps to hide latency, and would waste more
+    of a row's last block. Rows of 256 elements or fewer get one warp, again eight elements for each
+    thread.
+
+    Raises ValueError where a sample has 2^31 elements or more.
     """
     samples, count = shape[0], math.prod(shape[1:])
     block, warps = (block, 4) if count > 256 else (256, 1)
@@ -93,7 +104,10 @@ _recorder: list[tuple] | None = None
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple]]:
-    """Collect (kernel, arguments, options) of the launches inside the context, and launch nothing: for `aot.py`."""
+    """Collects (kernel, arguments, options) of the launches inside the context; launches nothing.
+
+    `aot.py` uses it.
+    """
     global _recorder
     before, _recorder = _recorder, []
     try:
@@ -103,7 +117,7 @@ def recorded() -> Iterator[list[tuple]]:
 
 
 def launch(kernel, programs: int, on: torch.Tensor, *arguments, **options) -> None:
-    """Run `programs` programs on the device of `on`."""
+    """Runs `programs` programs of a kernel on the device of the tensor `on`."""
     if _recorder is not None:
         _recorder.append((kernel, arguments, options))
     elif programs:
@@ -111,12 +125,12 @@ def launch(kernel, programs: int, on: torch.Tensor, *arguments, **options) -> No
             kernel[(programs,)](*arguments, **options)
 
 
-# Placing and memory
+# Blocks in memory
 
 
 @triton.jit
-def place(N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """(sample, block of its row) of this program."""
+def sample_and_block(N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """(sample, block within the sample's row) of this program."""
     blocks: tl.constexpr = (N + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     sample = program // blocks
@@ -129,7 +143,7 @@ def place(N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def load(pointer, row, block, N: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of row `row` in float32; zeros beyond the row's end."""
+    """A block of a row, (BLOCK,) float32; zeros beyond the row's end."""
     lane = block * BLOCK + tl.arange(0, BLOCK)
     if N % BLOCK == 0:
         values = tl.load(pointer + (row * N + lane))
@@ -139,18 +153,21 @@ def load(pointer, row, block, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def interpreted() -> bool:
-    """Whether the kernels of this process run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
-    return not isinstance(place, triton.runtime.JITFunction)
+    """Whether the kernels of this process run in Triton's interpreter.
+
+    They do where TRITON_INTERPRET was 1 when this module was imported.
+    """
+    return not isinstance(sample_and_block, triton.runtime.JITFunction)
 
 
-# The interpreter cuts a float32 off where the hardware rounds it to bfloat16.
-_CUTS_OFF = tl.constexpr(interpreted())
+# The interpreter truncates a float32 to bfloat16, where the hardware rounds it.
+_TRUNCATES = tl.constexpr(interpreted())
 
 
 @triton.jit
 def rounded(values, dtype: tl.constexpr):
-    """float32 values in `dtype`, to nearest even."""
-    if _CUTS_OFF and dtype == tl.bfloat16:
+    """float32 values rounded to `dtype`, to nearest even."""
+    if _TRUNCATES and dtype == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         values = bits.to(tl.float32, bitcast=True)
@@ -159,7 +176,7 @@ def rounded(values, dtype: tl.constexpr):
 
 @triton.jit
 def store(pointer, row, block, values, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Round a block once and write it."""
+    """Rounds a block of a row, (BLOCK,) float32, to the dtype of the tensor and writes it."""
     lane = block * BLOCK + tl.arange(0, BLOCK)
     values = rounded(values, pointer.dtype.element_ty)
     if N % BLOCK == 0:
@@ -170,7 +187,7 @@ def store(pointer, row, block, values, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def table_row(index, sample, PER_SAMPLE: tl.constexpr):
-    """The sample's row in a coefficient table: by its index, one for each sample, or the only one."""
+    """The sample's row in a coefficient table: from the index, one for each sample, or row 0."""
     if index is not None:
         row = tl.load(index + sample)
     elif PER_SAMPLE:
@@ -182,7 +199,7 @@ def table_row(index, sample, PER_SAMPLE: tl.constexpr):
 
 @triton.jit
 def load_or_none(pointer, row, block, N: tl.constexpr, BLOCK: tl.constexpr):
-    """As `load`; None for None."""
+    """As `load`; None where the pointer is None."""
     if pointer is None:
         values = None
     else:
@@ -192,7 +209,7 @@ def load_or_none(pointer, row, block, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def guided(pos, neg, w):
-    """p = pos + w (pos - neg), or the one that is given (Eq. 6); w a pointer."""
+    """p = pos + w (pos - neg), or the given one of pos and neg (Eq. 1); w is a pointer."""
     if pos is None:
         p = neg
     elif neg is None:
@@ -202,18 +219,23 @@ def guided(pos, neg, w):
     return p
 
 
-# Noise: as rng.py defines it
+# Noise, as rng.py defines it
 
 
 @triton.jit
 def philox_words(seed, sample_id, draw, counter):
-    """Four words of random bits; counter uint32, a scalar or a block; seed, sample_id and draw int64 scalars."""
+    """Four words of random bits for each counter.
+
+    counter: uint32, a scalar or a block.
+    seed, sample_id, draw: int64 scalars.
+    """
     low = sample_id.to(tl.uint32)
     high = (sample_id >> 32).to(tl.uint32)
     return tl.philox(seed.to(tl.int64), counter, low, high, draw.to(tl.uint32))
 
 
-# sin(2 pi v) = v (SIN_0 + SIN_1 v^2 + ...) and cos(2 pi v) = 1 + COS_1 v^2 + ... for |v| <= 1/8, fitted minimax.
+# sin(2 pi v) = v (SIN_0 + SIN_1 v^2 + ...) and cos(2 pi v) = 1 + COS_1 v^2 + ... for |v| <= 1/8.
+# The coefficients are a minimax fit; the errors are 3e-9 (sin) and 5e-11 (cos).
 SIN_0 = tl.constexpr(6.28318529)
 SIN_1 = tl.constexpr(-41.3416626)
 SIN_2 = tl.constexpr(81.5925535)
@@ -226,19 +248,21 @@ COS_4 = tl.constexpr(59.2459643)
 
 @triton.jit
 def box_muller(radius_bits, angle_bits):
-    """Two normals from two words, Box-Muller with u1 = ((bits >> 8) + 1) 2^-24 and u2 = (bits >> 8) 2^-24.
+    """Two normals from two words, by Box-Muller.
 
-    The angle is split in integers into the nearest quarter turn and an exact rest, |rest| <= 1/8 turn, where short
-    minimax polynomials (fitted for this; errors 3e-9 and 5e-11) give sin and cos of 2 pi rest: the library's cos keeps
-    a table for huge arguments on the stack.
+    The uniforms are u1 = ((bits >> 8) + 1) 2^-24 and u2 = (bits >> 8) 2^-24.
+
+    Integer arithmetic splits the angle into the nearest quarter turn and an exact remainder of at
+    most 1/8 turn, whose sine and cosine come from short polynomials. The library's cosine would
+    keep a table for huge arguments on the stack.
     """
     u1 = ((radius_bits >> 8) + 1).to(tl.int32).to(tl.float32) * (2.0**-24)
     radius = tl.sqrt(-2.0 * tl.log(u1))
     turn = (angle_bits >> 8).to(tl.int32)
     quarter = (turn + (1 << 21)) >> 22
-    rest = (turn - (quarter << 22)).to(tl.float32) * (2.0**-24)
-    square = rest * rest
-    sine = rest * (((SIN_3 * square + SIN_2) * square + SIN_1) * square + SIN_0)
+    remainder = (turn - (quarter << 22)).to(tl.float32) * (2.0**-24)
+    square = remainder * remainder
+    sine = remainder * (((SIN_3 * square + SIN_2) * square + SIN_1) * square + SIN_0)
     cosine = (((COS_4 * square + COS_3) * square + COS_2) * square + COS_1) * square + 1.0
     odd = (quarter & 1) == 1
     x = tl.where(odd, sine, cosine)
@@ -250,7 +274,7 @@ def box_muller(radius_bits, angle_bits):
 
 @triton.jit
 def _four(seed, sample_id, draw, counter):
-    """The four normals of each counter."""
+    """The four normals of each counter, in the order of elements."""
     w0, w1, w2, w3 = philox_words(seed, sample_id, draw, counter.to(tl.uint32))
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
@@ -259,10 +283,11 @@ def _four(seed, sample_id, draw, counter):
 
 @triton.jit
 def normals(seed, sample_id, draw, block, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """Standard normals of elements block * BLOCK ... of a sample, (BLOCK,) float32: four from each counter.
+    """Standard normals of the elements from block * BLOCK on of a sample, (BLOCK,) float32.
 
-    A thread holds as many consecutive ones as a 16-byte access of `dtype`, so that nothing moves between threads: one
-    counter for float32, two for the narrow types. After each join the last axis counts faster than those before.
+    Each counter gives four normals. A thread computes as many consecutive normals as it stores in
+    one 16-byte access of `dtype`, so that no value moves between threads: those of one counter for
+    float32, of two counters for narrower types. After each join the last axis varies fastest.
     """
     if dtype.primitive_bitwidth == 32:
         z0, z1, z2, z3 = _four(seed, sample_id, draw, block * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
@@ -278,7 +303,10 @@ def normals(seed, sample_id, draw, block, BLOCK: tl.constexpr, dtype: tl.constex
 def noise(
     given, seed, sample_ids, draw, draws, sample, block, N: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr
 ):
-    """The given noise of a block, or its key's normals, for a tensor of `dtype`."""
+    """The given noise of a block, or the normals of its key, (BLOCK,) float32.
+
+    dtype: of the tensor that the noise is for; see `normals`.
+    """
     if given is not None:
         z = load(given, sample, block, N, BLOCK)
     else:
@@ -288,12 +316,12 @@ def noise(
     return z
 
 
-# Keyed draws, one for a sample
+# Keyed draws: one number for each sample
 
 
 @triton.jit
 def draw_id(kind: tl.constexpr, grid_index):
-    """The draw of a kind at a grid index, -1 for t = 0 (rng.draw_id)."""
+    """rng.draw_id: the draw id of a purpose at a grid index, -1 for t = 0."""
     return (grid_index + 1) * _DRAW_KINDS + kind
 
 
@@ -318,6 +346,7 @@ def uniform(seed, sample_id, draw):
 
 @triton.jit
 def _feistel(value, key, turn, HALF: tl.constexpr):
+    """Four Feistel rounds on a uint32 below 2^(2 HALF); turn: the epoch's share of the mixing."""
     low: tl.constexpr = (1 << HALF) - 1
     left = value >> HALF
     right = value & low
@@ -330,24 +359,25 @@ def _feistel(value, key, turn, HALF: tl.constexpr):
 
 
 @triton.jit
-def item_of(sample_id, items, key, HALF: tl.constexpr):
-    """The item (prompt, image) of a sample: rng.permute of its place in its epoch, int64.
+def prompt_index(sample_id, num_prompts, key, HALF: tl.constexpr):
+    """Index of a sample's prompt (or latent), int64: rng.permute of the id's position in its epoch.
 
-    All mixing is modulo 2^32. HALF is `half_bits(items)`. Ids below zero count from the epoch before, as in Python.
+    The mixing is modulo 2^32. HALF is `half_bits(num_prompts)`. The quotient of a negative id is
+    rounded down, as in Python.
     """
-    epoch = sample_id // items
-    position = sample_id - epoch * items
+    epoch = sample_id // num_prompts
+    position = sample_id - epoch * num_prompts
     if position < 0:
-        position += items
+        position += num_prompts
         epoch -= 1
     turn = epoch.to(tl.uint32) * tl.full((), 0x27D4EB2F, tl.uint32)
-    size = items.to(tl.uint32)
+    size = num_prompts.to(tl.uint32)
     value = _feistel(position.to(tl.uint32), key, turn, HALF)
     while value >= size:
         value = _feistel(value, key, turn, HALF)
     return value.to(tl.int64)
 
 
-def half_bits(items: int) -> int:
-    """Half the bits that the Feistel network of `item_of` permutes."""
-    return max(1, (max(items - 1, 1).bit_length() + 1) // 2)
+def half_bits(num_prompts: int) -> int:
+    """Half the number of bits that the Feistel network of `prompt_index` permutes."""
+    return max(1, (max(num_prompts - 1, 1).bit_length() + 1) // 2)

@@ -1,16 +1,20 @@
-"""The factor that gives a guided prediction the standard deviation of the conditional one."""
+"""`guidance_rescale`: the factor that gives the guided prediction the standard deviation of pos."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from selfnpo_kernels.triton.common import entry, guided, launch, load, place, plan, table_row
+from selfnpo_kernels.triton.common import entry, guided, launch, load, plan, sample_and_block, table_row
 
 
 @triton.jit
 def _moments(values, inside, count):
-    """(mean, sum of squared deviations) of a block, in two passes over its registers."""
+    """(mean, sum of squared deviations) of a block's values, in two passes over registers.
+
+    inside: mask of the elements within the row.
+    count: how many they are.
+    """
     mean = tl.sum(values, 0) / count
     deviation = tl.where(inside, values - mean, 0.0)
     return mean, tl.sum(deviation * deviation, 0)
@@ -21,8 +25,12 @@ def guidance_moments_kernel(
     partial, pos, neg, k, index,
     PER_SAMPLE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block: mean and squared deviations of pos and of p, four floats of `partial` a program."""
-    sample, block = place(N, BLOCK, WIDE)
+    """One block of a sample: the moments of pos and of p.
+
+    partial: (programs, 4) float32; a program writes the mean and the sum of squared deviations of
+        its block of pos, then those of p.
+    """
+    sample, block = sample_and_block(N, BLOCK, WIDE)
     conditional = load(pos, sample, block, N, BLOCK)
     negative = load(neg, sample, block, N, BLOCK)
     p = guided(conditional, negative, k + table_row(index, sample, PER_SAMPLE) * 7 + 6)
@@ -39,16 +47,19 @@ def guidance_moments_kernel(
 
 @triton.jit
 def _combined(partial, blocks, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Sum of squared deviations of a row from its blocks' moments.
+    """The sum of squared deviations of a row, from the moments of its blocks.
 
-    Chan, Golub and LeVeque, for any number of parts: sum of M2_b + n_b (mean_b - mean)^2.
+    The formula of Chan, Golub and LeVeque for any number of parts: the sum over the blocks b of
+    M2_b + n_b (mean_b - mean)^2. `partial` points at the first block's mean.
     """
+    # The mean of the row.
     weighted = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, blocks, WIDTH):
         b = start + tl.arange(0, WIDTH)
         count = tl.minimum(N - b * BLOCK, BLOCK).to(tl.float32)
         weighted += tl.where(b < blocks, count * tl.load(partial + 4 * b, mask=b < blocks, other=0), 0.0)
     mean = tl.sum(weighted, 0) / N
+    # The squared deviations from it.
     total = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, blocks, WIDTH):
         b = start + tl.arange(0, WIDTH)
@@ -61,24 +72,25 @@ def _combined(partial, blocks, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.c
 
 @entry(do_not_specialize=["blocks"])
 def guidance_rescale_kernel(
-    scale, partial, blocks, phi, rest, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+    scale, partial, blocks, phi, one_minus_phi, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One sample: its blocks' moments combined into phi std(pos) / std(p) + rest."""
+    """One sample: phi std(pos) / std(p) + 1 - phi from the moments of its blocks."""
     sample = tl.program_id(0)
     partial += sample.to(tl.int64) * blocks * 4
-    conditional = _combined(partial, blocks, N, BLOCK, WIDTH)
-    combined = _combined(partial + 2, blocks, N, BLOCK, WIDTH)
+    squares = _combined(partial, blocks, N, BLOCK, WIDTH)
+    guided_squares = _combined(partial + 2, blocks, N, BLOCK, WIDTH)
     # The 1 / (N - 1) of both variances cancels.
-    tl.store(scale + sample, phi * tl.sqrt(conditional / combined) + rest)
+    tl.store(scale + sample, phi * tl.sqrt(squares / guided_squares) + one_minus_phi)
 
 
 def guidance_rescale(pos, neg, k, index, phi):
-    """phi std(pos) / std(p) + 1 - phi per sample, p = pos + w (pos - neg) (Lin et al., section 3.4); (B,) float32.
+    """phi std(pos) / std(p) + 1 - phi per sample, (B,) float32; see `ops.guidance_rescale`.
 
-    One pass over pos and neg leaves each block's mean and squared deviations (its size is known); a second kernel
-    combines them. No atomics: the order of every sum depends on the shape alone.
+    One pass over pos and neg writes the mean and the squared deviations of each block. A second
+    kernel combines them. There are no atomics: the order of every sum depends only on the shape.
     """
-    # Twice the usual block, since every block costs four reductions over the program's warps.
+    # Blocks of twice the usual size, since each block takes four reductions over the program's
+    # warps.
     p = plan(pos.shape, block=2048)
     partial = k.new_empty(4 * p.programs)
     launch(

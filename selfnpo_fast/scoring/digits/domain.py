@@ -1,7 +1,7 @@
 """The world of the embedded digits model: ten digits, eight inks, seven backgrounds, 560 prompts.
 
-Everything that has to agree on what "teal" looks like (the data the model learned from, the colour scorer, the reports)
-reads `assets/digits/domain.json` through this module.
+Everything that has to agree on what "teal" looks like (the data that the model learned from, the
+colour measure, the reports) reads `assets/digits/domain.json` through this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
+from selfnpo_fast.runtime.errors import UserError
+
 DIGITS_DIR = Path(__file__).resolve().parents[2] / "assets" / "digits"
+"""The embedded digits model, a folder in diffusers format."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,11 @@ class Label:
     """What one prompt asks for, as indices into the domain's word lists."""
 
     digit: int
+    """Index into `Domain.digits`."""
     ink: int
+    """Index into `Domain.ink_names`."""
     background: int
+    """Index into `Domain.background_names`."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,19 @@ class Domain:
     """Words, colours and the digit-ink pairs that the model never saw."""
 
     template: str
+    """The prompt, with {ink}, {digit} and {background} in it."""
     digits: tuple[str, ...]
+    """The ten digits as words, "zero" first."""
     ink_names: tuple[str, ...]
-    ink_rgb: torch.Tensor  # (inks, 3) float32 in 0..1
+    """The inks as words."""
+    ink_rgb: torch.Tensor
+    """(inks, 3) float32 in 0..1."""
     background_names: tuple[str, ...]
-    background_rgb: torch.Tensor  # (backgrounds, 3) float32 in 0..1
-    held_out: frozenset[tuple[int, int]]  # (digit, ink)
+    """The backgrounds as words."""
+    background_rgb: torch.Tensor
+    """(backgrounds, 3) float32 in 0..1."""
+    held_out: frozenset[tuple[int, int]]
+    """(digit, ink) pairs that the model never saw."""
 
     def labels(self) -> list[Label]:
         """All 560 combinations, digit-major."""
@@ -59,11 +72,22 @@ class Domain:
         return (label.digit, label.ink) in self.held_out
 
     def parse(self, prompt: str) -> Label | None:
-        """The label a prompt asks for, or None where it is not one of the 560 sentences."""
-        return self._by_prompt.get(prompt.strip())
+        """The label that a prompt asks for; None where it is none of the 560 sentences."""
+        return self._label_of_prompt.get(prompt.strip())
+
+    def label(self, prompt: str) -> Label:
+        """The label that a prompt asks for.
+
+        Raises UserError where the prompt is none of the 560 sentences.
+        """
+        label = self.parse(prompt)
+        if label is None:
+            example = self.prompt(Label(0, 0, 0))
+            raise UserError(f"prompt: {prompt!r} is none of the digits' sentences; give one such as {example!r}")
+        return label
 
     @functools.cached_property
-    def _by_prompt(self) -> dict[str, Label]:
+    def _label_of_prompt(self) -> dict[str, Label]:
         return {self.prompt(label): label for label in self.labels()}
 
 

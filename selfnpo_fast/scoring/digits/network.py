@@ -1,4 +1,4 @@
-"""The small convolutional network behind the digits scorers: one trunk, a digit head and a realness head.
+"""The small network behind the digits measures: one trunk, a digit head and a realness head.
 
 Shape letters: B batch, D feature width.
 """
@@ -12,8 +12,8 @@ from torch import nn
 class DigitScorer(nn.Module):
     """Reads an RGB picture of a digit.
 
-    `forward(images)` takes (B, 3, 32, 32) float32 in [-1, 1] and returns `(features, digit_logits, realness_logit)` of
-    shapes (B, 64), (B, 10) and (B,). It is fitted by benchmarks/digits_model on real digits only.
+    `width` is the number of channels of the first layers, `features` the feature width D.
+    benchmarks/digits_model fits the network on real digits only.
     """
 
     def __init__(self, width: int = 32, features: int = 64) -> None:
@@ -37,5 +37,12 @@ class DigitScorer(nn.Module):
         self.realness = nn.Linear(features, 1)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(features, digit_logits, realness_logit)`, float32.
+
+        `images`: (B, 3, 32, 32) float32 in [-1, 1].
+        `features`: (B, D).
+        `digit_logits`: (B, 10), before the softmax.
+        `realness_logit`: (B,), before the sigmoid.
+        """
         features_BD = self.trunk(images)
         return features_BD, self.digit(features_BD), self.realness(features_BD).squeeze(1)

@@ -1,0 +1,54 @@
+"""All that a run reads: its model, prompts and data, checked before anything is written.
+
+Shape letter: N prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.models import Adapter, load_adapter
+from selfnpo_fast.models.conditioning import ConditioningTable
+from selfnpo_fast.negatives.fingerprint import base_record
+from selfnpo_fast.negatives.weights import module_weights
+from selfnpo_fast.runtime.dtypes import DTYPES
+from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.methods import find_method
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a trainer is built from."""
+
+    adapter: Adapter
+    """Loads and calls the parts of the model."""
+    table: ConditioningTable
+    """The conditioning of the empty prompt and of all prompts."""
+    prompts: list[str]
+    """N prompts; row i + 1 of the table belongs to prompt i."""
+    latents: torch.Tensor | None
+    """(N, ...) float32 scaled latents of real data; None without data."""
+    student: nn.Module
+    """The base model's denoiser on this rank's device, in the precision of training."""
+    base: dict
+    """The record of the base for the negative model's files (`negatives.fingerprint`)."""
+
+
+def load_inputs(config: TrainConfig, world: World) -> Inputs:
+    """Read model, prompts and data. Raises UserError for every mistake a user can make in them."""
+    model = config.model
+    config.engine.check_shares(world.size)
+    method = find_method(config.method)
+    adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
+    if config.log.sample_every >= 0:
+        adapter.check_steps(config.log.sample_steps, "log.sample_steps")
+    inputs = method.read_inputs(config, adapter, world)
+    dtype = DTYPES[config.engine.precision]
+    table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
+    student = adapter.load_denoiser(dtype).to(world.device)
+    base = base_record(model.path, model.revision, module_weights(student, model.path))
+    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base)
