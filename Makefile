@@ -27,9 +27,10 @@ demo: setup
 report: setup
 	@$(BIN)/python -m benchmarks.digits_report.report $(if $(FRESH),--fresh)
 
-# Two processes of one thread each, which keep the tests of a file together.
+# Two processes of one thread each. Each starts with half of the files, and takes tests from the other when it is done;
+# WORKERS=0 runs all tests in this process.
 WORKERS ?= 2
-PYTEST := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: setup
 	$(PYTEST) -m "not slow"

@@ -36,9 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
     # DeepSpeed collects garbage several times in every run: half a second each time, if it looks
-    # through all that was imported.
+    # through all that was imported or compiled before.
     gc.collect()
     gc.freeze()
 

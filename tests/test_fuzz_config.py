@@ -169,16 +169,9 @@ def run_valid(base: Path, config: dict) -> None:
 
 
 @pytest.mark.slow
-@fuzz(8)
-@given(config=valid_configs())
-def test_valid_configs_train(base, config):
-    run_valid(base, config)
-
-
-@pytest.mark.slow
 @fuzz(60)
 @given(config=valid_configs())
-def test_many_valid_configs_train(base, config):
+def test_valid_configs_train(base, config):
     run_valid(base, config)
 
 
