@@ -344,15 +344,25 @@ class TrainConfig:
     """One Self-NPO training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The model to make a negative of."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How the reference makes pairs."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Distance between the student's x0 and the target."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """Who runs the rollouts."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
+    """What the pairs are conditioned on."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Real images, for rollout.start data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The student's optimiser."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank training."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Precision, memory and the shape of an update."""
     log: LogConfig = field(default_factory=LogConfig)
+    """What is written while training."""
     method: str = "self_npo"
     """How pairs are made and what the student learns from them: the name of a method in
     training/methods."""

@@ -12,8 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 import torch
+
+# No test may fail because the machine is busy.
+hypothesis.settings.register_profile("selfnpo", deadline=None)
+hypothesis.settings.load_profile("selfnpo")
 
 if not torch.cuda.is_available():
     # Triton chooses between its compiler and its interpreter when it is imported, and diffusers

@@ -13,7 +13,6 @@ import torch
 
 from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
 from selfnpo_fast.models import load_adapter
-from selfnpo_fast.models.conditioning import unique_rows
 from selfnpo_fast.negatives.load import load_negative
 from selfnpo_fast.scoring.digits.cases import make_cases
 from selfnpo_fast.scoring.results import Case
@@ -40,8 +39,9 @@ class Painter:
         self.cases: list[Case] = make_cases(PROMPTS * runs, seed)
         self.case_of_seed = {case.seed: i for i, case in enumerate(self.cases)}
         cpu = torch.device("cpu")
-        distinct, indices = unique_rows([case.prompt for case in self.cases])
-        self.prompt_index = torch.tensor(indices)
+        distinct = sorted({case.prompt for case in self.cases})
+        index_of = {prompt: i for i, prompt in enumerate(distinct)}
+        self.prompt_index = torch.tensor([index_of[case.prompt] for case in self.cases])
         self.table = self.adapter.encode_prompts(distinct, cpu)
         self.empty = self.adapter.encode_empty(cpu)
         self.arms: dict[str, tuple[list[Path], str]] = {BASE: ([], "empty")}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from selfnpo_fast.guidance.sampler import GuidedSampler
-    from selfnpo_fast.models import StableDiffusionAdapter
+    from selfnpo_fast.models import Adapter
 
 BASELINE = "base"
 """The arm of plain guidance."""
@@ -122,7 +122,7 @@ def _check_sampling(options: EvaluateOptions) -> None:
         SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
 
 
-def _load_arms(options: EvaluateOptions, adapter: StableDiffusionAdapter, device: torch.device) -> dict[str, Arm]:
+def _load_arms(options: EvaluateOptions, adapter: Adapter, device: torch.device) -> dict[str, Arm]:
     """The baseline, and an arm for every negative under every kind of negative prompt, by name.
 
     Raises UserError where a negative does not load or two share a name.
@@ -144,7 +144,7 @@ def _load_arms(options: EvaluateOptions, adapter: StableDiffusionAdapter, device
     return arms
 
 
-def _negative_sampler(path: str, adapter: StableDiffusionAdapter, denoiser: nn.Module) -> GuidedSampler:
+def _negative_sampler(path: str, adapter: Adapter, denoiser: nn.Module) -> GuidedSampler:
     from selfnpo_fast.guidance.sampler import GuidedSampler
     from selfnpo_fast.negatives.load import load_negative
 
@@ -161,17 +161,15 @@ class _Drawing:
         self,
         options: EvaluateOptions,
         arms: dict[str, Arm],
-        adapter: StableDiffusionAdapter,
+        adapter: Adapter,
         device: torch.device,
         prompts: Sequence[str],
     ) -> None:
-        from selfnpo_fast.models.conditioning import unique_rows
-
         self.options, self.arms, self.device = options, arms, device
         self.progress: tqdm
         """The bar of the running sweep; set by the caller."""
-        distinct, indices = unique_rows(prompts)
-        self.index_of_prompt = dict(zip(prompts, indices, strict=True))
+        distinct = sorted(set(prompts))
+        self.index_of_prompt = {prompt: i for i, prompt in enumerate(distinct)}
         self.table, self.empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
 
     def __call__(self, arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:

@@ -42,10 +42,13 @@ class PlannedRun:
     """A config on a number of ranks, with what tracing has found about its networks."""
 
     config: TrainConfig
+    """Of the whole run."""
     world_size: int
+    """Number of ranks."""
     device: str
     """Device type, "cuda" or "cpu": optimisers and communication need different memory on each."""
     denoiser: FakeDenoiser
+    """Weights that have only shapes."""
     student: StudentTrace
     """Of one micro-batch."""
     reference_peak: int
@@ -156,7 +159,9 @@ class UpdateFlops:
     """FLOPs of one update over all ranks."""
 
     reference: float
+    """Of its forwards."""
     student: float
+    """Of its forwards and backwards, recomputation included."""
 
     @property
     def total(self) -> float:

@@ -19,6 +19,7 @@ class Machine:
     """A device to train on."""
 
     name: str
+    """As reports print it."""
     flops: dict[str, float]
     """FLOP/s by precision: "fp32", "bf16", "fp16"."""
     bandwidth: float
@@ -28,6 +29,7 @@ class Machine:
     source: str
     """Where the rates come from."""
     gpu: bool = True
+    """Whether its hours count as GPU hours."""
 
 
 GPU_UTILISATION = 0.35

@@ -46,7 +46,9 @@ class Comparison:
     """Computed and measured bytes, both under the names of `measure`."""
 
     computed: dict[str, int]
+    """By the memory model."""
     measured: dict[str, int]
+    """By the profiler's records of one update."""
 
     @property
     def error(self) -> float:

@@ -16,6 +16,7 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import init_world
 from selfnpo_fast.training.engine import zero_stage
+from selfnpo_fast.training.methods import find_method
 
 CARDS = (16.0, 24.0, 40.0, 80.0)
 """Memory of common GPUs in GiB."""
@@ -61,6 +62,7 @@ def make_tracer(config: TrainConfig) -> Tracer:
 
     Of real data the tracer takes `data.limit` images, an upper bound: counting would read them all.
     """
+    find_method(config.method)  # a name that is not known is refused
     model = config.model
     adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
     if config.rollout.start == "data":

@@ -254,7 +254,7 @@ class GuidedSampler:
         size = (height or self.adapter.resolution, width or self.adapter.resolution)
         shape = self.adapter.latent_shape_of(*size)
         if next(self._branches.positive.parameters()).device != self.device:
-            raise UserError(f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a sampler anew")
+            raise UserError(f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a new sampler")
         with self._lock, torch.no_grad():
             # Encode the prompts of both branches, draw the latents, decode them.
             rows = self._encode(prompts, size)

@@ -63,7 +63,7 @@ def load_adapter(
         raise UserError(f"model.path: {path} {what}: {one_line(error, 200)}") from error
     name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str) or name not in FAMILIES:
-        shown = one_line(ValueError(name), 80)
+        shown = one_line(name, 80)
         raise UserError(f"model.path: {path} is a {shown}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     _check_parts(path, index, family)
@@ -95,7 +95,7 @@ def family_of(denoiser: nn.Module | str, what: str = "model") -> Family:
         if family.denoiser_class == name:
             return family
     known = dict.fromkeys(family.denoiser_class for family in FAMILIES.values())
-    raise UserError(f"{what} is a {one_line(ValueError(name), 60)}; supported are {', '.join(known)}")
+    raise UserError(f"{what} is a {one_line(name, 60)}; supported are {', '.join(known)}")
 
 
 def guided_family_of(pipeline_name: str) -> Family | None:
@@ -110,8 +110,8 @@ def _check_parts(path: str, index: dict, family: Family) -> None:
     for part, entry in index.items():
         if isinstance(entry, list) and entry and entry[0] not in libraries:
             raise UserError(
-                f"model.path: {path} names code of its own for {one_line(ValueError(part), 40)}: "
-                f"{one_line(ValueError(entry), 80)}; parts have to be classes of diffusers or transformers"
+                f"model.path: {path} names code of its own for {one_line(part, 40)}: "
+                f"{one_line(entry, 80)}; parts have to be classes of diffusers or transformers"
             )
 
 

@@ -26,6 +26,7 @@ class ConditioningTable:
     is prompt i."""
 
     rows: dict[str, torch.Tensor]
+    """By the name of the denoiser's argument."""
 
     @classmethod
     def build(

@@ -141,7 +141,7 @@ def check_class(config: dict, model: nn.Module, source: str, field: str) -> None
     """
     cls, inert = type(model), family_of(model).inert_options
     if config.get("_class_name") != cls.__name__:
-        shown = one_line(ValueError(config.get("_class_name")), 60)
+        shown = one_line(config.get("_class_name"), 60)
         raise UserError(f"{field}: {source} does not fit the model: it is a {shown}, the model a {cls.__name__}")
     model_config = config_of(model)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -149,7 +149,7 @@ def check_class(config: dict, model: nn.Module, source: str, field: str) -> None
             continue
         value, expected = (values.get(name, parameter.default) for values in (config, model_config))
         if not _same(value, expected):
-            shown = one_line(ValueError(value), 60)
+            shown = one_line(value, 60)
             raise UserError(
                 f"{field}: {source} does not fit the model: its {name} is {shown}, the model's {expected}; "
                 "train it from this model"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,10 @@ from selfnpo_fast.negatives.sources import LORA_FILE, RECORD, WEIGHTS
 from selfnpo_fast.negatives.weights import WeightReader
 from selfnpo_fast.runtime.dtypes import DTYPES, SAFETENSORS_NAMES
 from selfnpo_fast.runtime.world import World
-from selfnpo_fast.runtime.writer import Tensors, Writer
+from selfnpo_fast.runtime.writer import NamedTensors, Tensors, Writer
 
 SHARD_BYTES = 5 * 10**9
 """Largest size of one safetensors file, as in diffusers."""
-
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
-"""(parameter name, whole tensor) pairs, which all ranks have to iterate together."""
 
 
 def save_negative(

@@ -16,7 +16,7 @@ from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, draw_id, permute, randint, uniform
 
-Branches = tuple[torch.Tensor | None, torch.Tensor | None]
+BranchOutputs = tuple[torch.Tensor | None, torch.Tensor | None]
 """Conditional and unconditional output, (B, ...) each; None where guidance does not need it."""
 
 
@@ -76,7 +76,7 @@ class GuidedPredictor:
         """Whether all later calls run their branches alike, so that a step may be captured."""
         return self.forwards_per_state == 1 or self.branches.decided
 
-    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> Branches:
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> BranchOutputs:
         """The outputs (conditional, unconditional) at some states.
 
         x       (B, ...), the states
@@ -86,7 +86,7 @@ class GuidedPredictor:
         self.forwards += self.forwards_per_state * len(x)
         return self.outputs(x, t, rows)
 
-    def outputs(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> Branches:
+    def outputs(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> BranchOutputs:
         """What a call returns, without counting, for a step that is compiled or captured."""
         if self.omega == -1:
             return None, self.predict(x, t, self.table.empty(len(x)))
@@ -102,7 +102,7 @@ class GuidedPredictor:
             return self._both(x, t, rows, batched=True)
         return self.branches.run(lambda batched: self._both(x, t, rows, batched), x.device)
 
-    def _both(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, batched: bool) -> Branches:
+    def _both(self, x: torch.Tensor, t: torch.Tensor, rows: torch.Tensor, batched: bool) -> BranchOutputs:
         """Both outputs, from one forward of 2B samples or from two forwards of B."""
         if not batched:
             return self.predict(x, t, self.table.gather(rows)), self.predict(x, t, self.table.empty(len(x)))

@@ -44,8 +44,8 @@ class Producer:
     def __init__(self, rollout, predictor: GuidedPredictor, accumulation: int, version: Callable[[], int]) -> None:
         """A producer over a rollout.
 
-        rollout         a LockstepRollout or a ContinuousRollout
-        predictor       the reference of that rollout, which counts its forwards
+        rollout         has next_pairs, fill, state_dict and load_state_dict, as LockstepRollout
+        predictor       has forwards: the samples that the rollout's reference has forwarded
         accumulation    micro-batches of an update
         version         returns how often the reference has moved
         """

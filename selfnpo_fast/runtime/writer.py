@@ -14,6 +14,8 @@ from selfnpo_fast.runtime.folders import begin_aside, finish_aside, remove
 from selfnpo_fast.runtime.world import World
 
 Tensors = dict[str, torch.Tensor]
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+"""(parameter name, whole tensor) pairs, which all ranks have to iterate together."""
 
 
 class Writer:

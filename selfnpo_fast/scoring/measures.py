@@ -107,6 +107,7 @@ class Measures:
     sets: Sequence[SetMeasure] = ()
     """Reported in this order."""
     roles: Roles
+    """Which measures the verdicts rest on."""
 
     def __post_init__(self) -> None:
         picture, sets = [measure.name for measure in self.picture], [measure.name for measure in self.sets]

@@ -23,10 +23,13 @@ class FrechetDistance:
     """Frechet distance of the pictures' features to real ones; see `metrics.frechet_distance`."""
 
     features: Features
+    """What the distance compares."""
     real_features: torch.Tensor
     """(M, D)."""
     name: ClassVar[str] = "frechet"
+    """The measure's key in report.json."""
     least_images: ClassVar[int] = 2
+    """A covariance needs two samples."""
 
     def compare(self, images: torch.Tensor) -> float:
         """The distance, in squared units of the features."""
@@ -40,7 +43,9 @@ class KnnMeasure:
     samples: Callable[[torch.Tensor], KnnSamples]
     """Takes images (N, 3, H, W) to the terms of all four metrics."""
     name: Literal["precision", "density", "recall", "coverage"]
+    """The measure's key in report.json."""
     least_images: int
+    """More than neighbours are counted."""
 
     def compare(self, images: torch.Tensor) -> Terms:
         """Terms of pictures for precision and density, of real samples for recall and coverage."""

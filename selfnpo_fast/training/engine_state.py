@@ -7,15 +7,12 @@ return.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
+from selfnpo_fast.runtime.writer import NamedTensors
 from selfnpo_fast.training.engine import StudentEngine
 
-NamedTensors = Iterator[tuple[str, torch.Tensor]]
-"""(parameter name, whole float32 tensor); all ranks have to iterate together."""
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's dynamic loss scaler."""
 

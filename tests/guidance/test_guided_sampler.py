@@ -209,7 +209,7 @@ def test_a_pipeline_that_moves_away_is_noticed(sd):
     sampler = GuidedSampler.from_pipeline(sd)
     # As if the sampler had been made on a GPU: the test has only a CPU to move to.
     sampler.device = torch.device("cuda")
-    with pytest.raises(UserError, match="pipe: its unet has left cuda; make a sampler anew"):
+    with pytest.raises(UserError, match="pipe: its unet has left cuda; make a new sampler"):
         draw(sampler)
 
 

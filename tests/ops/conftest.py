@@ -33,6 +33,6 @@ def backend(request) -> Iterator[str]:
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if config.get_verbosity() > 0 and cases.OBSERVED:
-        terminalreporter.section("largest errors, in the unit of tests/tolerances.py")
+        terminalreporter.section("largest errors, in the unit of tests/helpers/tolerances.py")
         for (op, backend), worst in sorted(cases.OBSERVED.items()):
             terminalreporter.write_line(f"{op:24} {backend:10} {worst:.2f}")

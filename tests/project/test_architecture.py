@@ -87,9 +87,9 @@ FLOOR_OF = {room: number for number, rooms in FLOORS.items() for room in rooms}
 def arrows(path: Path) -> Iterator[tuple[int, str]]:
     """(line, room) for every import from selfnpo_fast in a file."""
     for line, name in imported_modules(path, dotted_package(path, PACKAGE)):
-        top, _, rest = name.partition(".")
+        top, _, below = name.partition(".")
         if top == "selfnpo_fast":
-            room = rest.partition(".")[0]
+            room = below.partition(".")[0]
             yield line, room if room in ROOMS | FLOOR_OF.keys() else "__init__"
 
 
@@ -107,6 +107,20 @@ def test_a_room_imports_from_lower_floors_only():
         if room != room_of(path) and FLOOR_OF.get(room, 0) >= FLOOR_OF.get(room_of(path), len(FLOORS) + 1)
     ]
     assert not wrong, "imports against the floors:\n" + "\n".join(wrong)
+
+
+ONLY_IMPORTED_BY = {"scoring": {"commands"}}
+
+
+def test_scoring_is_imported_only_by_commands():
+    """Measures judge what training makes: nothing that trains or draws may depend on them."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: only {', '.join(ONLY_IMPORTED_BY[room])} may import {room}"
+        for path in python_files(PACKAGE)
+        for line, room in arrows(path)
+        if room in ONLY_IMPORTED_BY and room_of(path) not in ONLY_IMPORTED_BY[room] | {room}
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_kernels_import_only_torch_and_triton():

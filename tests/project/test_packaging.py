@@ -1,4 +1,4 @@
-"""What an installation holds: every room, the kernels, the assets and the configs, and the command."""
+"""What an installation holds: every room, the kernels, the assets and the configs."""
 
 from __future__ import annotations
 

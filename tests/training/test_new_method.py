@@ -48,6 +48,9 @@ class NoisePairs:
         self.forwards += BATCH
         return Pairs(x_s=x, s=t, target=target, t=t, rows=rows, weight=torch.ones(BATCH), sample_ids=ids)
 
+    def fill(self) -> None:
+        """Nothing outlives its micro-batch."""
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"next_id": torch.tensor(self.next_id)}
 
