@@ -96,6 +96,13 @@ def run_child(argv: list[str], env: dict[str, str], log: Path) -> None:
     sys.exit(train.main(argv))
 
 
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[multiprocessing.Process]:
     """One process per rank.
 
@@ -105,11 +112,8 @@ def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[mult
     context.set_forkserver_preload(PRELOAD)
     env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         env |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(ranks):
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}

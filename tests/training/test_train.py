@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import crash
 import pytest
 import tiny
 import torch
@@ -407,7 +407,7 @@ def test_two_ranks_train_like_one(stage, overlap, tmp_path):
     """`deepspeed --num_gpus 2` on CPU: equal pairs, losses to rounding, weights to Adam's signs."""
     words = ["--updates", "4", "--engine.batch_size", "8", "--log.every", "1", "--log.sample_every", "-1"]
     words += ["--rollout.overlap", overlap]
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(29600 + os.getpid() % 300)]
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(crash.free_port())]
     two = launch([*deepspeed, "--num_gpus", "2", "selfnpo_fast/train.py"], tmp_path / "two", *words,
                  "--engine.zero_stage", stage)  # fmt: skip
     assert two.returncode == 0, two.stderr[-3000:]
