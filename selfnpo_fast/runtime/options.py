@@ -6,6 +6,7 @@ Each field of such a dataclass is an option. The docstring below the field is th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -150,6 +151,7 @@ def _add_config(parser, cls: type, section: str = "") -> None:
             group.add_argument(f"--{name}", type=kind, default=getattr(defaults, field.name), help=helps[field.name])
 
 
+@functools.cache  # it reads the source of the class
 def _field_docs(cls: type) -> dict[str, str]:
     """The docstring below each field of a dataclass, by the field's name."""
     from docstring_parser import parse_from_object
