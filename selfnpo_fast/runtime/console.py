@@ -58,3 +58,13 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
         file.handleError = lambda record: None  # on a full disk the screen still has the line
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str, *, level: int = logging.WARNING) -> None:
+    """Log a line unless this process has logged the same line before."""
+    if message not in _said:
+        _said.add(message)
+        logger.log(level, "%s", message)
