@@ -74,7 +74,8 @@ class Trajectory:
             self.batched.run(lambda batched: self._step(True, batched), self.x.device)
             return
         if guided not in self._captured:
-            self._captured[guided] = self._capture(lambda: self._step(guided, bool(self.batched.batched)))
+            state = (self.x, self.x0, self.index)
+            self._captured[guided] = self._capture(lambda: self._step(guided, bool(self.batched.batched)), state)
         self._captured[guided]()
 
     def _step(self, guided: bool, batched: bool) -> tuple:

@@ -161,7 +161,8 @@ class ContinuousRollout:
         final = None if self.final is None else self.final[group]
         if not self.maker.predictor.decided:
             return lambda: self._advance(x, final, slots)
-        self._steps[group] = self._capture(lambda: self._compiled(x, final, slots))
+        state = [tensor for tensor in (x, final, slots, self._next_slots) if tensor is not None]
+        self._steps[group] = self._capture(lambda: self._compiled(x, final, slots), state)
         return self._steps[group]
 
     def _advance(self, x: torch.Tensor, final: torch.Tensor | None, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -47,7 +47,7 @@ class Recording:
     def __init__(self) -> None:
         self.replays = self.depth = 0
 
-    def __call__(self, step):
+    def __call__(self, step, state=()):
         record = outputs = None
         calls = 0
 
