@@ -46,13 +46,17 @@ def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict
         "gradient_clipping": config.optimizer.clip if zero_stage(config) else 0,
         "zero_optimization": {
             "stage": zero_stage(config),
-            "overlap_comm": torch.cuda.is_available(),
+            # With one rank there is nothing to reduce.
+            "overlap_comm": torch.cuda.is_available() and world_size > 1,
             "contiguous_gradients": True,
             "reduce_bucket_size": max(LEAST_BUCKET, trained // BUCKETS),
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        # DeepSpeed's throughput timer waits for the whole device at every forward and every step,
+        # and so for the rollout of the next update, which runs on a stream of its own.
+        "timers": {"throughput": {"enabled": False}},
     }
     if engine.precision == "bf16":
         out["bf16"] = {"enabled": True}
