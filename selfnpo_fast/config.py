@@ -274,8 +274,10 @@ class EngineConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compile: Literal["off", "default", "max"] = "off"
-    """torch.compile for the blocks of the student and for the step of continuous rollouts, which on
-    a GPU is also captured as a CUDA graph. max compiles with max-autotune."""
+    """torch.compile for the blocks of the student and for the step of continuous rollouts. max
+    compiles with max-autotune."""
+    graphs: bool = True
+    """On a GPU, capture the step of continuous rollouts as a CUDA graph."""
     channels_last: bool = False
     """Keep convolution weights in channels_last order, which GPUs prefer in half precision: those
     of the reference, and with ZeRO 0 those of the student (ZeRO's flat buffers are row-major)."""

@@ -115,6 +115,14 @@ class CudaGraphs:
         return None, expected
 
 
+def capture_of(device: torch.device, graphs: bool, what: str) -> Capture:
+    """CUDA graphs where `device` is a GPU and `graphs` is true, else plain steps.
+
+    `what` names the steps in the log.
+    """
+    return CudaGraphs(device, what) if graphs and device.type == "cuda" else no_capture
+
+
 def _copy(values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
     """Overwrite each target with its value."""
     for value, target in zip(values, targets, strict=True):

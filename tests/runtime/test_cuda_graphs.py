@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from selfnpo_fast.runtime import capture
-from selfnpo_fast.runtime.capture import CudaGraphs
+from selfnpo_fast.runtime.capture import CudaGraphs, capture_of, no_capture
 
 
 class FakeCuda:
@@ -144,3 +144,9 @@ def test_another_order_of_summing_is_no_lie(cuda, dtype, off):
     for _ in range(5):
         replayed()
     assert cuda.replays == 3
+
+
+def test_graphs_are_for_gpus_and_can_be_left_off(cuda):
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    assert capture_of(gpu, True, "steps").device == gpu
+    assert capture_of(gpu, False, "steps") is capture_of(cpu, True, "steps") is no_capture

@@ -24,7 +24,7 @@ from selfnpo_fast.rollout import (
     Pairs,
     Producer,
 )
-from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
+from selfnpo_fast.runtime.capture import capture_of
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.methods.base import Method, MethodInputs
 from selfnpo_fast.training.moving_reference import Reference
@@ -71,8 +71,7 @@ class SelfNPO(Method):
             rollout = LockstepRollout(maker, **shard)
         else:
             groups, compile = config.rollout.pool * config.engine.accumulation, config.engine.compile
-            graphs = compile != "off" and world.device.type == "cuda"
-            capture = CudaGraphs(world.device) if graphs else no_capture
+            capture = capture_of(world.device, config.engine.graphs, "the rollout's steps")
             rollout = ContinuousRollout(maker, groups=groups, compile=compile, capture=capture, **shard)
         # The producer: when the rollout runs.
         arguments = rollout, predictor, config.engine.accumulation, lambda: reference.version
