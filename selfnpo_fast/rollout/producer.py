@@ -109,12 +109,16 @@ class _StreamWorker:
     def __init__(self, device: torch.device) -> None:
         self._stream, self._done = torch.cuda.Stream(device), torch.cuda.Event()
         self._pairs: UpdatePairs | None = None
+        self._action: Callable[[], UpdatePairs] | None = None
 
     def begin(self, action: Callable[[], UpdatePairs]) -> None:
         """Enqueue `action` after all that the caller's stream has been given.
 
-        By then the reference has moved and the buffers are free.
+        By then the reference has moved and the buffers are free. The action, and so the tensors
+        that it reads, live until `finish`: the allocator would give memory that was allocated on
+        the caller's stream to that stream again, while the action's kernels still read it.
         """
+        self._action = action
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._pairs = action()
@@ -123,6 +127,7 @@ class _StreamWorker:
     def finish(self) -> UpdatePairs:
         """Returns the action's pairs, and makes the caller's stream wait for them."""
         torch.cuda.current_stream().wait_event(self._done)
+        self._action = None
         return self._pairs
 
     def close(self) -> None:

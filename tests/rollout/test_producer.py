@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import json
 import threading
 import traceback
+import weakref
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,43 @@ def test_pairs_in_flight_are_saved():
     assert other.rollout.calls == producer.rollout.calls
     producer.close()
     other.close()
+
+
+class _SideStream:
+    """torch.cuda.Stream and Event of a device that has not begun: nothing ever finishes by itself."""
+
+    def __init__(self, *_) -> None:
+        pass
+
+    def wait_stream(self, _) -> None:
+        pass
+
+    wait_event = wait_stream
+
+    def record(self) -> None:
+        pass
+
+
+def test_what_a_side_stream_reads_outlives_its_kernels(monkeypatch):
+    """Resumed pairs are copied on a second stream: until that is done nobody else gets their memory."""
+    monkeypatch.setattr(torch.cuda, "Stream", _SideStream)
+    monkeypatch.setattr(torch.cuda, "Event", _SideStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", _SideStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    first = overlapped(Counting(), Moving())
+    first.take()
+    state = {name: value.clone() for name, value in first.state_dict().items()}
+    rollout = Counting()
+    resumed = OverlappedProducer(rollout, rollout, 2, lambda: 0, device=torch.device("cuda"))
+    freed = []
+    weakref.finalize(state["pending.x_s"], freed.append, "x_s")
+    resumed.load_state_dict(state)
+    del state
+    gc.collect()
+    assert not freed
+    resumed.settle()
+    gc.collect()
+    assert freed == ["x_s"]
 
 
 def test_a_state_without_pairs_in_flight_is_one_too():
