@@ -66,7 +66,28 @@ def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict
     return out
 
 
-def make_optimizer(config: OptimizerConfig) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+EIGHT_BIT_ELEMENTS = 2**31 - 1
+"""Elements of one tensor that bitsandbytes' 8-bit optimisers can count; with more, the count wraps
+and most of the tensor stays as it is."""
+
+
+def parameter_groups(config: OptimizerConfig, params: list[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """`params` in groups, of each of which ZeRO makes one flat tensor that it shares out over ranks.
+
+    All are one group, except where 8-bit AdamW could not count the flat tensor's elements, as those
+    of SDXL on one rank (2,567,463,684).
+    """
+    groups, size = [[]], 0
+    for p in params:
+        size += p.numel()
+        if config.name == "adamw8bit" and groups[-1] and size > EIGHT_BIT_ELEMENTS:
+            groups.append([])
+            size = p.numel()
+        groups[-1].append(p)
+    return [{"params": group} for group in groups]
+
+
+def make_optimizer(config: OptimizerConfig) -> Callable[[list[dict]], torch.optim.Optimizer]:
     """A factory of the optimiser; DeepSpeed calls it with the parameters that it manages."""
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
 
@@ -168,7 +189,7 @@ class StudentEngine:
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
                 model=_EngineModule(student),
-                model_parameters=[p for _, p in self.trainable],
+                model_parameters=parameter_groups(config.optimizer, [p for _, p in self.trainable]),
                 optimizer=make_optimizer(config.optimizer),
                 lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
                 config=deepspeed_config(config, world.size, sum(p.numel() for _, p in self.trainable)),
