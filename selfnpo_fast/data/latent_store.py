@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from selfnpo_fast.data.image_sources import Picture, open_source
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
+from selfnpo_fast.runtime.files import read_json
 from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, why_not_whole, write_manifest
 from selfnpo_fast.runtime.world import World
 
@@ -70,10 +71,11 @@ class _Store:
 
 def stored_latents(
     source: str, root: str, adapter, *, limit: int, seed: int, world: World
-) -> tuple[torch.Tensor, list[str]]:
-    """Latents and captions of the first `limit` pictures of `source`.
+) -> tuple[torch.Tensor, list[str], str]:
+    """Latents and captions of the first `limit` pictures of `source`, and the latents' fingerprint.
 
-    The latents are (N, C, H, W) float32, mapped from the store. `root` is the folder of stores;
+    The latents are (N, C, H, W) float32, mapped from the store. The fingerprint is `fingerprint` of
+    them, without reading them again. `root` is the folder of stores;
     where it holds none of this recipe, all ranks encode one together. A latent depends only on its
     picture, the picture's index in the source, the autoencoder, the resolution and the seed, up to
     rounding of the autoencoder that may vary with the batch. Raises UserError on all ranks for a
@@ -245,15 +247,20 @@ def _append(store: _Store, latents: torch.Tensor, pictures: list[Picture]) -> No
                 os.fsync(file.fileno())
 
 
+def _header(shape: list[int]) -> bytes:
+    """The HEADER bytes of a safetensors file before its one tensor, `latents` of `shape` float32."""
+    entry = {"latents": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}
+    text = json.dumps(entry).encode().ljust(HEADER - 8)  # safetensors allows spaces at the end
+    return len(text).to_bytes(8, "little") + text
+
+
 def _finish(store: _Store, adapter, count: int) -> None:
     """Turn the partial store, whose `count` pictures are all encoded, into the whole store."""
     shape = [count, *adapter.latent_shape]
-    entry = {"latents": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}
-    header = json.dumps(entry).encode().ljust(HEADER - 8)  # safetensors allows spaces at the end
     facts = {"recipe": store.recipe, "model": adapter.path, "shape": shape, "dtype": "float32"}
     with _writing(store):
         with (store.partial / DATA).open("r+b") as data:
-            data.write(len(header).to_bytes(8, "little") + header)
+            data.write(_header(shape))
         (store.partial / RECIPE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         # A run that was killed while it finished may have left a manifest.
         (store.partial / MANIFEST).unlink(missing_ok=True)
@@ -277,8 +284,20 @@ def _check(store: _Store) -> None:
         raise UserError(f"data.store: {folder} is of another recipe: {'; '.join(changed)}; delete or rename it")
 
 
-def _map(folder: Path, latent_shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str]]:
-    """The latents of a whole store, read page by page as they are used, and the captions.
+def fingerprint(latents: torch.Tensor) -> str:
+    """The SHA-256, in hexadecimal, of latents (N, C, H, W) float32 in host memory; reads them all.
+
+    A change of any bit, of the order or of the shape changes it. It is the hash of the file that a
+    store keeps them in.
+    """
+    digest = hashlib.sha256(_header(list(latents.shape)))
+    for latent in latents:
+        digest.update(latent.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _map(folder: Path, latent_shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str], str]:
+    """The latents of a whole store, read page by page as they are used, captions and fingerprint.
 
     Raises UserError where files and `latent_shape` (C, H, W) do not fit together.
     """
@@ -288,6 +307,7 @@ def _map(folder: Path, latent_shape: tuple[int, ...]) -> tuple[torch.Tensor, lis
         captions = [json.loads(line)[0] for line in (folder / PICTURES).read_text(encoding="ascii").splitlines()]
         if latents.dtype != torch.float32 or latents.shape != (len(captions), *latent_shape):
             raise ValueError(f"it holds {tuple(latents.shape)} {latents.dtype} for {len(captions)} captions")
+        stored = str(read_json(folder / MANIFEST, "data.store")[DATA]["sha256"])
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise UserError(f"data.store: cannot read {folder}: {one_line(error)}; delete it") from error
-    return latents, captions
+    return latents, captions, stored

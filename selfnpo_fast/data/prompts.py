@@ -6,10 +6,11 @@ Files are streamed: memory holds the prompts that are asked for, and one bounded
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
@@ -71,6 +72,18 @@ def read_prompts(source: str, *, column: str = "prompt", limit: int | None = Non
     if not prompts:
         raise PromptError(f"prompts: {name} is empty, or all its {unit}s are blank; put at least one prompt into it")
     return prompts
+
+
+def fingerprint(prompts: Iterable[str]) -> str:
+    """The SHA-256, in hexadecimal, of prompts or captions in their order.
+
+    Any change of a text, of their number or of their order changes it; where they were read from
+    does not.
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt).encode() + b"\n")  # no string holds the line's end unescaped
+    return digest.hexdigest()
 
 
 def _open(source: str, column: str) -> tuple[str, str, Rows]:

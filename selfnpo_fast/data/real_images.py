@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from selfnpo_fast.config import TrainConfig
-from selfnpo_fast.data.latent_store import stored_latents
+from selfnpo_fast.data.latent_store import fingerprint, stored_latents
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 
@@ -24,6 +24,8 @@ class RealData:
     """(N, C, H, W) float32, scaled for the denoiser; in host memory or mapped from a file."""
     captions: list[str]
     """N captions."""
+    fingerprint: str
+    """The SHA-256 of the latents (`latent_store.fingerprint`), which tells other latents apart."""
 
 
 def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:
@@ -51,4 +53,4 @@ def _embedded(adapter, limit: int) -> RealData:
             f"{tuple(adapter.latent_shape)}; it fits only the embedded digits model"
         )
     prompts = (ASSETS / "prompts.txt").read_text().splitlines()
-    return RealData(latents, [prompts[i] for i in prompt_indices])
+    return RealData(latents, [prompts[i] for i in prompt_indices], fingerprint(latents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -87,7 +88,7 @@ def logged(monkeypatch):
 
 def assert_equal(found, expected) -> None:
     assert torch.equal(found[0], expected[0])
-    assert found[1] == expected[1]
+    assert found[1:] == expected[1:]
 
 
 def only_store(root: Path) -> Path:
@@ -122,6 +123,21 @@ def test_what_a_store_holds(images, whole, tmp_path):
     assert (recipe["source"], recipe["limit"], recipe["seed"]) == (str(images), 1000, 3)
     assert (recipe["resolution"], recipe["vae_sha256"]) == (8, "0" * 64)
     assert whole[1][7] == "number 7, café"
+
+
+def test_the_fingerprint_is_that_of_the_latents(images, whole, tmp_path):
+    """It needs no store: the same bits have the same fingerprint wherever they lie."""
+    assert whole[2] == latent_store.fingerprint(whole[0].clone())
+    assert whole[2] == hashlib.sha256((get_file(images, tmp_path)).read_bytes()).hexdigest()
+    changed = whole[0].clone()
+    changed[7, 0, 0, 0] = changed[7, 0, 0, 0].nextafter(torch.tensor(9.0))
+    others = [changed, whole[0].flip(0), whole[0][:-1], whole[0].reshape(COUNT, 8, 3, 8)]
+    assert len({whole[2], *map(latent_store.fingerprint, others)}) == 5
+
+
+def get_file(images: Path, root: Path) -> Path:
+    get(images, root)
+    return only_store(root) / "latents.safetensors"
 
 
 def touch(folder: Path) -> dict:
@@ -314,8 +330,8 @@ def test_two_runs_at_once_encode_once(images, whole, tmp_path, monkeypatch, logg
 
 
 def test_latents_are_mapped_and_not_copied(images, tmp_path):
-    latents, _ = get(images, tmp_path)
-    latents, _ = get(images, tmp_path)
+    latents, *_ = get(images, tmp_path)
+    latents, *_ = get(images, tmp_path)
     path = str(only_store(tmp_path) / "latents.safetensors")
     spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if path in line]
     start = latents.data_ptr()
@@ -368,10 +384,10 @@ def one_of_two(rank: int, meeting: Path, images: Path, root: Path, results) -> N
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     group, adapter = torch.distributed.new_group(backend="gloo"), Encoder()
     try:
-        latents, captions = get(images, root, adapter, rank=rank, size=2, group=group)
-        results.put((rank, adapter.ids, latents.numpy(), captions))
+        latents, *others = get(images, root, adapter, rank=rank, size=2, group=group)
+        results.put((rank, adapter.ids, latents.numpy(), *others))
     except UserError as error:
-        results.put((rank, adapter.ids, str(error), None))
+        results.put((rank, adapter.ids, str(error)))
     torch.distributed.destroy_process_group()
 
 
@@ -391,14 +407,14 @@ def test_two_ranks_share_the_work_and_make_the_latents_of_one(images, whole, tmp
     (_, ids0, *first), (_, ids1, *second) = run_two_ranks(images, tmp_path)
     assert ids0 == [*range(16), *range(32, 48)]
     assert ids1 == [*range(16, 32), 48, 49]
-    for latents, captions in (first, second):
-        assert_equal((torch.from_numpy(latents), captions), whole)
+    for latents, *others in (first, second):
+        assert_equal((torch.from_numpy(latents), *others), whole)
 
 
 def test_a_bad_image_ends_both_ranks_with_one_line(tmp_path):
     images = write_images(tmp_path / "images", 20)
     (images / "018.png").write_bytes(b"no picture")  # rank 1's
-    (_, _, first, _), (_, _, second, _) = run_two_ranks(images, tmp_path)
+    (_, _, first), (_, _, second) = run_two_ranks(images, tmp_path)
     assert first == second
     assert first.startswith("data.source: cannot read the image ")
     assert "018.png" in first

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfnpo_fast.data.prompts import ASSETS, MAX_CHARACTERS, MAX_LINE_BYTES, PromptError, read_prompts
+from selfnpo_fast.data.prompts import ASSETS, MAX_CHARACTERS, MAX_LINE_BYTES, PromptError, fingerprint, read_prompts
 from selfnpo_fast.runtime.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
@@ -349,6 +349,23 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", denied)  # chmod does not stop root
     assert "Permission denied" in message(path)
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_follows_texts_and_order():
+    texts = ["a cat", "zwei Käfer", "", "line\nbreak"]
+    others = [
+        texts[::-1],
+        texts[:3],
+        [*texts, ""],
+        ["a cat\n", *texts[1:]],
+        ["a cat", "zwei Käfer", "", "line", "break"],
+    ]
+    assert fingerprint(texts) == fingerprint(iter(texts))
+    assert len(fingerprint(texts)) == 64
+    assert len({fingerprint(each) for each in [texts, *others]}) == 6
 
 
 # Hugging Face datasets

@@ -79,7 +79,7 @@ def test_a_latent_store(adapter, tmp_path):
     (identity.folder / "store.json").write_text(json.dumps(facts | {"recipe": identity.recipe}))
     (identity.folder / MANIFEST).unlink()
     write_manifest(identity.folder)
-    latents, captions = latent_store.stored_latents(
+    latents, captions, _ = latent_store.stored_latents(
         str(tmp_path / "images"), str(tmp_path / "stores"), stand_in, **recipe, world=World(0, 1, CPU)
     )
     assert torch.equal(latents, load_file(old / "latents.safetensors")["latents"])
