@@ -194,9 +194,16 @@ class DataConfig:
     """Real images for `rollout.start: data`; their captions replace the prompts of a source."""
 
     source: str | None = None
-    """`digits`; a folder of images with metadata.jsonl (`file_name`, `text`) or with a .txt caption
-    for each image; or webdataset tars: a .tar file, a folder of them, or a pattern such as
-    data/{000..012}.tar."""
+    """`digits`; a folder of images, with its sub-folders, with metadata.jsonl (`file_name`, `text`)
+    or with a .txt or .caption file for each image; webdataset tars or parquet files with encoded
+    images: a file, a folder of them, or a pattern such as data/{000..012}.tar; or the id of a
+    Hugging Face dataset such as owner/name:split."""
+    column: str | None = None
+    """The column or JSON key that holds the captions; by default `text` in tables and datasets, and
+    `caption` in the .json members of tars. Of a list of captions the first is used."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """If an image or its caption cannot be used: stop, or go on without it. Either way a line says
+    what is left out of a source."""
     limit: int = 8192
     """Use at most this many images; their latents are held in memory."""
     store: str | None = None

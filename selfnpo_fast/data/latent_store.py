@@ -3,15 +3,16 @@
 A store is a folder `<name of the source>-<fingerprint of the recipe>`:
 
     latents.safetensors   one tensor, `latents` (N, C, H, W) float32, scaled
-    pictures.jsonl        a line per latent: caption, label, offset, size, mtime_ns of its picture
-    store.json            the recipe: what was encoded, and how
+    pictures.jsonl        a line per picture: caption, label, and three numbers that change with it;
+                          then the reason if it could not be used, and then there is no latent
+    store.json            the recipe: what was encoded, and how; what was passed over
     manifest.json         sizes and hashes of the other files
 
 Until all pictures are encoded the folder is called `<name>-<fingerprint>.partial`. This fingerprint
 leaves out the state of the source, so that the folder is found again after a picture was repaired.
 
 The line of a picture is written when its latent is on the disk, so the whole lines count the
-latents that a killed run leaves. A later run keeps those before the first picture that has changed.
+pictures that a killed run has done. A later run keeps those before the first picture that has changed.
 Any folder may be deleted.
 """
 
@@ -34,16 +35,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from selfnpo_fast.data.image_sources import Picture, open_source
-from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.data.image_sources import ImageSource, open_source
+from selfnpo_fast.data.listing import Listing, Picture, summary
+from selfnpo_fast.runtime.console import logger, say_once
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.files import read_json
 from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, why_not_whole, write_manifest
 from selfnpo_fast.runtime.world import World
 
 DATA, PICTURES, RECIPE = "latents.safetensors", "pictures.jsonl", "store.json"
-FORMAT = 1
-"""Version of the recipe and of the files. Stores of another version are not used."""
+FORMAT = 2
+"""Version of the recipe, of the files and of what is read as a picture's pixels.
+
+1 followed no EXIF orientation, clipped 16-bit greys and showed the colours under transparency.
+Stores of an older version are refused: their latents may be of other pixels.
+"""
 HEADER = 4096
 """Bytes before the first latent, a page; it is filled in when the number of latents is known."""
 BATCH = 16
@@ -70,38 +76,57 @@ class _Store:
 
 
 def stored_latents(
-    source: str, root: str, adapter, *, limit: int, seed: int, world: World
+    source: str,
+    root: str,
+    adapter,
+    *,
+    limit: int,
+    seed: int,
+    world: World,
+    column: str | None = None,
+    skip: bool = False,
 ) -> tuple[torch.Tensor, list[str], str]:
     """Latents and captions of the first `limit` pictures of `source`, and the latents' fingerprint.
 
     The latents are (N, C, H, W) float32, mapped from the store. The fingerprint is `fingerprint` of
-    them, without reading them again. `root` is the folder of stores;
-    where it holds none of this recipe, all ranks encode one together. A latent depends only on its
-    picture, the picture's index in the source, the autoencoder, the resolution and the seed, up to
-    rounding of the autoencoder that may vary with the batch. Raises UserError on all ranks for a
-    bad source or store, and RunError on all ranks where the disk is full.
+    them, without reading them again. `root` is the folder of stores; where it holds none of this
+    recipe, all ranks encode one together. A latent depends only on its picture, the picture's index
+    in the source, the autoencoder, the resolution and the seed, up to rounding of the autoencoder
+    that may vary with the batch. `column` and `skip` are those of `open_source`; pictures that
+    cannot be decoded are then passed over, too, and a line says how many. Raises UserError on all
+    ranks for a bad source or store, and RunError on all ranks where the disk is full.
     """
-    store = world.on_main(lambda: _identify(source, root, adapter, limit, seed))
-    pictures = world.on_main(lambda: None if store.folder.is_dir() else open_source(source, limit).pictures())
+    store, listing = world.on_main(lambda: _look(source, root, adapter, limit, seed, column, skip))
     with contextlib.ExitStack() as claim:
-        if pictures is not None and _claim(store, claim, world):
-            _encode_all(pictures, store, adapter, seed, world)
-            world.on_main(lambda: _finish(store, adapter, len(pictures)))
+        if listing is not None and _claim(store, claim, world):
+            _encode_all(listing.pictures, store, adapter, seed, skip, world)
+            world.on_main(lambda: _finish(store, adapter, listing))
         else:
             world.on_main(lambda: _check(store))
             logger.info("data: %s is encoded already: %s", source, store.folder)
+    world.on_main(lambda: _say_what_is_left_out(store, skip))
     mapped = []  # not a result of `together`, which would copy the latents to all ranks
     world.together(lambda: mapped.append(_map(store.folder, adapter.latent_shape)))
     return mapped[0]
 
 
-def _identify(source: str, root: str, adapter, limit: int, seed: int) -> _Store:
+def _look(source: str, root: str, adapter, limit: int, seed: int, column: str | None, skip: bool):
+    """The store for the present state of a source and, if it is to be encoded, its Listing or None."""
+    found = open_source(source, limit, column=column, skip=skip)
+    store = _identify(found, root, adapter, limit, seed, column)
+    if store.folder.is_dir():
+        return store, None
+    _refuse_older(store)
+    return store, found.listing()
+
+
+def _identify(found: ImageSource, root: str, adapter, limit: int, seed: int, column: str | None) -> _Store:
     """The store for the present state of a source."""
-    found = open_source(source, limit)
     lasting = {
         "format": FORMAT,
         "source": found.name,
         "limit": limit,
+        "column": column,
         "resolution": adapter.resolution,
         "vae_sha256": adapter.vae_sha256,
         "seed": seed,
@@ -110,6 +135,45 @@ def _identify(source: str, root: str, adapter, limit: int, seed: int) -> _Store:
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(found.name).name)[:40].strip("-") or "data"
     base = Path(os.path.abspath(os.path.expanduser(root)))
     return _Store(base / f"{name}-{_fingerprint(recipe)}", base / f"{name}-{_fingerprint(lasting)}.partial", recipe)
+
+
+def _refuse_older(store: _Store) -> None:
+    """Raise UserError where an older version of the package has encoded this source."""
+    same = ("source", "limit", "resolution", "vae_sha256", "seed")
+    for path in sorted(store.folder.parent.glob(f"{store.folder.name.rpartition('-')[0]}-*/{RECIPE}")):
+        try:
+            recipe = dict(read_json(path, "data.store")["recipe"])
+            older = recipe["format"] < FORMAT and all(recipe[key] == store.recipe[key] for key in same)
+        except (ValueError, TypeError, LookupError):  # no store of ours, or a damaged one, which is not used
+            continue
+        if older:
+            raise UserError(
+                f"data.store: {path.parent} was written by an older version, which encoded other pixels (no EXIF "
+                "orientation, 16-bit greys clipped, colours under transparency shown); delete it, and its images are "
+                "encoded again"
+            )
+
+
+def _say_what_is_left_out(store: _Store, skip: bool) -> None:
+    """Say once which pictures of the source are not in the store.
+
+    Raises UserError where the store lacks some that could not be used, and `skip` does not allow
+    that.
+    """
+    try:
+        facts = read_json(store.folder / RECIPE, "data.store")
+        line = summary(facts["shape"][0], facts["passed_over"], facts["bad"], facts["more"])
+        count, first = facts["bad"]
+    except (LookupError, TypeError, ValueError) as error:
+        reason = one_line(error)
+        raise UserError(f"data.store: cannot read {store.folder}: {reason}; delete it") from error
+    if count and not skip:
+        raise UserError(
+            f"data.on_bad: {store.folder} was encoded without {count:,} that could not be used (the first: {first}); "
+            "repair the source, or set data.on_bad to skip"
+        )
+    if line:
+        say_once(f"data: {store.recipe['source']}: {line}")
 
 
 def _fingerprint(recipe: dict) -> str:
@@ -156,7 +220,7 @@ def _try_to_claim(store: _Store, claim: contextlib.ExitStack) -> bool | None:
     return None
 
 
-def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, world: World) -> None:
+def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, skip: bool, world: World) -> None:
     """Encode the pictures that the partial store lacks.
 
     In a round each rank encodes BATCH pictures, and rank 0 writes them all. Meanwhile a thread
@@ -165,28 +229,35 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
     from tqdm import tqdm
 
     # What an earlier run has left is kept.
-    done = world.on_main(lambda: _resume(store, pictures, 4 * math.prod(adapter.latent_shape)))
+    done = world.on_main(lambda: _resume(store, pictures, 4 * math.prod(adapter.latent_shape), skip))
     resumed = f", going on after {done:,}" if done else ""
     logger.info("data: encoding %s images into %s%s", f"{len(pictures):,}", store.folder, resumed)
 
-    def read(start: int) -> tuple[range, list[torch.Tensor]]:
+    def read(start: int) -> tuple[range, list[torch.Tensor | UserError]]:
         """The indices and the images of this rank in the round that begins with picture `start`."""
         first = start + world.rank * BATCH
         indices = range(len(pictures))[first : first + BATCH]
-        return indices, [pictures[i].read_square(adapter.resolution) for i in indices]
+        return indices, [_read(pictures[i], adapter.resolution, skip) for i in indices]
 
-    def encode(reading: Future) -> torch.Tensor:
-        """The latents (n, C, H, W) float32, on the CPU, of the images that have been read."""
+    def encode(reading: Future) -> tuple[torch.Tensor, list[bytes]]:
+        """The latents (n, C, H, W) float32, on the CPU, of the images that could be read, and the
+        lines of all of them."""
         indices, images = reading.result()
-        if not indices:
-            return torch.empty(0, *adapter.latent_shape)
-        batch, ids = torch.stack(images).to(world.device), torch.tensor(indices, device=world.device)
-        latents = adapter.encode(batch, ids, seed).float().cpu().contiguous()
-        finite = latents.flatten(1).isfinite().all(dim=1).tolist()
-        if not all(finite):
-            label = pictures[indices[finite.index(False)]].label
-            raise UserError(f"data.source: the model's autoencoder gives no finite latent of {label}")
-        return latents
+        good = [(i, image) for i, image in zip(indices, images, strict=True) if isinstance(image, torch.Tensor)]
+        refused = {i: image for i, image in zip(indices, images, strict=True) if isinstance(image, UserError)}
+        latents = torch.empty(0, *adapter.latent_shape)
+        if good:
+            ids = torch.tensor([i for i, _ in good])
+            batch = torch.stack([image for _, image in good]).to(world.device)
+            latents = adapter.encode(batch, ids.to(world.device), seed).float().cpu().contiguous()
+            finite = latents.flatten(1).isfinite().all(dim=1)
+            for i in ids[~finite].tolist():
+                error = f"data.source: the model's autoencoder gives no finite latent of {pictures[i].label}"
+                refused[i] = UserError(error)
+                if not skip:
+                    raise refused[i]
+            latents = latents[finite]
+        return latents, [_line(pictures[i], refused.get(i)) for i in indices]
 
     # The rounds; `ahead` is the reading of the next one.
     with (
@@ -197,9 +268,20 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
         for start in range(done, len(pictures), BATCH * world.size):
             end = min(start + BATCH * world.size, len(pictures))
             reading, ahead = ahead, reader.submit(read, end)
-            latents = torch.cat(world.together(functools.partial(encode, reading)))
-            world.on_main(functools.partial(_append, store, latents, pictures[start:end]))
+            encoded = world.together(functools.partial(encode, reading))
+            latents, lines = torch.cat([part for part, _ in encoded]), [line for _, part in encoded for line in part]
+            world.on_main(functools.partial(_append, store, latents, lines))
             bar.update(end - start)
+
+
+def _read(picture: Picture, resolution: int, skip: bool) -> torch.Tensor | UserError:
+    """The pixels of a picture or, with `skip`, why there are none. Raises UserError without."""
+    try:
+        return picture.read_square(resolution)
+    except UserError as error:
+        if not skip:
+            raise
+        return error
 
 
 @contextlib.contextmanager
@@ -212,39 +294,50 @@ def _writing(store: _Store) -> Iterator[None]:
         raise RunError(message) from error
 
 
-def _line(picture: Picture) -> bytes:
-    """The line of a picture in pictures.jsonl."""
-    facts = (picture.caption, picture.label, picture.offset, picture.size, picture.mtime_ns)
-    return json.dumps(facts).encode() + b"\n"
+def _line(picture: Picture, error: UserError | None = None) -> bytes:
+    """The line of a picture in pictures.jsonl; `error` says why it could not be used."""
+    facts = (picture.caption, picture.label, *picture.facts)
+    refused = () if error is None else (str(error).removeprefix("data.source: "),)
+    return json.dumps(facts + refused).encode() + b"\n"
 
 
-def _resume(store: _Store, pictures: list[Picture], latent_bytes: int) -> int:
-    """The number of latents that an earlier run has left of the first of these pictures.
+def _resume(store: _Store, pictures: list[Picture], latent_bytes: int, skip: bool) -> int:
+    """The number of pictures, from the first one on, that an earlier run has done.
 
-    What else that run left is cut off. A latent has `latent_bytes` bytes.
+    What else that run left is cut off. A latent has `latent_bytes` bytes. Pictures that could not
+    be used count as done with `skip` only.
     """
     folder = store.partial
     with _writing(store), (folder / PICTURES).open("a+b") as lines, (folder / DATA).open("a+b") as data:
         whole = (data.seek(0, os.SEEK_END) - HEADER) // latent_bytes
-        done = end = 0
+        done = latents = end = 0
         lines.seek(0)
         for line, picture in zip(lines, pictures, strict=False):
-            if line != _line(picture) or done >= whole:
+            expected = _line(picture)
+            refused = skip and line.startswith(expected[:-2] + b", ") and line.endswith(b"]\n")
+            if not refused and (line != expected or latents >= whole):
                 break
-            done, end = done + 1, end + len(line)
+            done, latents, end = done + 1, latents + (not refused), end + len(line)
         lines.truncate(end)
-        data.truncate(HEADER + done * latent_bytes)
+        data.truncate(HEADER + latents * latent_bytes)
     return done
 
 
-def _append(store: _Store, latents: torch.Tensor, pictures: list[Picture]) -> None:
+def _append(store: _Store, latents: torch.Tensor, lines: list[bytes]) -> None:
     """Write latents (n, C, H, W) and, once they are on the disk, the lines that count them."""
     with _writing(store):
-        for name, content in ((DATA, latents.numpy()), (PICTURES, b"".join(map(_line, pictures)))):
+        for name, content in ((DATA, latents.numpy()), (PICTURES, b"".join(lines))):
             with (store.partial / name).open("ab") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _captions_and_refusals(folder: Path) -> tuple[list[str], list[str]]:
+    """The captions of a store's latents, and why the other pictures could not be used."""
+    with (folder / PICTURES).open(encoding="ascii") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [row[0] for row in rows if len(row) == 5], [row[5] for row in rows if len(row) > 5]
 
 
 def _header(shape: list[int]) -> bytes:
@@ -254,11 +347,26 @@ def _header(shape: list[int]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _finish(store: _Store, adapter, count: int) -> None:
-    """Turn the partial store, whose `count` pictures are all encoded, into the whole store."""
-    shape = [count, *adapter.latent_shape]
-    facts = {"recipe": store.recipe, "model": adapter.path, "shape": shape, "dtype": "float32"}
+def _finish(store: _Store, adapter, listing: Listing) -> None:
+    """Turn the partial store, all of whose pictures are done, into the whole store.
+
+    Raises UserError where none of them could be used.
+    """
     with _writing(store):
+        captions, refusals = _captions_and_refusals(store.partial)
+        if not captions:
+            raise UserError(f"data.source: none of {len(refusals):,} images can be used; the first: {refusals[0]}")
+        count, first = listing.bad
+        shape = [len(captions), *adapter.latent_shape]
+        facts = {
+            "recipe": store.recipe,
+            "model": adapter.path,
+            "shape": shape,
+            "dtype": "float32",
+            "passed_over": listing.passed_over,
+            "bad": [count + len(refusals), first or "".join(refusals[:1])],
+            "more": listing.more,
+        }
         with (store.partial / DATA).open("r+b") as data:
             data.write(_header(shape))
         (store.partial / RECIPE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -304,7 +412,7 @@ def _map(folder: Path, latent_shape: tuple[int, ...]) -> tuple[torch.Tensor, lis
     try:
         with safe_open(folder / DATA, "pt") as file:
             latents = file.get_tensor("latents")
-        captions = [json.loads(line)[0] for line in (folder / PICTURES).read_text(encoding="ascii").splitlines()]
+        captions, _ = _captions_and_refusals(folder)
         if latents.dtype != torch.float32 or latents.shape != (len(captions), *latent_shape):
             raise ValueError(f"it holds {tuple(latents.shape)} {latents.dtype} for {len(captions)} captions")
         stored = str(read_json(folder / MANIFEST, "data.store")[DATA]["sha256"])

@@ -39,7 +39,8 @@ def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:
     if data.source == "digits":
         return _embedded(adapter, data.limit)
     root = data.store or str(Path(config.output).expanduser().absolute().parent / "latents")
-    return RealData(*stored_latents(data.source, root, adapter, limit=data.limit, seed=config.seed, world=world))
+    choices = {"limit": data.limit, "column": data.column, "skip": data.on_bad == "skip"}
+    return RealData(*stored_latents(data.source, root, adapter, seed=config.seed, world=world, **choices))
 
 
 def _embedded(adapter, limit: int) -> RealData:

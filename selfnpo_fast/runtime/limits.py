@@ -10,6 +10,16 @@ from selfnpo_fast.runtime.errors import UserError, shortened
 
 MAX_PROMPT_CHARACTERS = 10_000
 """Characters of one prompt or caption, wherever it comes from."""
+MAX_LINE_BYTES = 1 << 20
+"""Bytes of one line of a text file or table, and of a caption's file."""
+MAX_IMAGE_BYTES = 1 << 28
+"""Bytes of one encoded picture."""
+MAX_SHARDS = 100_000
+"""Files that one pattern of paths stands for."""
+MAX_TAR_HEADER_BYTES = 1 << 20
+"""Bytes of a member's name and further facts (pax, GNU) in a tar."""
+MAX_TAR_MEMBERS = 10_000_000
+"""Members of one tar; shards have some 10,000."""
 MAX_NAME_CHARACTERS = 512
 """Characters of a tensor's or layer's name: regular expressions of files run on no longer ones."""
 MAX_JSON_BYTES = 64 << 20
