@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfnpo_fast.data.image_folders import TABLES, list_folder, walk
-from selfnpo_fast.data.listing import Listing, shown
+from selfnpo_fast.data.listing import Listing, passed, shown
 from selfnpo_fast.data.picture_tables import cannot_read, list_dataset, list_parquet, version
 from selfnpo_fast.data.pixels import IMAGE_SUFFIXES
 from selfnpo_fast.data.tars import list_tar
@@ -131,9 +131,8 @@ def _some(listing: Listing) -> Listing:
     """`listing`, which is not empty. Raises UserError with what was passed over where it is."""
     if listing.pictures:
         return listing
-    passed = [f"{count:,} {reason} ({first})" for reason, (count, first) in listing.passed_over.items()]
-    passed += [f"{listing.bad[0]:,} that cannot be used (the first: {listing.bad[1]})"] if listing.bad[0] else []
-    over = f"; passed over: {', '.join(passed)}" if passed else ""
+    parts = passed(listing.passed_over, listing.bad)
+    over = f"; passed over: {', '.join(parts)}" if parts else ""
     raise UserError(
         f"{listing.field}: {shown(listing.source)} holds no captioned images (an image with a .txt of its name, "
         f"a row of metadata.jsonl or metadata.csv, key.jpg with key.txt or key.json in a tar){over}"

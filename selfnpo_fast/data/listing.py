@@ -116,14 +116,18 @@ class Listing:
         self.bad = self.bad[0] + 1, self.bad[1] or one_line(error).removeprefix(f"{self.field}: ")
 
 
+def passed(passed_over: dict[str, tuple[int, str]], bad: tuple[int, str]) -> list[str]:
+    """Each reason with its count and the first that was passed over for it."""
+    parts = [f"{reason} ({count:,}, such as {first})" for reason, (count, first) in passed_over.items()]
+    return parts + ([f"what cannot be used ({bad[0]:,}; the first: {bad[1]})"] if bad[0] else [])
+
+
 def summary(used: int, passed_over: dict[str, tuple[int, str]], bad: tuple[int, str], more: bool) -> str | None:
     """The line "N of M pictures used; passed over: ..." with counts and reasons; None if all are used.
 
     The arguments are those of a Listing; `bad` may hold those found later.
     """
-    parts = [f"{count:,} {reason} ({first})" for reason, (count, first) in passed_over.items()]
-    if bad[0]:
-        parts.append(f"{bad[0]:,} that cannot be used (the first: {bad[1]})")
+    parts = passed(passed_over, bad)
     if more:
         parts.append("what lies beyond the limit, not counted")
     total = used + bad[0] + sum(count for count, _ in passed_over.values())
