@@ -36,6 +36,10 @@ class Table:
     def values(self, start: int) -> Iterator[object]:
         """The values of `column` from row `start` (counted from 0) on. May raise any exception."""
 
+    def mtime_ns(self) -> int:
+        """When the table was last written to, in nanoseconds since 1970; 0 if it has no such time."""
+        return 0
+
 
 @dataclass(frozen=True)
 class RowPicture(Picture):
@@ -48,7 +52,7 @@ class RowPicture(Picture):
     stamp: int
     """The table's size or version, as a number."""
     mtime_ns: int
-    """When the table was last written to, in nanoseconds since 1970; 0 where it has no such time."""
+    """`table.mtime_ns()` when the picture was listed."""
 
     @property
     def facts(self) -> tuple[int, int, int]:
@@ -58,6 +62,8 @@ class RowPicture(Picture):
     def content(self) -> bytes:
         """The bytes in the table. Raises ValueError."""
         try:
+            if self.table.mtime_ns() != self.mtime_ns:
+                raise ValueError(f"{self.table.name} has been written to since the run looked at it; start again")
             value = _cursor.read(self.table, self.row)
         except Exception as error:  # pyarrow's and the Hub client's exceptions have no common base
             raise ValueError(one_line(error)) from error
@@ -114,6 +120,10 @@ class ParquetTable(Table):
     path: Path
     """The file."""
 
+    def mtime_ns(self) -> int:
+        """That of the file."""
+        return self.path.stat().st_mtime_ns
+
     def values(self, start: int) -> Iterator[object]:
         """Row groups before that of `start` are not read."""
         import pyarrow.parquet
@@ -132,7 +142,7 @@ class ParquetTable(Table):
 def list_parquet(path: Path, listing: Listing) -> None:
     """Add the pictures of a parquet file, in order, to `listing`. Raises UserError."""
     wanted = listing.column or "text"
-    table, facts = ParquetTable(str(path), _picture_column(path, listing.field), path), path.stat()
+    table, facts = ParquetTable(shown(path), _picture_column(path, listing.field), path), path.stat()
     with closing(parquet_rows(path, (wanted,), listing.field)) as rows:
         for number, values in rows:
             if listing.full:
