@@ -22,6 +22,7 @@ from PIL import Image
 
 from selfnpo_fast.data import latent_store
 from selfnpo_fast.data.latent_store import stored_latents
+from selfnpo_fast.runtime import console
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError
 from selfnpo_fast.runtime.world import World
@@ -48,9 +49,9 @@ class Encoder:
         return images[..., :8, :8] + normal(NoiseKey(seed, ids, draw_id(Draw.POSTERIOR)), self.latent_shape)
 
 
-def get(images: Path, root: Path, adapter=None, *, limit=1000, seed=3, rank=0, size=1, group=None):
+def get(images: Path, root: Path, adapter=None, *, limit=1000, seed=3, rank=0, size=1, group=None, **options):
     world = World(rank, size, torch.device("cpu"), group)
-    return stored_latents(str(images), str(root), adapter or Encoder(), limit=limit, seed=seed, world=world)
+    return stored_latents(str(images), str(root), adapter or Encoder(), limit=limit, seed=seed, world=world, **options)
 
 
 def write_images(folder: Path, count: int = COUNT) -> Path:
@@ -378,6 +379,104 @@ def test_latents_have_to_be_finite(images, tmp_path):
 
     with pytest.raises(UserError, match=r"gives no finite latent of .*/020\.png$"):
         get(images, tmp_path, Broken())
+
+
+BAD = (5, 17, 20, 49)
+
+
+def damage(images: Path) -> None:
+    """One picture of each kind: cut short, no picture, none, and one without a finite latent."""
+    content = (images / "005.png").read_bytes()
+    (images / "005.png").write_bytes(content[: len(content) // 2])
+    (images / "017.png").write_bytes(b"no picture")
+    (images / "049.txt").unlink()
+
+
+class SomeNaN(Encoder):
+    """Gives no finite latent of the picture 020, whose index is 20: 049, which is not listed, comes
+    after it."""
+
+    def encode(self, images, ids, seed):
+        return torch.where((ids == 20)[:, None, None, None], torch.nan, super().encode(images, ids, seed))
+
+
+def test_bad_pictures_are_skipped_and_counted(whole, tmp_path, logged, monkeypatch):
+    """The latents of the others are those of a source without bad ones, bit for bit."""
+    monkeypatch.setattr(console, "_said", set())
+    images = write_images(tmp_path / "images")
+    damage(images)
+    root = tmp_path / "stores"
+    latents, captions, stored = get(images, root, SomeNaN(), skip=True)
+    good = [i for i in range(COUNT) if i not in BAD]
+    assert torch.equal(latents, whole[0][good])
+    assert captions == [whole[1][i] for i in good]
+    assert stored == latent_store.fingerprint(latents)
+    said = (
+        f"data: {images}: 46 of 50 pictures used; passed over: what cannot be used (4; the first: {images}/049.png has "
+        "no caption; put it into 049.txt)"
+    )
+    assert logged.count(said) == 1
+    logged.clear()
+    monkeypatch.setattr(console, "_said", set())
+    again = SomeNaN()
+    assert_equal(get(images, root, again, skip=True), (latents, captions, stored))
+    assert again.ids == []
+    assert logged.count(said) == 1
+
+
+def test_a_store_without_bad_pictures_is_refused_where_they_should_stop(tmp_path):
+    images = write_images(tmp_path / "images", 20)
+    (images / "007.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cannot read the image .*/007\.png"):
+        get(images, tmp_path / "stores")
+    second = Encoder()
+    get(images, tmp_path / "stores", second, skip=True)
+    assert len(second.ids) == 19
+    expected = r"^data\.on_bad: \S+ was encoded without 1 that could not be used .*007\.png.*set data\.on_bad to skip$"
+    with pytest.raises(UserError, match=expected):
+        get(images, tmp_path / "stores")
+
+
+def test_a_run_that_skipped_is_resumed(tmp_path):
+    """What was skipped is not read again with skip; without skip the run stops at it."""
+    images, root = write_images(tmp_path / "images"), tmp_path / "stores"
+    (images / "007.png").write_bytes(b"no picture")
+    with pytest.raises(RuntimeError, match="the power fails"):
+        get(images, root, Encoder(fail_at=40), skip=True)
+    second = Encoder()
+    latents, *_ = get(images, root, second, skip=True)
+    assert second.ids == list(range(32, COUNT))
+    assert_latents = get(images, tmp_path / "others", skip=True)
+    assert torch.equal(latents, assert_latents[0])
+    with pytest.raises(RuntimeError, match="the power fails"):
+        get(images, tmp_path / "more", Encoder(fail_at=40), skip=True)
+    with pytest.raises(UserError, match=r"cannot read the image .*/007\.png"):
+        get(images, tmp_path / "more")
+
+
+def test_where_all_pictures_are_bad_there_is_no_store(tmp_path):
+    images = write_images(tmp_path / "images", 3)
+    for path in images.glob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(
+        UserError, match=r"^data\.source: none of 3 images can be used; the first: cannot read the image"
+    ):
+        get(images, tmp_path / "stores", skip=True)
+    assert only_store(tmp_path / "stores").suffix == ".partial"
+
+
+def test_pictures_of_a_table_have_a_store(whole, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = write_images(tmp_path / "images")
+    contents = [(images / f"{i:03d}.png").read_bytes() for i in range(COUNT)]
+    table = {"image": [{"bytes": content, "path": None} for content in contents], "words": whole[1]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet", row_group_size=9)
+    assert_equal(get(tmp_path / "a.parquet", tmp_path / "stores", column="words"), whole)
+    second = Encoder()
+    assert_equal(get(tmp_path / "a.parquet", tmp_path / "stores", second, column="words"), whole)
+    assert second.ids == []
 
 
 def one_of_two(rank: int, meeting: Path, images: Path, root: Path, results) -> None:
