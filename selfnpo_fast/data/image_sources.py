@@ -66,41 +66,67 @@ def open_source(
     listing = Listing(source, limit, column=column, skip=skip, field=field)
     name = os.path.abspath(os.path.expanduser(source))
     if os.path.isdir(name):
-        kind, files = find_kind(Path(name))
-        if kind == "images":
-            return _folder_source(name, listing)
-        if files:
-            return _file_source(name, _without_other_splits(Path(name), files, listing), listing)
-    elif os.path.isfile(name) or BRACES.search(source):
+        kind = find_kind(Path(name))
+        if kind in _LISTERS:
+            return _file_source(name, _files(Path(name), kind, listing), listing)
+        return _folder_source(name, listing)
+    if os.path.isfile(name) or BRACES.search(source):
         paths = [name] if os.path.isfile(name) else _expanded(source, name, field)
         return _file_source(name, [Path(path) for path in paths], listing)
-    elif os.path.exists(name):
+    if os.path.exists(name):
         raise UserError(f"{field}: {shown(source)} is no regular file; name a file or a folder, not a pipe or device")
-    elif is_dataset(source):
+    if is_dataset(source):
         return _dataset_source(source, listing)
-    what = "holds no captioned images and no tars" if os.path.isdir(name) else "no such folder, file or dataset"
-    what = f"{shown(source)} {what}" if os.path.isdir(name) else f"{what}: {shown(source)}"
     raise UserError(
-        f"{field}: {what}; give a folder of images with captions (metadata.jsonl, metadata.csv or .txt files), "
+        f"{field}: no such folder, file or dataset: {shown(source)}; give a folder of images with captions, "
         "webdataset tars or parquet files (a file, a folder of them, or a pattern such as data/{000..012}.tar), "
         "the id of a dataset such as owner/name:split, or 'digits'"
     )
 
 
-def find_kind(folder: Path) -> tuple[str | None, list[Path]]:
-    """What a folder holds: "images", else ".tar" files, else ".parquet" files, else None.
+def find_kind(folder: Path) -> str | None:
+    """What a folder holds: "images", ".tar" or ".parquet" files, or None.
 
-    The tars or parquet files are returned with it, sorted. A table of images counts as images.
+    The first folder from the top that holds any of these decides, for images (or a table of them)
+    before tars before parquet files.
     """
-    found: dict[str, list[Path]] = {suffix: [] for suffix in _LISTERS}
-    for path, _, files in walk(folder):
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if name in TABLES or (suffix in IMAGE_SUFFIXES and not name.startswith(".")):
-                return "images", []
-            if suffix in found and not name.startswith("."):
-                found[suffix].append(path / name)
-    return next(((suffix, sorted(files)) for suffix, files in found.items() if files), (None, []))
+    for _, _, names in walk(folder):
+        kinds = set(map(_kind_of, names))
+        for kind in ("images", *_LISTERS):
+            if kind in kinds:
+                return kind
+    return None
+
+
+def _kind_of(name: str) -> str | None:
+    """What a file of this name is: part of a folder of "images", a suffix of _LISTERS, or None."""
+    suffix = os.path.splitext(name)[1].lower()
+    if name.startswith("."):
+        return None
+    if name in TABLES or suffix in IMAGE_SUFFIXES:
+        return "images"
+    return suffix if suffix in _LISTERS else None
+
+
+def _files(folder: Path, kind: str, listing: Listing) -> list[Path]:
+    """The tars or parquet files of a folder and its sub-folders, sorted; `listing` counts the rest.
+
+    Files that are named after a test or validation split belong to the rest if there are others.
+    """
+    found = []
+    for path, _, names in walk(folder, listing):
+        for name in names:
+            if _kind_of(name) == kind:
+                found.append(path / name)
+            elif _kind_of(name):
+                listing.pass_over(f"files beside {kind} files", path / name)
+    found.sort()
+    others = [path for path in found if any(_OTHER_SPLIT.match(p.lower()) for p in path.relative_to(folder).parts)]
+    if len(others) in (0, len(found)):
+        return found
+    for path in others:
+        listing.pass_over("files of other splits", path)
+    return [path for path in found if path not in set(others)]
 
 
 def is_dataset(source: str) -> bool:
@@ -185,16 +211,6 @@ def _dataset_source(source: str, listing: Listing) -> ImageSource:
         return _some(listing)
 
     return ImageSource(f"{name}:{split or 'train'}", stamp, functools.cache(listed))
-
-
-def _without_other_splits(folder: Path, files: list[Path], listing: Listing) -> list[Path]:
-    """`files` of a folder without those named after a test or validation split, if others are left."""
-    others = [path for path in files if any(_OTHER_SPLIT.match(p.lower()) for p in path.relative_to(folder).parts)]
-    if len(others) in (0, len(files)):
-        return files
-    for path in others:
-        listing.pass_over("files of other splits", path)
-    return [path for path in files if path not in others]
 
 
 def _expanded(source: str, pattern: str, field: str) -> list[str]:

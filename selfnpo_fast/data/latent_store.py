@@ -12,8 +12,8 @@ Until all pictures are encoded the folder is called `<name>-<fingerprint>.partia
 leaves out the state of the source, so that the folder is found again after a picture was repaired.
 
 The line of a picture is written when its latent is on the disk, so the whole lines count the
-pictures that a killed run has done. A later run keeps those before the first picture that has changed.
-Any folder may be deleted.
+pictures that a killed run has done. A later run keeps those before the first picture that has
+changed. Any folder may be deleted.
 """
 
 from __future__ import annotations
@@ -29,50 +29,35 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from selfnpo_fast.data.image_sources import ImageSource, open_source
-from selfnpo_fast.data.listing import Listing, Picture, summary
-from selfnpo_fast.runtime.console import logger, say_once
+from selfnpo_fast.data.listing import Listing, Picture
+from selfnpo_fast.data.store_files import (
+    DATA,
+    FORMAT,
+    HEADER,
+    PICTURES,
+    RECIPE,
+    Store,
+    captions_and_refusals,
+    check_store,
+    header,
+    map_store,
+    refuse_older,
+    say_what_is_left_out,
+)
+from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
-from selfnpo_fast.runtime.files import read_json
-from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, why_not_whole, write_manifest
+from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, write_manifest
 from selfnpo_fast.runtime.world import World
 
-DATA, PICTURES, RECIPE = "latents.safetensors", "pictures.jsonl", "store.json"
-FORMAT = 2
-"""Version of the recipe, of the files and of what is read as a picture's pixels.
-
-1 followed no EXIF orientation, clipped 16-bit greys and showed the colours under transparency.
-Stores of an older version are refused: their latents may be of other pixels.
-"""
-HEADER = 4096
-"""Bytes before the first latent, a page; it is filled in when the number of latents is known."""
 BATCH = 16
 """Pictures that a rank encodes between two writes."""
 WAIT = 1.0
 """Seconds between two looks at a store that another run is encoding."""
-
-
-@dataclass(frozen=True)
-class _Store:
-    """The folders and the recipe of a store."""
-
-    folder: Path
-    """The whole store."""
-    partial: Path
-    """The store until it is whole."""
-    recipe: dict
-    """What determines the latents, as plain values."""
-
-    @property
-    def lock(self) -> Path:
-        """A file next to the partial store, locked by the run that encodes it."""
-        return self.partial.with_suffix(".lock")
 
 
 def stored_latents(
@@ -102,11 +87,11 @@ def stored_latents(
             _encode_all(listing.pictures, store, adapter, seed, skip, world)
             world.on_main(lambda: _finish(store, adapter, listing))
         else:
-            world.on_main(lambda: _check(store))
+            world.on_main(lambda: check_store(store))
             logger.info("data: %s is encoded already: %s", source, store.folder)
-    world.on_main(lambda: _say_what_is_left_out(store, skip))
+    world.on_main(lambda: say_what_is_left_out(store, skip))
     mapped = []  # not a result of `together`, which would copy the latents to all ranks
-    world.together(lambda: mapped.append(_map(store.folder, adapter.latent_shape)))
+    world.together(lambda: mapped.append(map_store(store.folder, adapter.latent_shape)))
     return mapped[0]
 
 
@@ -116,11 +101,11 @@ def _look(source: str, root: str, adapter, limit: int, seed: int, column: str | 
     store = _identify(found, root, adapter, limit, seed, column)
     if store.folder.is_dir():
         return store, None
-    _refuse_older(store)
+    refuse_older(store)
     return store, found.listing()
 
 
-def _identify(found: ImageSource, root: str, adapter, limit: int, seed: int, column: str | None) -> _Store:
+def _identify(found: ImageSource, root: str, adapter, limit: int, seed: int, column: str | None) -> Store:
     """The store for the present state of a source."""
     lasting = {
         "format": FORMAT,
@@ -134,46 +119,7 @@ def _identify(found: ImageSource, root: str, adapter, limit: int, seed: int, col
     recipe = lasting | {"source_sha256": found.stamp}
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(found.name).name)[:40].strip("-") or "data"
     base = Path(os.path.abspath(os.path.expanduser(root)))
-    return _Store(base / f"{name}-{_fingerprint(recipe)}", base / f"{name}-{_fingerprint(lasting)}.partial", recipe)
-
-
-def _refuse_older(store: _Store) -> None:
-    """Raise UserError where an older version of the package has encoded this source."""
-    same = ("source", "limit", "resolution", "vae_sha256", "seed")
-    for path in sorted(store.folder.parent.glob(f"{store.folder.name.rpartition('-')[0]}-*/{RECIPE}")):
-        try:
-            recipe = dict(read_json(path, "data.store")["recipe"])
-            older = recipe["format"] < FORMAT and all(recipe[key] == store.recipe[key] for key in same)
-        except (ValueError, TypeError, LookupError):  # no store of ours, or a damaged one, which is not used
-            continue
-        if older:
-            raise UserError(
-                f"data.store: {path.parent} was written by an older version, which encoded other pixels (no EXIF "
-                "orientation, 16-bit greys clipped, colours under transparency shown); delete it, and its images are "
-                "encoded again"
-            )
-
-
-def _say_what_is_left_out(store: _Store, skip: bool) -> None:
-    """Say once which pictures of the source are not in the store.
-
-    Raises UserError where the store lacks some that could not be used, and `skip` does not allow
-    that.
-    """
-    try:
-        facts = read_json(store.folder / RECIPE, "data.store")
-        line = summary(facts["shape"][0], facts["passed_over"], facts["bad"], facts["more"])
-        count, first = facts["bad"]
-    except (LookupError, TypeError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(f"data.store: cannot read {store.folder}: {reason}; delete it") from error
-    if count and not skip:
-        raise UserError(
-            f"data.on_bad: {store.folder} was encoded without {count:,} that could not be used (the first: {first}); "
-            "repair the source, or set data.on_bad to skip"
-        )
-    if line:
-        say_once(f"data: {store.recipe['source']}: {line}")
+    return Store(base / f"{name}-{_fingerprint(recipe)}", base / f"{name}-{_fingerprint(lasting)}.partial", recipe)
 
 
 def _fingerprint(recipe: dict) -> str:
@@ -181,7 +127,7 @@ def _fingerprint(recipe: dict) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _claim(store: _Store, claim: contextlib.ExitStack, world: World) -> bool:
+def _claim(store: Store, claim: contextlib.ExitStack, world: World) -> bool:
     """Claim the store for this run to encode, until `claim` is closed; False if the store is whole.
 
     Waits while another run holds the claim, which ends with that run's process.
@@ -195,7 +141,7 @@ def _claim(store: _Store, claim: contextlib.ExitStack, world: World) -> bool:
     return claimed
 
 
-def _try_to_claim(store: _Store, claim: contextlib.ExitStack) -> bool | None:
+def _try_to_claim(store: Store, claim: contextlib.ExitStack) -> bool | None:
     """Like `_claim`, but None where another run holds the claim."""
     if store.folder.is_dir():
         return False
@@ -220,7 +166,7 @@ def _try_to_claim(store: _Store, claim: contextlib.ExitStack) -> bool | None:
     return None
 
 
-def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, skip: bool, world: World) -> None:
+def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip: bool, world: World) -> None:
     """Encode the pictures that the partial store lacks.
 
     In a round each rank encodes BATCH pictures, and rank 0 writes them all. Meanwhile a thread
@@ -285,7 +231,7 @@ def _read(picture: Picture, resolution: int, skip: bool) -> torch.Tensor | UserE
 
 
 @contextlib.contextmanager
-def _writing(store: _Store) -> Iterator[None]:
+def _writing(store: Store) -> Iterator[None]:
     """Turns an OSError inside it into a RunError."""
     try:
         yield
@@ -301,7 +247,7 @@ def _line(picture: Picture, error: UserError | None = None) -> bytes:
     return json.dumps(facts + refused).encode() + b"\n"
 
 
-def _resume(store: _Store, pictures: list[Picture], latent_bytes: int, skip: bool) -> int:
+def _resume(store: Store, pictures: list[Picture], latent_bytes: int, skip: bool) -> int:
     """The number of pictures, from the first one on, that an earlier run has done.
 
     What else that run left is cut off. A latent has `latent_bytes` bytes. Pictures that could not
@@ -323,7 +269,7 @@ def _resume(store: _Store, pictures: list[Picture], latent_bytes: int, skip: boo
     return done
 
 
-def _append(store: _Store, latents: torch.Tensor, lines: list[bytes]) -> None:
+def _append(store: Store, latents: torch.Tensor, lines: list[bytes]) -> None:
     """Write latents (n, C, H, W) and, once they are on the disk, the lines that count them."""
     with _writing(store):
         for name, content in ((DATA, latents.numpy()), (PICTURES, b"".join(lines))):
@@ -333,27 +279,13 @@ def _append(store: _Store, latents: torch.Tensor, lines: list[bytes]) -> None:
                 os.fsync(file.fileno())
 
 
-def _captions_and_refusals(folder: Path) -> tuple[list[str], list[str]]:
-    """The captions of a store's latents, and why the other pictures could not be used."""
-    with (folder / PICTURES).open(encoding="ascii") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [row[0] for row in rows if len(row) == 5], [row[5] for row in rows if len(row) > 5]
-
-
-def _header(shape: list[int]) -> bytes:
-    """The HEADER bytes of a safetensors file before its one tensor, `latents` of `shape` float32."""
-    entry = {"latents": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}
-    text = json.dumps(entry).encode().ljust(HEADER - 8)  # safetensors allows spaces at the end
-    return len(text).to_bytes(8, "little") + text
-
-
-def _finish(store: _Store, adapter, listing: Listing) -> None:
+def _finish(store: Store, adapter, listing: Listing) -> None:
     """Turn the partial store, all of whose pictures are done, into the whole store.
 
     Raises UserError where none of them could be used.
     """
     with _writing(store):
-        captions, refusals = _captions_and_refusals(store.partial)
+        captions, refusals = captions_and_refusals(store.partial)
         if not captions:
             raise UserError(f"data.source: none of {len(refusals):,} images can be used; the first: {refusals[0]}")
         count, first = listing.bad
@@ -368,54 +300,10 @@ def _finish(store: _Store, adapter, listing: Listing) -> None:
             "more": listing.more,
         }
         with (store.partial / DATA).open("r+b") as data:
-            data.write(_header(shape))
+            data.write(header(shape))
         (store.partial / RECIPE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         # A run that was killed while it finished may have left a manifest.
         (store.partial / MANIFEST).unlink(missing_ok=True)
         write_manifest(store.partial)
         finish_aside(store.partial, store.folder)
         store.lock.unlink(missing_ok=True)
-
-
-def _check(store: _Store) -> None:
-    """Raise UserError for a store that is damaged or of another recipe; reads all of it once."""
-    folder, stored = store.folder, {}
-    reason = why_not_whole(folder)
-    try:
-        stored = dict(json.loads((folder / RECIPE).read_text(encoding="utf-8"))["recipe"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = reason or f"{RECIPE} is not readable: {one_line(error)}"
-    if reason:
-        raise UserError(f"data.store: {folder} is damaged: {reason}; delete it, and its images are encoded again")
-    changed = [f"{k} {stored.get(k)!r}, not {value!r}" for k, value in store.recipe.items() if stored.get(k) != value]
-    if changed:
-        raise UserError(f"data.store: {folder} is of another recipe: {'; '.join(changed)}; delete or rename it")
-
-
-def fingerprint(latents: torch.Tensor) -> str:
-    """The SHA-256, in hexadecimal, of latents (N, C, H, W) float32 in host memory; reads them all.
-
-    A change of any bit, of the order or of the shape changes it. It is the hash of the file that a
-    store keeps them in.
-    """
-    digest = hashlib.sha256(_header(list(latents.shape)))
-    for latent in latents:
-        digest.update(latent.contiguous().numpy())
-    return digest.hexdigest()
-
-
-def _map(folder: Path, latent_shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str], str]:
-    """The latents of a whole store, read page by page as they are used, captions and fingerprint.
-
-    Raises UserError where files and `latent_shape` (C, H, W) do not fit together.
-    """
-    try:
-        with safe_open(folder / DATA, "pt") as file:
-            latents = file.get_tensor("latents")
-        captions, _ = _captions_and_refusals(folder)
-        if latents.dtype != torch.float32 or latents.shape != (len(captions), *latent_shape):
-            raise ValueError(f"it holds {tuple(latents.shape)} {latents.dtype} for {len(captions)} captions")
-        stored = str(read_json(folder / MANIFEST, "data.store")[DATA]["sha256"])
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise UserError(f"data.store: cannot read {folder}: {one_line(error)}; delete it") from error
-    return latents, captions, stored

@@ -84,7 +84,7 @@ def _open(source: str, column: str, limit: int | None) -> tuple[str, str, Rows]:
     if os.path.isfile(path) and suffix in READERS:
         unit, reader = READERS[suffix]
         return source, unit, reader(Path(path), [column], FIELD)
-    of_pictures = os.path.isdir(path) and find_kind(Path(path))[0] in ("images", ".tar")
+    of_pictures = os.path.isdir(path) and find_kind(Path(path)) in ("images", ".tar")
     if of_pictures or (suffix == ".tar" and (os.path.isfile(path) or BRACES.search(source))):
         return source, "picture", _captions(source, column, limit)
     if os.path.isfile(path):

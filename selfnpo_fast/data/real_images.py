@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from selfnpo_fast.config import TrainConfig
-from selfnpo_fast.data.latent_store import fingerprint, stored_latents
+from selfnpo_fast.data.latent_store import stored_latents
+from selfnpo_fast.data.store_files import fingerprint
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 
@@ -25,7 +26,7 @@ class RealData:
     captions: list[str]
     """N captions."""
     fingerprint: str
-    """The SHA-256 of the latents (`latent_store.fingerprint`), which tells other latents apart."""
+    """The SHA-256 of the latents (`store_files.fingerprint`), which tells other latents apart."""
 
 
 def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:

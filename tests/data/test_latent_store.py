@@ -22,9 +22,11 @@ from PIL import Image
 
 from selfnpo_fast.data import latent_store
 from selfnpo_fast.data.latent_store import stored_latents
+from selfnpo_fast.data.store_files import fingerprint
 from selfnpo_fast.runtime import console
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError
+from selfnpo_fast.runtime.folders import why_not_whole
 from selfnpo_fast.runtime.world import World
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
@@ -128,12 +130,12 @@ def test_what_a_store_holds(images, whole, tmp_path):
 
 def test_the_fingerprint_is_that_of_the_latents(images, whole, tmp_path):
     """It needs no store: the same bits have the same fingerprint wherever they lie."""
-    assert whole[2] == latent_store.fingerprint(whole[0].clone())
+    assert whole[2] == fingerprint(whole[0].clone())
     assert whole[2] == hashlib.sha256((get_file(images, tmp_path)).read_bytes()).hexdigest()
     changed = whole[0].clone()
     changed[7, 0, 0, 0] = changed[7, 0, 0, 0].nextafter(torch.tensor(9.0))
     others = [changed, whole[0].flip(0), whole[0][:-1], whole[0].reshape(COUNT, 8, 3, 8)]
-    assert len({whole[2], *map(latent_store.fingerprint, others)}) == 5
+    assert len({whole[2], *map(fingerprint, others)}) == 5
 
 
 def get_file(images: Path, root: Path) -> Path:
@@ -196,7 +198,7 @@ def test_another_recipe_is_another_store(change, tmp_path):
     get(images, root, **options)
     assert len(options["adapter"].ids) == {"limit": 10, "another image": 21}.get(change, 20)
     assert len(list(root.iterdir())) == 2
-    assert latent_store.why_not_whole(before) is None
+    assert why_not_whole(before) is None
 
 
 def test_a_store_under_the_name_of_another_is_refused_by_field(images, tmp_path):
@@ -291,7 +293,7 @@ def test_a_run_killed_before_the_folder_got_its_name(images, whole, tmp_path, mo
     second = Encoder()
     assert_equal(get(images, tmp_path, second), whole)
     assert second.ids == []
-    assert latent_store.why_not_whole(only_store(tmp_path)) is None
+    assert why_not_whole(only_store(tmp_path)) is None
 
 
 def test_a_full_disk_costs_a_line_and_nothing_that_is_whole(images, whole, tmp_path, monkeypatch):
@@ -410,7 +412,7 @@ def test_bad_pictures_are_skipped_and_counted(whole, tmp_path, logged, monkeypat
     good = [i for i in range(COUNT) if i not in BAD]
     assert torch.equal(latents, whole[0][good])
     assert captions == [whole[1][i] for i in good]
-    assert stored == latent_store.fingerprint(latents)
+    assert stored == fingerprint(latents)
     said = (
         f"data: {images}: 46 of 50 pictures used; passed over: what cannot be used (4; the first: {images}/049.png has "
         "no caption; put it into 049.txt)"

@@ -304,6 +304,18 @@ def test_what_is_passed_over_in_tars_is_counted(tmp_path):
     assert line(rest) == "1 of 1 pictures used; passed over: what lies beyond the limit, not counted"
 
 
+def test_tars_in_sub_folders_and_pictures_beside_tars(tmp_path):
+    for name in ("train/0", "train/more/1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(tmp_path / f"{name}.tar", {"a.png": encoded(0), "a.txt": name.encode()})
+    put_pair(tmp_path, "train/previews/x")
+    found = listed(tmp_path)
+    assert captions(found) == ["train/0", "train/more/1"]
+    assert line(found) == (
+        f"2 of 3 pictures used; passed over: files beside .tar files (1, such as {tmp_path}/train/previews/x.png)"
+    )
+
+
 def test_captions_of_json_members(tmp_path):
     content = b'{"caption": ["one", "two"], "long": "a long one"}'
     path = write_tar(tmp_path / "a.tar", {"a.png": encoded(0), "a.json": content})
