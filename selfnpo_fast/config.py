@@ -172,10 +172,11 @@ class PromptConfig:
     """The prompts that the pairs are conditioned on."""
 
     source: str = "shipped"
-    """`shipped` or `digits`, the prompts of the package; a .txt, .jsonl, .csv or .parquet file; or
-    the id of a Hugging Face dataset."""
+    """`shipped` or `digits`, the prompts of the package; a .txt, .jsonl, .csv or .parquet file; the
+    id of a Hugging Face dataset; or a folder or tars of captioned images, as in data.source."""
     column: str = "prompt"
-    """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets."""
+    """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets; captions
+    of images are found without it."""
     limit: int = 8192
     """Use at most this many prompts; their text embeddings are held in memory."""
     dropout: float = 0.0

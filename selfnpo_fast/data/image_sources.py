@@ -207,7 +207,7 @@ def _dataset_source(source: str, listing: Listing) -> ImageSource:
 
     def listed() -> Listing:
         """The first pictures of the split."""
-        list_dataset(name, split or "train", listing)
+        list_dataset(name, split or "train", int(stamp[:15], 16), listing)
         return _some(listing)
 
     return ImageSource(f"{name}:{split or 'train'}", stamp, functools.cache(listed))

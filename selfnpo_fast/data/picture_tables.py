@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from selfnpo_fast.data.listing import Listing, Picture, shown
 from selfnpo_fast.data.rows import checked, parquet_rows, refuse_missing
@@ -31,6 +32,8 @@ class Table:
     """The file, or the data set and its split, in messages."""
     column: str
     """The column of pictures."""
+    jump: ClassVar[int] = 64 * BATCH_PICTURES
+    """Rows ahead from which a new start is faster than reading on."""
 
     @abstractmethod
     def values(self, start: int) -> Iterator[object]:
@@ -92,7 +95,7 @@ class _Cursor:
     def read(self, table: Table, row: int) -> object:
         """The picture column's value in a row of a table."""
         with self.lock:
-            if table != self.table or row < self.next or row > self.next + BATCH_PICTURES * 64:
+            if table != self.table or row < self.next or row > self.next + table.jump:
                 self.table, self.next, self.values = None, row, table.values(row)
                 self.table = table
             try:
@@ -191,6 +194,7 @@ class HubTable(Table):
     """The id or the folder."""
     split: str
     """The split."""
+    jump: ClassVar[int] = 1 << 62
 
     def stream(self):
         """The split as datasets' IterableDataset, with pictures left encoded."""
@@ -216,8 +220,11 @@ def version(source: str) -> str:
     return f"{builder.hash} {sorted(files.items())}"
 
 
-def list_dataset(source: str, split: str, listing: Listing) -> None:
-    """Add the pictures of a split of a Hugging Face dataset to `listing`. Raises UserError."""
+def list_dataset(source: str, split: str, stamp: int, listing: Listing) -> None:
+    """Add the pictures of a split of a Hugging Face dataset to `listing`. Raises UserError.
+
+    `stamp` changes with the version of the dataset.
+    """
     import datasets
 
     name, caption = f"{source}:{split}", listing.column or "text"
@@ -239,7 +246,7 @@ def list_dataset(source: str, split: str, listing: Listing) -> None:
             except UserError as error:
                 listing.refuse(error)
             else:
-                listing.pictures.append(RowPicture(where, text, table, number - 1, 0, 0))
+                listing.pictures.append(RowPicture(where, text, table, number - 1, stamp, 0))
     except UserError:
         raise
     except Exception as error:  # what the Hub's client and its readers raise has no common base

@@ -85,7 +85,18 @@ def test_pictures_are_not_read_twice(tmp_path, monkeypatch):
     )
     for picture in found.pictures[:30:2]:
         picture.content()
-    assert len(opened) == 1
+    assert opened == [0]
+
+
+def test_a_stream_is_not_begun_again_for_rows_ahead(hub, monkeypatch):
+    """Ranks read every so many rows; a dataset on the Hub would be downloaded again for each."""
+    found, opened = listed(f"{hub}:train"), []
+    values = picture_tables.HubTable.values
+    monkeypatch.setattr(picture_tables.HubTable, "values", lambda self, row: opened.append(row) or values(self, row))
+    monkeypatch.setattr(picture_tables.ParquetTable, "jump", 0)
+    found.pictures[0].content()
+    found.pictures[3].content()
+    assert opened == [0]
 
 
 def test_folders_and_patterns_of_parquet_files(tmp_path):
@@ -196,10 +207,14 @@ def test_splits_of_a_dataset(hub):
 
 
 def test_the_stamp_of_a_dataset_follows_its_files(hub):
-    before = open_source(f"{hub}:train", 10).stamp
-    assert open_source(f"{hub}:train", 10).stamp == before
+    """So do the facts by which a run that goes on knows its pictures again."""
+    before, again = (open_source(f"{hub}:train", 10) for _ in range(2))
+    assert before.stamp == again.stamp
     os.utime(hub / "data" / "train-00000-of-00001.parquet", ns=(0, 0))
-    assert open_source(f"{hub}:train", 10).stamp != before
+    after = open_source(f"{hub}:train", 10)
+    assert after.stamp != before.stamp
+    facts = [source.listing().pictures[0].facts for source in (before, again, after)]
+    assert facts[0] == facts[1] != facts[2]
 
 
 def test_datasets_that_cannot_be_read(hub):
