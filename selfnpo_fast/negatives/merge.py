@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import check_same_schedule, combined
 from selfnpo_fast.models import denoiser_names, family_of
 from selfnpo_fast.negatives.fingerprint import base_record
-from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files, read_full_weights
+from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files
 from selfnpo_fast.negatives.sources import RECORD, locate
 from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
@@ -52,16 +53,22 @@ def merge(
         raise UserError(f"base: {base} is no diffusers folder with a config.json; give one, or a Hub id")
     model = empty_model(base_files.config, str(base))
     denoiser = family_of(model).denoiser_name
-    theta = read_full_weights(base_files, model, "base")
+    loaded_base = read_files(base_files, model, "base")
+    theta = loaded_base.content
+    assert isinstance(theta, WeightReader)
     # The positive: theta, or a fine-tune, or theta plus the updates of a LoRA.
-    tuned, tuned_name = theta, str(base)
+    tuned, tuned_name, schedules = theta, str(base), [loaded_base.schedule]
     if positive is not None:
-        content = read_files(locate(positive, [denoiser], "positive"), model, "positive").content
+        loaded_positive = read_files(locate(positive, [denoiser], "positive"), model, "positive")
+        check_same_schedule(loaded_positive.schedule, loaded_base.schedule, "positive")
+        content = loaded_positive.content
         if not isinstance(content, WeightReader):
             content = mixture(theta, theta, content, 0.0, 1.0, str(positive))
-        tuned, tuned_name = content, str(positive)
+        tuned, tuned_name, schedules = content, str(positive), [loaded_positive.schedule, *schedules]
     # The negative, and the mixture, of which nothing is computed before it is written.
     loaded = read_files(locate(negative, [denoiser], "negative"), model, "negative")
+    for schedule in schedules:
+        check_same_schedule(loaded.schedule, schedule)
     check_base(loaded, theta, alpha, beta, str(base))
     result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
 
@@ -73,7 +80,8 @@ def merge(
         (aside / denoiser).mkdir(parents=True)
         model.save_config(aside / denoiser)  # type: ignore[operator]
         write_weights(aside / denoiser, _checked(result, tuned, dtype), dtype)
-        record = json.dumps(base_record(tuned_name, None, tuned), indent=1)
+        known = combined(tuned_name, [*schedules, loaded.schedule])
+        record = json.dumps(base_record(tuned_name, None, tuned, known), indent=1)
         (aside / RECORD).write_text(record, encoding="utf-8")
         finish_aside(aside, folder)
     except OSError as error:
