@@ -208,7 +208,9 @@ def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Modul
         device = torch.device("cpu") if like.is_meta else like.device
         state[name] = value = weights.read(name).to(device, like.dtype, copy=True)
         if not value.isfinite().all():
-            raise UserError(f"{field}: {weights.source} is damaged: {name} is not finite")
+            raise UserError(
+                f"{field}: {weights.source} is damaged, or too large for {like.dtype}: {name} is not finite"
+            )
         differs = differs or like.is_meta or not torch.equal(value, like)
     if not differs:
         raise UserError(f"{field}: {weights.source} equals the positive model: guidance would have no effect")
