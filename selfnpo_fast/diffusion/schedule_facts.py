@@ -16,7 +16,7 @@ import torch
 from selfnpo_fast.diffusion.schedule import NoiseSchedule
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
-from selfnpo_fast.runtime.limits import check_count
+from selfnpo_fast.runtime.limits import MAX_COUNT, check_count
 
 SCHEDULE_MARKS = ("v_pred", "ztsnr")
 """Empty tensors by which ComfyUI's checkpoints say v-prediction and zero terminal SNR."""
@@ -84,8 +84,10 @@ class ScheduleFacts:
         try:
             prediction_type, timesteps = record["prediction_type"], record["num_train_timesteps"]
             levels, zero_snr = record["alphas_cumprod"], record["zero_terminal_snr"]
-            if not isinstance(prediction_type, str | None) or not isinstance(timesteps, int | None):
-                raise TypeError("a name or a number is something else")
+            if not isinstance(prediction_type, str | None):
+                raise TypeError("prediction_type is no text")
+            if timesteps is not None:
+                check_count("num_train_timesteps", timesteps)
             if not isinstance(zero_snr, bool | None):
                 raise TypeError("zero_terminal_snr is neither true nor false")
             if levels is None:
@@ -127,7 +129,10 @@ class ScheduleFacts:
             )
             kind = config.get("prediction_type")
             return cls(source, kind if isinstance(kind, str) else None)
-        check_count(f"{field}: {source}: num_train_timesteps", config.get("num_train_timesteps", 1000))
+        for key, value in config.items():  # any of them may be a count of something
+            if key == "num_train_timesteps" or (isinstance(value, int) and not isinstance(value, bool)):
+                least = 1 if key == "num_train_timesteps" else -MAX_COUNT
+                check_count(f"{field}: {source}: {one_line(key, 40)} of its scheduler", value, least)
         try:
             return cls.of_scheduler(named.from_config(config), source)
         except Exception as error:  # a constructor raises any type for a wrong config

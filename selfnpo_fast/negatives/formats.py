@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from selfnpo_fast.runtime.errors import shortened
+
 _ADAPTERS = {
     r"dora_scale|lora_magnitude_vector": "DoRA",
     r"\.hada_": "LoHa",
@@ -60,7 +62,7 @@ def quantisation_of(keys: Iterable[str], config: dict | None = None) -> str | No
     not."""
     said = (config or {}).get("quantization_config")
     if said:
-        return str(said.get("quant_method") if isinstance(said, dict) else said)
+        return shortened(said.get("quant_method") if isinstance(said, dict) else said).strip("'\"")
     found = _first(keys, _QUANTISED)
     return found and found[0]
 

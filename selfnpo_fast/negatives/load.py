@@ -179,6 +179,10 @@ def _load(
         check_class({**config_of(source), "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
         return LoadedModel(name, weights)
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"negative: a {type(source).__name__} is not possible; expected a folder, a file, a Hub id or a module"
+        )
     files = locate(source, [family_of(positive).denoiser_name], "negative", revision, variant)
     return read_files(files, positive, "negative")
 
@@ -256,7 +260,9 @@ def check_base(loaded: LoadedModel, theta: WeightReader | None, alpha: float, be
     if loaded.record is None or theta is None or (not loaded.is_lora and (alpha, beta) == (0, 1)):
         return
     try:
-        trained_from, same = str(loaded.record["path"]), matches(loaded.record["fingerprint"], theta)
+        if not isinstance(loaded.record["path"], str):
+            raise TypeError("its path is no text")
+        trained_from, same = one_line(loaded.record["path"]), matches(loaded.record["fingerprint"], theta)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"negative: {loaded.source}: its record of the base is damaged: {one_line(error)}") from error
     if same:

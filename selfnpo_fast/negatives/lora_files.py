@@ -8,6 +8,7 @@ not. Names and shapes are checked in the file's header, before a factor is read.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +87,7 @@ def _of_file(path: Path, field: str) -> _Content:
     file = open_tensors(path, field)
     config_file = path.with_name(PEFT_CONFIG)
     peft_config = None
-    if any(key.startswith(_PEFT) for key in file.shapes) and config_file.is_file():
+    if any(key.startswith(_PEFT) for key in file.shapes) and os.path.isfile(config_file):
         peft_config = read_object(config_file, str(path), field)
     config = text_object(file, "lora_adapter_metadata") or {}
     return _Content(file.shapes, file.dtypes, config, peft_config, file.read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from selfnpo_fast.negatives.sources import RECORD, locate
 from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
-from selfnpo_fast.runtime.errors import RunError, UserError, one_line
+from selfnpo_fast.runtime.errors import RunError, UserError, one_line, shortened
 from selfnpo_fast.runtime.folders import ASIDE, check_writable, finish_aside, remove
 
 
@@ -44,9 +45,9 @@ def merge(
     check_strengths(alpha, beta)
     if positive is None and alpha != 1:
         raise UserError(f"alpha: {alpha} has no effect without a positive model; give --positive, or leave alpha at 1")
-    folder = check_writable(str(output))
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"output: {folder} is not empty; name a new folder")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {shortened(dtype)} is not possible; expected one of {', '.join(DTYPES)}")
+    folder = _new_folder(output)
     # The base gives the architecture, theta its weights.
     base_files = locate(base, denoiser_names(), "base")
     if base_files.is_lora or base_files.config is None:
@@ -87,8 +88,20 @@ def merge(
     except OSError as error:
         raise RunError(f"{folder} could not be written: {one_line(error)}") from error
     finally:
-        if aside.exists():
-            remove(aside)
+        with suppress(OSError):  # a folder that is left is removed by the next merge
+            if aside.exists():
+                remove(aside)
+    return folder
+
+
+def _new_folder(output: str | Path) -> Path:
+    """The folder to write, which is empty or does not exist. Raises UserError."""
+    folder = check_writable(str(output))
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"output: {folder} is not empty; name a new folder")
+    except OSError as error:
+        raise UserError(f"output: {one_line(error)}; name another folder") from error
     return folder
 
 

@@ -146,7 +146,7 @@ def _folder(name: str, folder: Path, denoiser_names: Sequence[str], field: str) 
     files = {file for part in parts for file in _entries(folder, part, name, field)}
     if folder.name in denoiser_names:  # the files next to a pipeline's denoiser
         for file in (RECORD, SCHEDULER):
-            if (folder.parent / file).is_file():
+            if os.path.isfile(folder.parent / file):
                 files.add(f"../{file}")
     return _Listing(name, field, frozenset(files), lambda file: folder / file)
 

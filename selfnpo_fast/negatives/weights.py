@@ -16,7 +16,7 @@ from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.names import WHOLE_MODEL, unwrapped, weight_names
 from selfnpo_fast.negatives.sources import ModelFiles
 from selfnpo_fast.negatives.tensor_files import open_tensors, quantised_as
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.errors import UserError, shortened
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check_class(config: dict, model: nn.Module, source: str, field: str) -> None
     """
     cls, inert = type(model), family_of(model).inert_options
     if config.get("_class_name") != cls.__name__:
-        shown = one_line(config.get("_class_name"), 60)
+        shown = shortened(config.get("_class_name"), 60).strip("'\"")
         raise UserError(f"{field}: {source} does not fit the model: it is a {shown}, the model a {cls.__name__}")
     model_config = config_of(model)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -165,7 +165,7 @@ def check_class(config: dict, model: nn.Module, source: str, field: str) -> None
             continue
         value, expected = (values.get(name, parameter.default) for values in (config, model_config))
         if not _same(value, expected):
-            shown = one_line(value, 60)
+            shown = shortened(value, 60).strip("'\"")
             raise UserError(
                 f"{field}: {source} does not fit the model: its {name} is {shown}, the model's {expected}; "
                 "train it from this model"
