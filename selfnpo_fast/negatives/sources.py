@@ -169,7 +169,7 @@ def _entries(folder: Path, part: str, name: str, field: str) -> list[str]:
                         "folder or file of the model itself"
                     )
                 wanted = entry.name.lower().endswith((".safetensors", ".json", ".gguf", *PICKLED))
-                if wanted and entry.is_file():
+                if wanted and os.path.isfile(entry.path):  # false for a link that leads nowhere
                     found.append(f"{part}/{entry.name}".lstrip("/"))
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: cannot load {name}: {one_line(error)}") from error

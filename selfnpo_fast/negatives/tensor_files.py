@@ -14,6 +14,9 @@ from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.limits import MAX_HEADER_BYTES, MAX_NAME_CHARACTERS, MAX_TENSORS
 
+_UNREADABLE = (OSError, SafetensorError, RuntimeError, MemoryError)
+"""What safetensors raises; torch raises RuntimeError where a file cannot be mapped into memory."""
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -42,7 +45,7 @@ class TensorFile:
                     tensors[name] = _with_arithmetic(file.get_tensor(name))
                     if tuple(tensors[name].shape) != self.shapes[name]:
                         raise SafetensorError(f"{name} has changed its shape")
-        except (OSError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self.field}: cannot load {self.path}: {one_line(error)}") from error
         return tensors
 
@@ -81,7 +84,7 @@ def open_tensors(path: str | Path, field: str) -> TensorFile:
     try:
         with safe_open(path, "pt"):  # checks that the tensors are all there, without gaps
             pass
-    except (OSError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
     return TensorFile(path, field, shapes, dtypes, metadata)
 
