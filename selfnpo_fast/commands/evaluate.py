@@ -145,10 +145,12 @@ def _load_arms(options: EvaluateOptions, adapter: Adapter, device: torch.device)
 
 
 def _negative_sampler(path: str, adapter: Adapter, denoiser: nn.Module) -> GuidedSampler:
+    from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
     from selfnpo_fast.guidance.sampler import GuidedSampler
     from selfnpo_fast.negatives.load import load_negative
 
-    return GuidedSampler(adapter, denoiser, load_negative(denoiser, path))
+    schedule = ScheduleFacts.of(adapter.schedule, adapter.path)
+    return GuidedSampler(adapter, denoiser, load_negative(denoiser, path, schedule=schedule))
 
 
 class _Drawing:

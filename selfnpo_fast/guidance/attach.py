@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.guidance.lora_layers import LowRankBackbone, install
 from selfnpo_fast.guidance.pipelines import calling_pipeline, guided_family
 from selfnpo_fast.guidance.two_networks import Follower, TwoNetworks, rows_of
@@ -128,7 +129,8 @@ def attach_negative(
     denoiser = getattr(called, "_orig_mod", called)
     _check_denoiser(denoiser, family)
     # Load the negative, and give the denoiser its updates or a second network.
-    loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
+    schedule = ScheduleFacts.of_scheduler(getattr(pipe, "scheduler", None), "the pipeline")
+    loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, schedule=schedule)
     branch: LowRankBackbone | TwoNetworks
     if loaded.network is not None:
         branch = TwoNetworks(denoiser, loaded.network, family)

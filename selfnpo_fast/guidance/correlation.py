@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.diffusion.solvers import solver_steps
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.base import Conditioning, Predict
@@ -182,11 +183,13 @@ def correlation(
     - prompts: (B, ...), conditioning rows.
     - negative_prompts: (1, ...) or (B, ...), the negative branch's conditioning rows.
 
-    Raises UserError where guidance_scale is below 1 or not finite, and where a prediction is
-    constant or not finite.
+    Raises UserError where guidance_scale is below 1 or not finite, where a prediction is constant
+    or not finite, and for a negative of another schedule.
     """
     if not 1 <= guidance_scale < math.inf:
         raise UserError(f"guidance_scale: {guidance_scale} is not possible; expected a number of at least 1")
+    if isinstance(negative, Negative):
+        check_same_schedule(negative.schedule, ScheduleFacts.of(adapter.schedule, "the model"))
     count, device = len(next(iter(prompts.values()))), next(positive.parameters()).device
     ids = torch.arange(seed, seed + count, device=device)
     noise = normal(NoiseKey(0, ids, draw_id(Draw.SAMPLE)), adapter.latent_shape)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
 from selfnpo_fast.guidance.attach import has_negative
 from selfnpo_fast.guidance.branches import Branches
@@ -167,7 +168,7 @@ class GuidedSampler:
         - max_shapes: how many shapes are kept.
         - solver: the default of calls.
 
-        Raises UserError for values that are not possible.
+        Raises UserError for values that are not possible, and for a negative of another schedule.
         """
         if compile not in ("off", "default", "max"):
             raise UserError(f"compile: {compile!r} is not possible; expected off, default or max")
@@ -175,6 +176,8 @@ class GuidedSampler:
             raise UserError(f"branches: {branches!r} is not possible; expected one of {', '.join(BRANCHES)}")
         if max_shapes < 1:
             raise UserError(f"max_shapes: {max_shapes} is not possible; expected at least 1")
+        if negative is not None:
+            check_same_schedule(negative.schedule, ScheduleFacts.of(adapter.schedule, "the model"))
         self.adapter, self.solver = adapter, solver
         self.device = next(denoiser.parameters()).device
         self.dtype = next(denoiser.parameters()).dtype
@@ -212,7 +215,8 @@ class GuidedSampler:
         solver = solver_of_scheduler.get(type(pipe.scheduler).__name__, "dpm++")
         loaded = None
         if negative is not None:
-            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
+            schedule = ScheduleFacts.of(adapter.schedule, "the pipeline")
+            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, schedule=schedule)
         return cls(adapter, denoiser, loaded, **({"solver": solver} | options))
 
     def __call__(

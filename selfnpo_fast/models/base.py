@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,25 +112,14 @@ class Family:
         """What a second network has to borrow from the denoiser that it runs next to."""
         return SharedParts()
 
-    def from_original_names(self, keys: list[str], config: dict) -> dict[str, str] | None:
-        """The file's key of each of the denoiser's tensors in a checkpoint of the original authors'
-        naming.
+    def original_paths(self, paths: Iterable[str]) -> dict[str, str]:
+        """The path that the original authors' code gives to each of the denoiser's modules, by the
+        path here; `paths` are those of all modules.
 
-        None where the keys are not of such a checkpoint. Raises ValueError where they do not fit
-        the config.
+        Checkpoints and LoRA files of other programs use these names. Modules without one are left
+        out.
         """
-        return None
-
-    def from_foreign_lora(
-        self, tensors: dict[str, torch.Tensor], denoiser: nn.Module
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-        """A LoRA in a naming of other programs as `<layer>.lora_A.weight` and `.lora_B.weight`, and
-        alpha by layer.
-
-        None where the keys are of no such naming. Raises ValueError where they do not fit the
-        denoiser.
-        """
-        return None
+        return {}
 
 
 class Adapter:

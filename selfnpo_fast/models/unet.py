@@ -3,18 +3,16 @@ latents of a grid."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 from torch import nn
 
 from selfnpo_fast.models.base import Adapter, Family, SharedParts
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.models.unet_names import original_paths
+from selfnpo_fast.runtime.errors import UserError
 
 MAX_RESOLUTION = 2**14  # pixels
 
-_ORIGINAL = "model.diffusion_model."
-"""What the names of a denoiser begin with in checkpoints of the original Stable Diffusion code."""
-_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-"""What all keys begin with in LoRA files of kohya's scripts."""
 _KINDS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint", "Adapter")
 
 
@@ -27,7 +25,10 @@ class UNetFamily(Family):
     input_name = "sample"
     not_rows = frozenset({"ip_adapter_masks"})  # it counts image prompts, perhaps as many as there are rows
     inert_options = frozenset({"sample_size", "upcast_attention"})
-    text_lora_prefixes = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
+    text_lora_prefixes = (
+        *("text_encoder.", "text_encoder_2.", "text_encoders.", "clip_l.", "clip_g."),
+        *("lora_te_", "lora_te1_", "lora_te2_", "bundle_emb."),  # the last is OneTrainer's, for embeddings of tokens
+    )
 
     def why_unguided(self, config: dict) -> str | None:
         """Latent consistency models take the guidance scale as an input."""
@@ -45,48 +46,9 @@ class UNetFamily(Family):
         """Image prompts: the IP-Adapter's projections and attention processors."""
         return ImagePrompts(denoiser, network)
 
-    def from_original_names(self, keys: list[str], config: dict) -> dict[str, str] | None:
-        """Checkpoints of the original Stable Diffusion code, by diffusers' converter."""
-        if not any(key.startswith(_ORIGINAL) for key in keys):
-            return None
-        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-        try:
-            # The converter renames and looks at no value, so that names can stand for the tensors.
-            renamed = convert_ldm_unet_checkpoint({key: key for key in keys}, dict(config))
-        except Exception as error:  # what a name too few or too many ends in depends on the place
-            raise ValueError(f"is an original checkpoint that does not fit the model: {one_line(error)}") from error
-        stray = sorted({key for key in keys if key.startswith(_ORIGINAL)} - set(renamed.values()))
-        if stray:
-            raise ValueError(f"does not fit the model: it has no place for {stray[0]}")
-        return {name: key for name, key in renamed.items() if key is not None}
-
-    def from_foreign_lora(
-        self, tensors: dict[str, torch.Tensor], denoiser: nn.Module
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-        """kohya's keys by diffusers' converters; blocks of SDXL may have their original names."""
-        if not all(key.startswith(_KOHYA) for key in tensors):
-            return None
-        from diffusers.loaders.lora_conversion_utils import (
-            _convert_non_diffusers_lora_to_diffusers,
-            _maybe_map_sgm_blocks_to_diffusers,
-        )
-        from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
-        before = sum(key.endswith(".lora_down.weight") for key in tensors)
-        try:
-            renamed = _maybe_map_sgm_blocks_to_diffusers(dict(tensors), getattr(denoiser, "config", None))
-            renamed, alphas = _convert_non_diffusers_lora_to_diffusers(renamed)
-        except Exception as error:  # an odd name fails wherever the converters first trip over it
-            raise ValueError(f"does not fit the model: {type(error).__name__}: {one_line(error, 200)}") from error
-        layers = {key.removeprefix("unet."): value for key, value in convert_unet_state_dict_to_peft(renamed).items()}
-        if sum(".lora_A." in key for key in layers) != before:
-            raise ValueError("mixes two namings of blocks (input_blocks and down_blocks), of which one would be lost")
-        by_key = convert_unet_state_dict_to_peft(alphas or {})
-        return layers, {
-            key.removeprefix("unet.").removesuffix(".alpha").split(".lora_A.")[0]: value
-            for key, value in by_key.items()
-        }
+    def original_paths(self, paths: Iterable[str]) -> dict[str, str]:
+        """The names of the original Stable Diffusion code."""
+        return original_paths(paths)
 
 
 class ImagePrompts(SharedParts):

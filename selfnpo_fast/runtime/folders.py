@@ -33,6 +33,12 @@ def check_writable(path: str) -> Path:
     if path.startswith("~") and str(folder).startswith("~"):
         raise UserError(f"output: {path} names nobody's home; name another folder, or ./{path}")
     try:
+        os.fspath(folder).encode(errors="surrogateescape")
+        if "\0" in os.fspath(folder):
+            raise ValueError("a name holds no NUL")
+    except ValueError as error:  # a surrogate that is no byte of a name, too
+        raise UserError(f"output: {one_line(error)}; name another folder") from error
+    try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not nearest.is_dir():
             raise UserError(f"output: {nearest} is a file; name a folder")

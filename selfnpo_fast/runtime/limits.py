@@ -24,6 +24,12 @@ MAX_NAME_CHARACTERS = 512
 """Characters of a tensor's or layer's name: regular expressions of files run on no longer ones."""
 MAX_JSON_BYTES = 64 << 20
 """Bytes of a JSON file."""
+MAX_HEADER_BYTES = 16 << 20
+"""Bytes of the header of a safetensors file: 50,000 tensors with long names need some 10 MiB."""
+MAX_FOLDER_ENTRIES = 100_000
+"""Entries of a folder in which a model is looked for."""
+MAX_RANK = 4_096
+"""Rank of a LoRA that is read."""
 MAX_TENSORS = 50_000
 """Tensors of one weights file; the largest models here have some 3,000."""
 MAX_TOKENS = 8_192

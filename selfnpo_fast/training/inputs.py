@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.fingerprint import base_record
@@ -50,5 +51,6 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
-    base = base_record(model.path, model.revision, module_weights(student, model.path))
+    schedule = ScheduleFacts.of(adapter.schedule, model.path)
+    base = base_record(model.path, model.revision, module_weights(student, model.path), schedule)
     return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base)
