@@ -279,6 +279,7 @@ class Adapter:
         """
         pipe = self._text_pipeline(device)
         with loading(self.path, "tokenizer"):
+            text.check_tokenizers(pipe, self.family.part_classes)
             text.say_what_is_cut(pipe, self.family.part_classes, prompts)
         with loading(self.path, "text encoder"):
             parts = [

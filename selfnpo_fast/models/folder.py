@@ -158,9 +158,9 @@ class ModelFolder:
             if any(variant in self._entries(other, stem) for other in parts for stem in stems):
                 say_once(f"{self.path}: its {_words(part)} has no {variant} variant; its plain weights are taken")
                 return None
-        what = f"the {variant} variant of its weights" if variant else "safetensors weights"
+        what = f"is no {variant} variant" if variant else "are no safetensors weights"
         raise UserError(
-            f"{self.field}: cannot load {_words(part)} from {self.path}: there are no {what} (there is: {shown}); "
+            f"{self.field}: cannot load {_words(part)} from {self.path}: there {what} (there is: {shown}); "
             f"{'name a variant in model.variant' if entries else 'pickled weights are not read'}"
         )
 

@@ -120,9 +120,7 @@ def token_limit(stated: Any, positions: int, where: str) -> int:
     Raises ValueError for other values.
     """
     if stated is None or (isinstance(stated, int | float) and stated >= UNKNOWN_LENGTH):
-        say_once(
-            f"{where}: the tokenizer names no model_max_length; prompts are cut at the encoder's {positions} tokens"
-        )
+        say_once(f"{where}: the tokenizer names no model_max_length; the encoder's {positions} tokens are its limit")
         stated = positions
     most = min(positions, MAX_TOKENS)
     if isinstance(stated, bool) or not isinstance(stated, int) or not 1 <= stated <= most:
@@ -130,6 +128,19 @@ def token_limit(stated: Any, positions: int, where: str) -> int:
             f"the tokenizer's model_max_length is {shortened(stated)}; expected 1 to {most}, the encoder's positions"
         )
     return stated
+
+
+def check_tokenizers(pipe: Any, names: Iterable[str]) -> None:
+    """ValueError where a tokenizer among the attributes `names` of `pipe` would fill up prompts to
+    more tokens than any encoder takes; transformers runs out of memory then, and ends the
+    process."""
+    for name in names:
+        limit = getattr(pipe, name).model_max_length if name.startswith(TOKENIZER) else 1
+        if not 1 <= limit <= MAX_TOKENS:
+            raise ValueError(
+                f"its model_max_length is {shortened(limit)}; set {name}.model_max_length to the text encoder's "
+                "max_position_embeddings"
+            )
 
 
 def say_what_is_cut(pipe: Any, names: Iterable[str], prompts: Sequence[str]) -> None:
