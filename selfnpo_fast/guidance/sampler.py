@@ -255,7 +255,7 @@ class GuidedSampler:
             raise UserError(f"output: {output!r} is not possible; expected one of {', '.join(OUTPUTS)}")
         config = SamplerConfig(**({"solver": self.solver} | settings), batch_size=batch_size)
         seeds = _seeds(seeds, len(prompts))
-        size = (height or self.adapter.resolution, width or self.adapter.resolution)
+        size = (height or self.adapter.size[0], width or self.adapter.size[1])
         shape = self.adapter.latent_shape_of(*size)
         if next(self._branches.positive.parameters()).device != self.device:
             raise UserError(f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a new sampler")

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from selfnpo_fast.models.base import Adapter, Family, SharedParts
+from selfnpo_fast.models.base import Adapter
+from selfnpo_fast.models.family import Family, SharedParts
 from selfnpo_fast.models.unet_names import original_paths
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.errors import UserError, shortened
 
 MAX_RESOLUTION = 2**14  # pixels
 
@@ -29,6 +30,30 @@ class UNetFamily(Family):
         *("text_encoder.", "text_encoder_2.", "text_encoders.", "clip_l.", "clip_g."),
         *("lora_te_", "lora_te1_", "lora_te2_", "bundle_emb."),  # the last is OneTrainer's, for embeddings of tokens
     )
+    added_embedding: str | None = None
+    """What the network adds to the embedding of the timestep (addition_embed_type)."""
+
+    def why_unserved(self, config: dict) -> str | None:
+        """Networks whose forward wants more than a latent and a text, or gives more than a
+        prediction."""
+        into, out = config.get("in_channels"), config.get("out_channels")
+        if into != out and isinstance(into, int) and isinstance(out, int):
+            kinds = {9: ", as for inpainting", 8: ", as for instructions about a picture", 5: ", as with a depth map"}
+            kind = kinds.get(into, "") if out == 4 else ""
+            return (
+                f"takes {into} channels and gives {out}{kind}: it wants or gives more than a latent, which is not "
+                "served; give the text-to-image model"
+            )
+        classes = config.get("class_embed_type") or config.get("num_class_embeds")
+        if classes is not None:
+            return f"wants class labels ({shortened(classes, 40)}), which no prompt gives; give a text-to-image model"
+        added = config.get("addition_embed_type")
+        if added != self.added_embedding:
+            return (
+                f"has {shortened(added, 40)} as addition_embed_type, and a {self.pipeline_class} gives "
+                f"{self.added_embedding!r}; give a model of that pipeline"
+            )
+        return None
 
     def why_unguided(self, config: dict) -> str | None:
         """Latent consistency models take the guidance scale as an input."""
@@ -38,7 +63,7 @@ class UNetFamily(Family):
 
     def why_unsampled(self, config: dict) -> str | None:
         """The sampler has no way to give image prompts."""
-        if config.get("encoder_hid_dim_type") is not None:
+        if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
             return "wants image prompts (IP-Adapter), which need attach_negative"
         return None
 
@@ -89,8 +114,8 @@ class UNetAdapter(Adapter):
     """Latents (C, H, W) on a grid of cells of `vae_scale` pixels."""
 
     def checked_config(self, config: dict) -> dict:
-        """With a sample size and a number of channels that are whole numbers."""
-        return config | {"sample_size": int(config["sample_size"]), "in_channels": int(config["in_channels"])}
+        """With a number of channels that is a whole number."""
+        return config | {"in_channels": int(config["in_channels"])}
 
     @property
     def vae_scale(self) -> int:
@@ -98,9 +123,19 @@ class UNetAdapter(Adapter):
         raise NotImplementedError
 
     @property
-    def default_resolution(self) -> int:
-        """The latent's side in the denoiser's config, in pixels."""
-        return self.denoiser_config["sample_size"] * self.vae_scale
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the latent in the denoiser's config, in pixels.
+
+        Raises UserError where the config names none.
+        """
+        size = self.denoiser_config.get("sample_size")
+        sides = list(size) if isinstance(size, list | tuple) else [size, size]
+        if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            raise UserError(
+                f"model.resolution: {self.path} names no size of its pictures (sample_size is {shortened(size, 40)}); "
+                "give a resolution"
+            )
+        return sides[0] * self.vae_scale, sides[1] * self.vae_scale
 
     def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int]:
         """(C, H, W) of the latent of a picture in pixels; errors name `field`, or else the side."""

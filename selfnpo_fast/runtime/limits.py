@@ -32,6 +32,12 @@ MAX_RANK = 4_096
 """Rank of a LoRA that is read."""
 MAX_TENSORS = 50_000
 """Tensors of one weights file; the largest models here have some 3,000."""
+MAX_HEADER_BYTES = 32 << 20
+"""Bytes of the header of a safetensors file, which names its tensors."""
+MAX_WIDTH = 1_000_000
+"""Any whole number in a network's config: channels, features, entries of a vocabulary."""
+MAX_LAYERS = 2_000
+"""Layers that a network's config may ask for, and entries of one of its lists."""
 MAX_TOKENS = 8_192
 """Tokens of one prompt that a tokenizer may ask for."""
 MAX_COUNT = 1_000_000
