@@ -38,6 +38,7 @@ from selfnpo_fast.data.image_sources import Picture, open_source
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, why_not_whole, write_manifest
+from selfnpo_fast.runtime.stopping import check_stop
 from selfnpo_fast.runtime.world import World
 
 DATA, PICTURES, RECIPE = "latents.safetensors", "pictures.jsonl", "store.json"
@@ -125,6 +126,7 @@ def _claim(store: _Store, claim: contextlib.ExitStack, world: World) -> bool:
         if not waiting:
             logger.info("data: waiting for another run, which is encoding into %s", store.partial)
         waiting = True
+        check_stop("while it waited for another run")
         time.sleep(WAIT)
     return claimed
 
@@ -193,6 +195,7 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
     ):
         ahead = reader.submit(read, done)
         for start in range(done, len(pictures), BATCH * world.size):
+            check_stop(f"after encoding {start:,} of {len(pictures):,} images, which are kept; the same command goes on")
             end = min(start + BATCH * world.size, len(pictures))
             reading, ahead = ahead, reader.submit(read, end)
             latents = torch.cat(world.together(functools.partial(encode, reading)))

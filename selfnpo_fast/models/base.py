@@ -24,6 +24,7 @@ from torch import nn
 from selfnpo_fast.diffusion.schedule import NoiseSchedule
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.stopping import Stopped, check_stop
 
 Conditioning = dict[str, torch.Tensor]
 """Named tensors with one row per prompt, as the denoiser's keyword arguments."""
@@ -326,9 +327,10 @@ class Adapter:
         text encoders."""
         pipe = self._text_pipeline(device)
         with loading(self.path, "text encoder"):
-            parts = [
-                self.encode_batch(pipe, prompts[i : i + batch_size], device) for i in range(0, len(prompts), batch_size)
-            ]
+            parts = []
+            for start in range(0, len(prompts), batch_size):
+                check_stop("while prompts were encoded; nothing is written, the same command starts again")
+                parts.append(self.encode_batch(pipe, prompts[start : start + batch_size], device))
             rows = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
             if not all(row.isfinite().all() for row in rows.values()):
                 raise ValueError("the weights are damaged: a prompt's embedding is not finite")
@@ -386,7 +388,7 @@ def loading(path: str, part: str, field: str = "model.path") -> Iterator[None]:
     """Turn what a loader throws over a broken file into one line."""
     try:
         yield
-    except UserError:
+    except (UserError, Stopped):
         raise
     except Exception as error:  # a truncated file surfaces as any of a dozen types; the cause is chained
         raise UserError(f"{field}: cannot load {part} from {path}: {one_line(error)}") from error

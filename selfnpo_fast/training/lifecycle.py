@@ -1,11 +1,10 @@
-"""What can end a run from outside: a request to stop, and the loss of another rank."""
+"""The loss of another rank, which ends a run from outside (`runtime.stopping`: requests to stop)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import selectors
-import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -14,44 +13,12 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, one_line
 from selfnpo_fast.runtime.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 45.0
 """Seconds: longer than it takes to notice that a host is lost, and less than a minute."""
 GRACE = 10.0
 """Seconds in which a rank may find by itself the error that another rank has left with."""
 GONE = "its process or its host is gone"
 """The reason where a connection closed without a word."""
-
-
-class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a request, which the trainer honours after its update.
-
-    The second one acts as it would without this class.
-    """
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        """The name of the signal that has come, or None."""
-        self._handlers: dict[int, object] = {}
-        """The handlers that this class has replaced, by signal."""
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        """Put the replaced handlers back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
-
-    def _on_signal(self, number: int, _frame) -> None:
-        self.signal = signal.Signals(number).name
-        self._restore()
 
 
 class PeerWatch:

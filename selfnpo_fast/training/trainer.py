@@ -17,6 +17,7 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError
 from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.stopping import Stopped, StopRequest, check_stop
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, newest_whole, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
@@ -29,7 +30,6 @@ from selfnpo_fast.training.engine_state import (
     moment_names,
 )
 from selfnpo_fast.training.inputs import Inputs
-from selfnpo_fast.training.lifecycle import StopRequest
 from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
@@ -158,11 +158,12 @@ class Trainer:
         """
         log = self.config.log
         while self.update < self.config.updates:
-            # Stop, where any rank was asked to.
-            if self.world.any(stop.signal is not None):
+            # One update, unless any rank was asked to stop before it, or while it fills its slots.
+            try:
+                check_stop("between two updates")
+                self.train_update(recorder)
+            except Stopped:
                 return self._stop_early(recorder, stop)
-            # One update.
-            self.train_update(recorder)
             last = self.update == self.config.updates
             # Metrics.
             if self.update % log.every == 0 or last:
