@@ -132,15 +132,15 @@ class ContinuousRollout:
     def fill(self, turns: int | None = None, before_group: Callable[[], None] | None = None) -> None:
         """Fill those groups that are still empty: all of them, or those of the next `turns` calls.
 
-        `before_group` is called before each of them. It may raise: nothing is lost then, and
-        `state_dict` is as good as before.
+        `before_group` is called before each of them. Where it raises, all of them are as good as
+        empty, and a later call fills them.
         """
         last = self.groups if turns is None else min(self.cursor + turns, self.groups)
         for group in range(self.filled, last):
             if before_group is not None:
                 before_group()
             self._stagger(group)
-            self.filled = group + 1
+        self.filled = max(self.filled, last)
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
