@@ -164,14 +164,17 @@ def main(argv: list[str] | None = None) -> int:
     2    after one line about bad input
     """
     quiet_libraries()
-    rank = int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    rank = int(rank) if rank.isascii() and rank.isdigit() else 0
     setup_logging(rank)
     try:
         run(sys.argv[1:] if argv is None else argv)
     except (UserError, RunError) as error:
-        # All ranks raise such an error together, and one of them prints it.
+        # All ranks raise most errors together, and one of them prints it.
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        elif error.of_one_rank:
+            print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0
 

@@ -195,9 +195,7 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
     ):
         ahead = reader.submit(read, done)
         for start in range(done, len(pictures), BATCH * world.size):
-            check_stop(
-                f"after encoding {start:,} of {len(pictures):,} images, which are kept; the same command goes on"
-            )
+            check_stop(f"after {start:,} of {len(pictures):,} images, whose latents are kept; the same command goes on")
             end = min(start + BATCH * world.size, len(pictures))
             reading, ahead = ahead, reader.submit(read, end)
             latents = torch.cat(world.together(functools.partial(encode, reading)))

@@ -18,6 +18,8 @@ MAX_TENSORS = 50_000
 """Tensors of one weights file; the largest models here have some 3,000."""
 MAX_TOKENS = 8_192
 """Tokens of one prompt that a tokenizer may ask for."""
+MAX_RANKS = 100_000
+"""Ranks of a run."""
 MAX_COUNT = 1_000_000
 """Intervals, pictures per prompt, steps and other small counts of a config or command line."""
 

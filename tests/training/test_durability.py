@@ -109,7 +109,7 @@ def test_a_stop_while_images_are_encoded_keeps_what_is_encoded(model, tmp_path, 
     with monkeypatch.context() as patch:
         signal_at_call(patch, StableDiffusionAdapter, "encode", 2)
         assert run(model, tmp_path / "run", *words) == 0
-    assert "SIGTERM: stopped after encoding 4 of 5 images, which are kept" in capfd.readouterr().err
+    assert "SIGTERM: stopped after 4 of 5 images, whose latents are kept" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
     assert run(model, tmp_path / "run", *words) == 0
     assert "going on after 4" in capfd.readouterr().err
