@@ -34,7 +34,7 @@ from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lo
 from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
 from selfnpo_fast.training.recorder import Recorder
-from selfnpo_fast.training.samples import sample_grid
+from selfnpo_fast.training.samples import SampleGrids
 
 
 def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
@@ -91,6 +91,8 @@ class Trainer:
         self.reference = self._make_reference(reference, average)
         self.method = find_method(config.method)(config, self.adapter, self.table, world)
         self.producer = self.method.make_producer(self.reference, inputs.latents)
+        self.grids = SampleGrids(self.adapter, self._base, self.engine, self.table, self.prompts, config.log, world)
+        self._loaded_base: nn.Module | None = None
 
     def _make_reference(self, network: nn.Module | Variant, average: dict[str, nn.Parameter] | None) -> Reference:
         """The frozen or moving reference of the config over what `_split` has returned."""
@@ -236,18 +238,26 @@ class Trainer:
 
     def draw_samples(self, recorder: Recorder) -> None:
         """Record a grid of pictures, base above base + negative; all ranks take part."""
-        grid = sample_grid(self.adapter, self._base(), self.engine, self.table, self.prompts, self.config.log)
-        recorder.picture(self.update, "samples", grid)
+        grid = self.grids.draw()
+        if self._loaded_base is not None:
+            self._loaded_base.to("cpu")  # until the next grid
+        if grid is not None:
+            recorder.picture(self.update, "samples", grid)
         recorder.restart_clock()
 
     def _base(self) -> nn.Module | Variant:
-        """The base model: with LoRA the network without low-rank weights.
+        """The base model: the network without low-rank weights, or the frozen reference.
 
-        With full weights it is loaded again, since every network of the run has moved.
+        Where every network of the run has moved, it is loaded for the first grid, and kept in host
+        memory after that.
         """
         if self.config.lora.rank:
             return Variant(self.engine.module, LoraWeights.OFF)
-        return self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
+        if self.config.reference.kind == "frozen":
+            return self.reference.module
+        if self._loaded_base is None:
+            self._loaded_base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision])
+        return self._loaded_base.to(self.world.device)
 
     def _parts(self, recorder: Recorder) -> Parts:
         """All of the run that a checkpoint holds."""
