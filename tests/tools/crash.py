@@ -333,10 +333,10 @@ def interrupt(run: Run) -> str:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launched.process.pid, signal.SIGINT)
         codes = launched.finish()
-    # Before the ranks have met, there is nothing to save, and they may end at once.
+    # Before the ranks have met, there is nothing to save, and they may end at once. A rank that has
+    # saved may meet the launcher's SIGTERM while it leaves.
     if met:
-        assert set(codes.values()) == {0} and len(codes) == run.ranks, f"{codes}\n{tail(run.logs)}"
-        assert launched.ended_well(), tail(run.logs)
+        assert launched.ended_well(), f"{codes}\n{tail(run.logs)}"
     return "Ctrl-C" if met else "Ctrl-C before the ranks have met"
 
 
