@@ -18,6 +18,7 @@ from selfnpo_fast.runtime.console import logger, quiet_libraries, setup_logging 
 from selfnpo_fast.runtime.errors import RunError, UserError  # noqa: E402
 from selfnpo_fast.runtime.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
 from selfnpo_fast.runtime.options import Parsed, parse_with_config  # noqa: E402
+from selfnpo_fast.runtime.stopping import Stopped, StopRequest, check_stop  # noqa: E402
 
 # A checkout has the configs next to the package, an installed package has them inside.
 CONFIGS = _PACKAGE.parent / "configs" if (_PACKAGE.parent / "configs").is_dir() else _PACKAGE / "configs"
@@ -64,13 +65,15 @@ def run(argv: list[str]) -> None:
     output = check_run_folder(request.config.output, resume=continues, overwrite=request.options.overwrite)
 
     from selfnpo_fast.runtime.world import init_world
-    from selfnpo_fast.training.lifecycle import PeerWatch, StopRequest, leave_at_once
+    from selfnpo_fast.training.lifecycle import PeerWatch, leave_at_once
 
-    with StopRequest() as stop:
-        world = init_world()
-        setup_logging(world.rank)
-        with PeerWatch(world, leave_at_once):
+    world = init_world()
+    setup_logging(world.rank)
+    with StopRequest(world) as stop, PeerWatch(world, leave_at_once):
+        try:
             _run(request, output, world, stop)
+        except Stopped as stopped:
+            logger.warning("%s", stopped)
 
 
 def _run(request: Request, output: Path, world, stop) -> None:
@@ -86,7 +89,9 @@ def _run(request: Request, output: Path, world, stop) -> None:
     kernels = _kernels(world.device.type)
     if request.options.resume or replaying:
         newest = newest_checkpoint(output / "checkpoints", config, world, before=request.options.replay_step)
-    trainer = Trainer(config, load_inputs(config, world), world, output)
+    inputs = load_inputs(config, world)
+    check_stop("before training; the output folder is as it was")
+    trainer = Trainer(config, inputs, world, output)
     recorder = Recorder(config, world, trainer.adapter.schedule.num_train_timesteps)
     # Continue from a checkpoint.
     if newest is not None:
@@ -159,14 +164,17 @@ def main(argv: list[str] | None = None) -> int:
     2    after one line about bad input
     """
     quiet_libraries()
-    rank = int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    rank = int(rank) if rank.isascii() and rank.isdigit() else 0
     setup_logging(rank)
     try:
         run(sys.argv[1:] if argv is None else argv)
     except (UserError, RunError) as error:
-        # All ranks raise such an error together, and one of them prints it.
+        # All ranks raise most errors together, and one of them prints it.
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        elif error.of_one_rank:
+            print(f"rank {rank}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return 0
 

@@ -52,6 +52,7 @@ from selfnpo_fast.data.store_files import (
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, write_manifest
+from selfnpo_fast.runtime.stopping import check_stop
 from selfnpo_fast.runtime.world import World
 
 BATCH = 16
@@ -137,6 +138,7 @@ def _claim(store: Store, claim: contextlib.ExitStack, world: World) -> bool:
         if not waiting:
             logger.info("data: waiting for another run, which is encoding into %s", store.partial)
         waiting = True
+        check_stop("while it waited for another run")
         time.sleep(WAIT)
     return claimed
 
@@ -212,6 +214,7 @@ def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip:
     ):
         ahead = reader.submit(read, done)
         for start in range(done, len(pictures), BATCH * world.size):
+            check_stop(f"after {start:,} of {len(pictures):,} images, whose latents are kept; the same command goes on")
             end = min(start + BATCH * world.size, len(pictures))
             reading, ahead = ahead, reader.submit(read, end)
             encoded = world.together(functools.partial(encode, reading))

@@ -21,6 +21,7 @@ from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.stopping import check_stop
 
 Conditioning = dict[str, torch.Tensor]
 """Named tensors with one row per prompt, as the denoiser's keyword arguments."""
@@ -282,9 +283,10 @@ class Adapter:
             text.check_tokenizers(pipe, self.family.part_classes)
             text.say_what_is_cut(pipe, self.family.part_classes, prompts)
         with loading(self.path, "text encoder"):
-            parts = [
-                self.encode_batch(pipe, prompts[i : i + batch_size], device) for i in range(0, len(prompts), batch_size)
-            ]
+            parts = []
+            for start in range(0, len(prompts), batch_size):
+                check_stop("while prompts were encoded; nothing is written, the same command starts again")
+                parts.append(self.encode_batch(pipe, prompts[start : start + batch_size], device))
             rows = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
             if not all(row.isfinite().all() for row in rows.values()):
                 raise ValueError("the weights are damaged: a prompt's embedding is not finite")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from selfnpo_fast.runtime.console import say_once
-from selfnpo_fast.runtime.errors import UserError, one_line, shortened
+from selfnpo_fast.runtime.errors import RunError, UserError, one_line, shortened
 from selfnpo_fast.runtime.files import open_regular, read_json, tensor_shapes
 from selfnpo_fast.runtime.limits import MAX_JSON_BYTES
 
@@ -30,7 +30,7 @@ def loading(path: str, part: str, field: str = "model.path") -> Iterator[None]:
     """Turn what a loader throws over a broken file into one line."""
     try:
         yield
-    except UserError:
+    except (UserError, RunError):  # also a run that was asked to stop
         raise
     except Exception as error:  # a truncated file surfaces as any of a dozen types; the cause is chained
         raise UserError(f"{field}: cannot load {part} from {path}: {one_line(error)}") from error

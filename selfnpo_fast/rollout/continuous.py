@@ -8,6 +8,8 @@ Shape letters: B pairs of one micro-batch, which are also the slots of one group
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from selfnpo_fast.rollout.grid import continuous_frequencies, life_states, lockstep_frequencies
@@ -127,11 +129,18 @@ class ContinuousRollout:
             self.final[group] = x
             self.x[group][at_start] = self._first_states(ids, start)[at_start]
 
-    def fill(self) -> None:
-        """Fill all groups that are still empty, instead of each when it is first needed."""
-        for group in range(self.filled, self.groups):
+    def fill(self, turns: int | None = None, before_group: Callable[[], None] | None = None) -> None:
+        """Fill those groups that are still empty: all of them, or those of the next `turns` calls.
+
+        `before_group` is called before each of them. Where it raises, all of them are as good as
+        empty, and a later call fills them.
+        """
+        last = self.groups if turns is None else min(self.cursor + turns, self.groups)
+        for group in range(self.filled, last):
+            if before_group is not None:
+                before_group()
             self._stagger(group)
-        self.filled = self.groups
+        self.filled = max(self.filled, last)
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
@@ -139,10 +148,8 @@ class ContinuousRollout:
 
         A group is filled on its first turn: the first update need not wait for the other groups.
         """
+        self.fill(1)
         group = self.cursor
-        if group == self.filled:
-            self._stagger(group)
-            self.filled += 1
         step = self._step_of(group)
         self.cursor = (group + 1) % self.groups
         self.maker.predictor.forwards += self.maker.predictor.forwards_per_state * self.batch

@@ -5,6 +5,7 @@ Shape letter: B samples of one micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +147,7 @@ class LockstepRollout:
             renoise=maker.key(Draw.RENOISE, ids, stop),
         )
 
-    def fill(self) -> None:
+    def fill(self, turns: int | None = None, before_group: Callable[[], None] | None = None) -> None:
         """Does nothing: no sample outlives its micro-batch."""
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 
 from selfnpo_fast.rollout.pairs import GuidedPredictor, Pairs, UpdatePairs
 from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.stopping import check_stop
 
 State = dict[str, torch.Tensor]
 _FIELDS = [field.name for field in fields(Pairs)]
@@ -38,6 +39,10 @@ def join_lanes(states: list[State], rank: int, world_size: int) -> State:
     return state
 
 
+def _before_group() -> None:
+    check_stop("before all slots were filled")
+
+
 class Producer:
     """Makes the pairs of an update when the trainer asks for them."""
 
@@ -51,16 +56,22 @@ class Producer:
         """
         self.rollout, self.predictor, self.accumulation, self.version = rollout, predictor, accumulation, version
 
-    def _make(self) -> UpdatePairs:
-        """Run the rollout for one update."""
+    def _make(self, before_group: Callable[[], None] | None = None) -> UpdatePairs:
+        """Run the rollout for one update; `before_group` may end it by an exception before it has
+        changed anything."""
         before, version = self.predictor.forwards, self.version()
         with region("reference"):
+            self.rollout.fill(self.accumulation, before_group)
             pairs = tuple(self.rollout.next_pairs() for _ in range(self.accumulation))
         return UpdatePairs(micro_batches=pairs, version=version, forwards=self.predictor.forwards - before)
 
     def take(self) -> UpdatePairs:
-        """The pairs of the next update. They are valid until the next call."""
-        return self._make()
+        """The pairs of the next update. They are valid until the next call.
+
+        Raises Stopped on all ranks, without a change, where the run is to stop before slots are
+        filled.
+        """
+        return self._make(_before_group)
 
     def settle(self) -> None:
         """Returns when the reference may move; re-raises an exception of the pairs in flight."""
@@ -160,12 +171,15 @@ class OverlappedProducer(Producer):
         return replace(update_pairs, micro_batches=buffers)
 
     @torch.no_grad()  # Grad mode belongs to a thread, and this may run in the worker's.
-    def _make(self) -> UpdatePairs:
-        return self._copied(super()._make())
+    def _make(self, before_group: Callable[[], None] | None = None) -> UpdatePairs:
+        return self._copied(super()._make(before_group))
 
     def take(self) -> UpdatePairs:
-        """The pairs of the next update; starts making those of the update after it."""
-        update_pairs = self._worker.finish() if self._in_flight else self._make()
+        """The pairs of the next update; starts making those of the update after it.
+
+        Raises Stopped like `Producer.take`, but not while pairs are in flight.
+        """
+        update_pairs = self._worker.finish() if self._in_flight else self._make(_before_group)
         self._worker.begin(self._make)
         self._in_flight = True
         return update_pairs

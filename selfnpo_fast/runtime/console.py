@@ -8,6 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from selfnpo_fast.runtime.errors import one_line
+
 logger = logging.getLogger("selfnpo")
 
 _CHATTY = ("DeepSpeed", "bitsandbytes", "diffusers", "transformers", "datasets", "torch.distributed", "peft", "httpx")
@@ -54,7 +56,11 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
     screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     logger.addHandler(screen)
     if log_file is not None and rank == 0:
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        try:
+            file = logging.FileHandler(log_file, encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s could not be written: %s; the lines are on the screen alone", log_file, one_line(error))
+            return
         file.handleError = lambda record: None  # on a full disk the screen still has the line
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)

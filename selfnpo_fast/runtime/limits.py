@@ -40,6 +40,8 @@ MAX_LAYERS = 2_000
 """Layers that a network's config may ask for, and entries of one of its lists."""
 MAX_TOKENS = 8_192
 """Tokens of one prompt that a tokenizer may ask for."""
+MAX_RANKS = 100_000
+"""Ranks of a run."""
 MAX_COUNT = 1_000_000
 """Intervals, pictures per prompt, steps and other small counts of a config or command line."""
 

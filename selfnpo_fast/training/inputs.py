@@ -5,6 +5,7 @@ Shape letter: N prompts.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.methods import find_method
 
@@ -48,9 +50,20 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     if config.log.sample_every >= 0:
         adapter.check_steps(config.log.sample_steps, "log.sample_steps")
     inputs = method.read_inputs(config, adapter, world)
+    _refuse_different(inputs.prompts, world)
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
     schedule = ScheduleFacts.of(adapter.schedule, model.path)
     base = base_record(model.path, model.revision, module_weights(student, model.path), schedule)
     return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base)
+
+
+def _refuse_different(prompts: list[str], world: World) -> None:
+    """Raises UserError on all ranks where hosts have read different prompts.
+
+    Ranks would train on other pairs than one rank does, and encode in another number of rounds.
+    """
+    digest = hashlib.sha256("\0".join(prompts).encode(errors="surrogatepass")).hexdigest()
+    if len(set(world.gather(digest))) > 1:
+        raise UserError("prompts.source: not all ranks have read the same prompts; give all hosts the same files")

@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import one_line
+from selfnpo_fast.runtime.console import logger, say_once
+from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.folders import write_file
 
 
 class RunOutputs:
     """The files and the progress bar of one run, on rank 0.
 
-    Once the run has begun, a file that cannot be written costs a warning, not the run.
+    A file that cannot be read or written costs a warning, not the run. TensorBoard's is then given
+    up, since its thread has ended; the others are tried again at the next row.
     """
 
     def __init__(self, folder: Path, update: int, updates: int) -> None:
         """Continue the record in `folder` after update `update` of `updates`.
 
-        What an earlier run recorded beyond that update is dropped. Raises OSError.
+        What an earlier run recorded beyond that update is dropped.
         """
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self.folder = folder
-        _drop_rows_after(folder / "metrics.jsonl", update)
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=update + 1 if update else None)
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_quiet_tensorboard())
+        self.writer: Any = None
+        with self._warned("metrics.jsonl"):
+            _drop_rows_after(folder / "metrics.jsonl", update)
+        with self._warned("tensorboard"):
+            self.writer = _open_tensorboard(folder / "tensorboard", update)
         self.bar = tqdm(total=updates, initial=update, unit="update", dynamic_ncols=True)
 
     def write(self, update: int, row: dict[str, float]) -> None:
         """Add a row of metrics to metrics.jsonl, to TensorBoard and to the progress bar."""
-        self._try(lambda: self._write(update, row))
-
-    def _write(self, update: int, row: dict[str, float]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self._warned("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             # JSON knows neither NaN nor infinity.
             file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
-        for key, value in row.items():
-            if key != "update":
-                self.writer.add_scalar(f"train/{key}", value, update)
+
+        def add_scalars(writer: Any) -> None:
+            for key, value in row.items():
+                if key != "update":
+                    writer.add_scalar(f"train/{key}", value, update)
+
+        self._to_tensorboard(add_scalars)
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['pairs_per_second']:.1f} pairs/s")
 
     def picture(self, update: int, name: str, grid: Image.Image) -> None:
@@ -51,26 +61,59 @@ class RunOutputs:
         import numpy as np
 
         path = self.folder / "samples" / f"{name}-{update:06d}.png"
-
-        def write() -> None:
+        with self._warned("samples"):
             path.parent.mkdir(exist_ok=True)
             grid.save(path)
-            self.writer.add_image(name, np.asarray(grid), update, dataformats="HWC")
             logger.info("samples (above: base; below: base + negative): %s", path)
-
-        self._try(write)
+        self._to_tensorboard(lambda writer: writer.add_image(name, np.asarray(grid), update, dataformats="HWC"))
 
     def close(self) -> None:
         """Finish the progress bar and TensorBoard's event file."""
         self.bar.close()
-        self._try(self.writer.close)
+        self._to_tensorboard(lambda writer: writer.close())
+        self._quiet.close()
 
-    def _try(self, action: Callable[[], None]) -> None:
-        """Run `action`; an OSError becomes a warning."""
+    def _to_tensorboard(self, action: Callable[[Any], None]) -> None:
+        """Run `action` on TensorBoard's writer, where there still is one."""
+        if self.writer is not None:
+            done = False
+            with self._warned("tensorboard"):
+                action(self.writer)
+                done = True
+            if not done:
+                self.writer = None
+
+    @contextlib.contextmanager
+    def _warned(self, name: str) -> Iterator[None]:
+        """Turns what goes wrong with a file into a warning."""
         try:
-            action()
-        except OSError as error:
-            logger.warning("the record in %s could not be written: %s; training goes on", self.folder, one_line(error))
+            yield
+        except (OSError, UserError, MemoryError) as error:
+            say_once(f"{self.folder / name} could not be written: {one_line(error)}; training goes on")
+
+
+def _open_tensorboard(folder: Path, update: int) -> Any:
+    """TensorBoard's writer, to which later steps than `update` are unknown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=update + 1 if update else None)
+
+
+@contextlib.contextmanager
+def _quiet_tensorboard() -> Iterator[None]:
+    """Keeps TensorBoard's thread from printing a traceback: its error is raised again at the next
+    call of the writer."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__module__.partition(".")[0] != "tensorboard":
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _drop_rows_after(path: Path, update: int) -> None:
@@ -81,10 +124,11 @@ def _drop_rows_after(path: Path, update: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["update"] <= update:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # half a row, cut off when the run was killed
+    with open_regular(path, "metrics.jsonl") as file:
+        for line in file:
+            try:
+                if json.loads(line)["update"] <= update:
+                    kept.append(line.decode().rstrip("\n") + "\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # half a row, cut off when the run was killed
     write_file(path, "".join(kept))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.folders import begin_aside, finish_aside
 from selfnpo_fast.runtime.images import image_grid
+from selfnpo_fast.runtime.stopping import check_stop
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.trainer import Trainer
 
@@ -35,6 +36,7 @@ def replay(trainer: Trainer, recorder: Recorder, step: int) -> None:
     """
     logger.info("making updates %d to %d again, without recording them", trainer.update + 1, step)
     while trainer.update < step - 1:
+        check_stop(f"before update {step} was reached; nothing is written")
         trainer.train_update(recorder)
         recorder.discard()
     pairs = _pairs_of_all_ranks(trainer)

@@ -17,6 +17,7 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError
 from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.stopping import Stopped, StopRequest, check_stop
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, newest_whole, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
@@ -29,12 +30,11 @@ from selfnpo_fast.training.engine_state import (
     moment_names,
 )
 from selfnpo_fast.training.inputs import Inputs
-from selfnpo_fast.training.lifecycle import StopRequest
 from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
 from selfnpo_fast.training.recorder import Recorder
-from selfnpo_fast.training.samples import sample_grid
+from selfnpo_fast.training.samples import SampleGrids
 
 
 def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
@@ -91,6 +91,8 @@ class Trainer:
         self.reference = self._make_reference(reference, average)
         self.method = find_method(config.method)(config, self.adapter, self.table, world)
         self.producer = self.method.make_producer(self.reference, inputs.latents)
+        self.grids = SampleGrids(self.adapter, self._base, self.engine, self.table, self.prompts, config.log, world)
+        self._loaded_base: nn.Module | None = None
 
     def _make_reference(self, network: nn.Module | Variant, average: dict[str, nn.Parameter] | None) -> Reference:
         """The frozen or moving reference of the config over what `_split` has returned."""
@@ -158,11 +160,12 @@ class Trainer:
         """
         log = self.config.log
         while self.update < self.config.updates:
-            # Stop, where any rank was asked to.
-            if self.world.any(stop.signal is not None):
+            # One update, unless any rank was asked to stop before it, or while it fills its slots.
+            try:
+                check_stop("between two updates")
+                self.train_update(recorder)
+            except Stopped:
                 return self._stop_early(recorder, stop)
-            # One update.
-            self.train_update(recorder)
             last = self.update == self.config.updates
             # Metrics.
             if self.update % log.every == 0 or last:
@@ -235,18 +238,26 @@ class Trainer:
 
     def draw_samples(self, recorder: Recorder) -> None:
         """Record a grid of pictures, base above base + negative; all ranks take part."""
-        grid = sample_grid(self.adapter, self._base(), self.engine, self.table, self.prompts, self.config.log)
-        recorder.picture(self.update, "samples", grid)
+        grid = self.grids.draw()
+        if self._loaded_base is not None:
+            self._loaded_base.to("cpu")  # until the next grid
+        if grid is not None:
+            recorder.picture(self.update, "samples", grid)
         recorder.restart_clock()
 
     def _base(self) -> nn.Module | Variant:
-        """The base model: with LoRA the network without low-rank weights.
+        """The base model: the network without low-rank weights, or the frozen reference.
 
-        With full weights it is loaded again, since every network of the run has moved.
+        Where every network of the run has moved, it is loaded for the first grid, and kept in host
+        memory after that.
         """
         if self.config.lora.rank:
             return Variant(self.engine.module, LoraWeights.OFF)
-        return self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
+        if self.config.reference.kind == "frozen":
+            return self.reference.module
+        if self._loaded_base is None:
+            self._loaded_base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision])
+        return self._loaded_base.to(self.world.device)
 
     def _parts(self, recorder: Recorder) -> Parts:
         """All of the run that a checkpoint holds."""

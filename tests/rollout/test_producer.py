@@ -33,6 +33,9 @@ class Counting:
         self.calls, self.forwards, self.threads, self.maker = 0, 0, [], self
         self.device = CPU
 
+    def fill(self, turns: int | None = None, before_group=None) -> None:
+        """Nothing outlives its micro-batch."""
+
     def next_pairs(self) -> Pairs:
         self.calls += 1
         self.forwards += 3

@@ -1,10 +1,11 @@
-"""Kills training runs at random moments, resumes them, and compares them with an uninterrupted run.
+"""Harms training runs at random moments, resumes them, and compares them with an uninterrupted run.
 
     python tests/tools/crash.py --kills 50
 
 Some kills come at any time, some after a random update, and some while a checkpoint is written. Of
 two ranks, both are killed or one of them: the other then has to end by itself within a minute, and
-say which rank was lost.
+say which rank was lost. Or their launcher is killed, or gets a Ctrl-C that all of them get. KINDS
+is the table of all that is done to a run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from selfnpo_fast.runtime import stopping
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
@@ -103,24 +110,118 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[multiprocessing.Process]:
-    """One process per rank.
-
-    They are forked from a server that has imported everything, so that a start costs a second.
-    """
+def _context() -> multiprocessing.context.ForkServerContext:
+    """Processes are forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """The variables of each rank."""
     env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    if ranks > 1:
-        env |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if ranks == 1:
+        return [env]
+    env |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[multiprocessing.Process]:
+    """One process per rank. A start costs a second."""
     processes = []
-    for rank in range(ranks):
-        rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        process = context.Process(target=child, args=(argv, env | rank_env, logs / f"rank{rank}.log"))
+    for rank, env in enumerate(_environments(ranks)):
+        process = _context().Process(target=child, args=(argv, env, logs / f"rank{rank}.log"))
         process.start()
         processes.append(process)
     return processes
+
+
+@dataclass
+class Launched:
+    """Ranks under a launcher of their own, which is like DeepSpeed's."""
+
+    process: multiprocessing.Process
+    """The launcher, which leads the process group of its ranks."""
+    reports: Connection
+    """What the ranks report; it ends when the last of all these processes has."""
+    log: Path
+    """The log of rank 0."""
+    before: int
+    """The log's size before the start."""
+    pids: dict[int, int]
+    """The process of each rank."""
+
+    def finish(self, timeout: float = LOST_WITHIN) -> dict[int, int]:
+        """The exit code of each rank that ended by itself. Raises AssertionError where one hangs."""
+        codes = {}
+        with contextlib.suppress(EOFError):
+            while self.reports.poll(timeout):
+                rank, codes[rank] = self.reports.recv()
+            for pid in self.pids.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)
+            raise AssertionError(f"a rank hangs:\n{tail(self.log.parent)}")
+        self.process.join()
+        return codes
+
+    def ended_well(self) -> bool:
+        """Whether rank 0 has said that it stopped, or made its negative model."""
+        with self.log.open() as file:
+            file.seek(self.before)
+            said = file.read()
+        return "stopped" in said or "negative model: " in said
+
+
+@contextlib.contextmanager
+def launch(ranks: int, argv: list[str], logs: Path) -> Iterator[Launched]:
+    """Start ranks under a launcher, and return once all are there."""
+    context = _context()
+    reports, writer = context.Pipe(duplex=False)
+    log = logs / "rank0.log"
+    before = log.stat().st_size if log.exists() else 0
+    environments = [env | {"CROSS_RANK": "0"} for env in _environments(ranks)]
+    process = context.Process(target=_launcher, args=(argv, environments, logs, writer))
+    process.start()
+    writer.close()
+    with reports:
+        yield Launched(process, reports, log, before, dict(reports.recv() for _ in range(ranks)))
+
+
+def _launcher(argv: list[str], environments: list[dict[str, str]], logs: Path, reports: Connection) -> None:
+    """The main function of a launcher, as deepspeed/launcher/launch.py: it passes signals on."""
+    os.setpgid(0, 0)
+    pids = []
+    for rank, env in enumerate(environments):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            stopping.remember_parent()  # the server of forks has imported the module
+            reports.send((rank, os.getpid()))
+            code = 1
+            try:
+                run_child(argv, env, logs / f"rank{rank}.log")
+            except SystemExit as left:
+                code = left.code
+            except BaseException:
+                traceback.print_exc()
+            reports.send((rank, code))
+            os._exit(code)
+
+    def end(*_) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    for _ in environments:
+        if os.wait()[1]:
+            end()
+    os._exit(0)
 
 
 def finish(processes: list[multiprocessing.Process], logs: Path, timeout: float = 300) -> list[int]:
@@ -140,13 +241,37 @@ def tail(logs: Path) -> str:
     return "\n".join(f"--- {path.name}\n{path.read_text()[-6000:]}" for path in sorted(logs.glob("rank*.log")))
 
 
-def _wait_for_moment(kind: str, output: Path, processes, chance: random.Random) -> bool:
-    """Wait for the moment at which to kill; not any longer once a process has ended by itself.
+MOMENTS = ("anywhere", "after an update", "while writing", "while writing")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run that is attacked."""
+
+    case: Case
+    argv: list[str]
+    """The command line that starts or resumes it."""
+    output: Path
+    logs: Path
+    chance: random.Random
+
+    @property
+    def ranks(self) -> int:
+        return int(self.case["ranks"])
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.output.exists() and any((self.output / "checkpoints").glob(".writing-*"))
+
+
+def wait_for_moment(run: Run, moment: str, processes) -> bool:
+    """Wait for the moment of an attack; not any longer once a process has ended by itself.
 
     Returns whether the ranks have met: then the run's folder holds files of this start.
     """
+    chance, output = run.chance, run.output
     started, row = time.time(), chance.randrange(1, UPDATES // 3)
-    deadline = time.monotonic() + (chance.uniform(0, 4) if kind == "anywhere" else 120)
+    deadline = time.monotonic() + (chance.uniform(0, 4) if moment == "anywhere" else 120)
 
     def new(path: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -156,36 +281,71 @@ def _wait_for_moment(kind: str, output: Path, processes, chance: random.Random) 
     def met() -> bool:
         return new(output / "config.yaml")
 
-    def moment_has_come() -> bool:
-        if kind == "after an update":
+    def has_come() -> bool:
+        if moment == "after an update":
             metrics = output / "metrics.jsonl"
             return met() and new(metrics) and metrics.read_text().count("\n") >= row
-        return kind == "while writing" and any(new(path) for path in (output / "checkpoints").glob(".writing-*"))
+        return moment == "while writing" and any(new(path) for path in (output / "checkpoints").glob(".writing-*"))
 
-    while time.monotonic() < deadline and not moment_has_come() and all(process.is_alive() for process in processes):
+    while time.monotonic() < deadline and not has_come() and all(process.is_alive() for process in processes):
         time.sleep(0.001)
     time.sleep(chance.uniform(0, 0.04))
     return met()
 
 
-def kill_once(case: Case, argv: list[str], output: Path, logs: Path, chance: random.Random, counts: Counter) -> None:
-    """Start or resume a run and kill it."""
-    # Start it, and wait.
-    processes = start(int(case["ranks"]), [*argv, "--resume"], logs)
-    kind = chance.choice(("anywhere", "after an update", "while writing", "while writing"))
-    met = _wait_for_moment(kind, output, processes, chance)
-    writing = any((output / "checkpoints").glob(".writing-*")) if output.exists() else False
-    # Kill one rank or all of them. Ranks that have not met yet wait for each other as long as torch
-    # lets them; in a real run the launcher ends them.
-    only_one = len(processes) > 1 and met and chance.random() < 0.5
-    victims = [chance.choice(processes)] if only_one and all(p.is_alive() for p in processes) else processes
+# The kinds of attack. Each starts or resumes the run, harms it once, sees it end, and returns the
+# name under which it is counted.
+
+
+def kill_ranks(run: Run) -> str:
+    """SIGKILL to all ranks or one of them; the others end by themselves."""
+    processes = start(run.ranks, run.argv, run.logs)
+    moment = run.chance.choice(MOMENTS)
+    met = wait_for_moment(run, moment, processes)
+    writing = run.is_writing()
+    # Ranks that have not met yet wait for each other as long as torch lets them; in a real run the
+    # launcher ends them.
+    only_one = len(processes) > 1 and met and run.chance.random() < 0.5
+    victims = [run.chance.choice(processes)] if only_one and all(p.is_alive() for p in processes) else processes
     for victim in victims:
         if victim.is_alive():
             os.kill(victim.pid, signal.SIGKILL)
-    # The other ranks end by themselves.
-    codes = finish(processes, logs, LOST_WITHIN)
-    counts[kind if not (met and writing) else "inside checkpoint writing"] += 1
-    assert all(code in (-signal.SIGKILL, 0, 1) for code in codes), f"{codes}\n{tail(logs)}"
+    codes = finish(processes, run.logs, LOST_WITHIN)
+    assert all(code in (-signal.SIGKILL, 0, 1) for code in codes), f"{codes}\n{tail(run.logs)}"
+    return moment if not (met and writing) else "inside checkpoint writing"
+
+
+def kill_launcher(run: Run) -> str:
+    """SIGKILL to the launcher alone: its ranks save and end by themselves."""
+    with launch(run.ranks, run.argv, run.logs) as launched:
+        wait_for_moment(run, run.chance.choice(MOMENTS), [launched.process])
+        os.kill(launched.process.pid, signal.SIGKILL)
+        codes = launched.finish()
+    assert set(codes.values()) == {0} and len(codes) == run.ranks, f"{codes}\n{tail(run.logs)}"
+    assert launched.ended_well(), tail(run.logs)
+    return "launcher killed"
+
+
+def interrupt(run: Run) -> str:
+    """Ctrl-C in the terminal of a launcher, which then sends SIGTERM to its ranks."""
+    with launch(run.ranks, run.argv, run.logs) as launched:
+        met = wait_for_moment(run, run.chance.choice(MOMENTS), [launched.process])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launched.process.pid, signal.SIGINT)
+        codes = launched.finish()
+    # Before the ranks have met, there is nothing to save, and they may end at once. A rank that has
+    # saved may meet the launcher's SIGTERM while it leaves.
+    if met:
+        assert launched.ended_well(), f"{codes}\n{tail(run.logs)}"
+    return "Ctrl-C" if met else "Ctrl-C before the ranks have met"
+
+
+KINDS: dict[str, tuple[Callable[[Run], str], int]] = {
+    "ranks": (kill_ranks, 6),
+    "launcher": (kill_launcher, 1),
+    "interrupt": (interrupt, 1),
+}
+"""Every kind of attack, and how often `main` chooses it. A new kind is a function and a line here."""
 
 
 def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -212,10 +372,10 @@ def assert_equal(expected: Path, found: Path) -> None:
     assert metrics(expected) == metrics(found)
 
 
-def crash(case: Case, kills: int, work: Path, model: Path, chance: random.Random) -> Counter:
-    """Kill one run `kills` times, let it finish, and compare it with an uninterrupted one.
+def crash(case: Case, kinds: Sequence[str], work: Path, model: Path, chance: random.Random) -> Counter:
+    """Attack one run once for each of `kinds`, let it finish, and compare it with a whole one.
 
-    Returns the number of kills by their kind.
+    Returns the number of attacks by their names.
     """
     name = "-".join(str(value) for value in case.values())
     whole, parts = work / f"{name}-whole", work / f"{name}-parts"
@@ -225,11 +385,13 @@ def crash(case: Case, kills: int, work: Path, model: Path, chance: random.Random
     # The uninterrupted run.
     argv = words(case, model, whole / "run")
     assert finish(start(ranks, argv, whole / "logs"), whole / "logs") == [0] * ranks, tail(whole / "logs")
-    # The run that is killed.
-    argv = words(case, model, parts / "run")
-    for _ in range(kills):
-        kill_once(case, argv, parts / "run", parts / "logs", chance, counts)
-    codes = finish(start(ranks, [*argv, "--resume"], parts / "logs"), parts / "logs")
+    # The run that is attacked.
+    argv = [*words(case, model, parts / "run"), "--resume"]
+    run = Run(case, argv, parts / "run", parts / "logs", chance)
+    for kind in kinds:
+        attack, _ = KINDS[kind]
+        counts[attack(run)] += 1
+    codes = finish(start(ranks, argv, parts / "logs"), parts / "logs")
     assert codes == [0] * ranks, tail(parts / "logs")
     assert_equal(whole / "run", parts / "run")
     return counts
@@ -249,10 +411,11 @@ def main() -> None:
         model = tiny.write_sd(Path(folder) / "model")
         left = args.kills
         for case in itertools.cycle(cases):
-            kills = min(left, args.per_case)
-            counts += crash(case, kills, Path(folder) / f"kills{left}", model, chance)
-            left -= kills
-            print(f"{case}: {kills} kills, bit-identical", flush=True)
+            weights = [weight for _, weight in KINDS.values()]
+            kinds = chance.choices(list(KINDS), weights, k=min(left, args.per_case))
+            counts += crash(case, kinds, Path(folder) / f"kills{left}", model, chance)
+            left -= len(kinds)
+            print(f"{case}: {', '.join(kinds)}; bit-identical", flush=True)
             if not left:
                 break
     print(f"{args.kills} kills: {dict(counts)}")

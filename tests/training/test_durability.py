@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -14,10 +15,13 @@ import crash
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from selfnpo_fast import train
-from selfnpo_fast.rollout import ContinuousRollout, Pairs
+from selfnpo_fast.data import latent_store
+from selfnpo_fast.models.sd import StableDiffusionAdapter
+from selfnpo_fast.rollout import ContinuousRollout, Pairs, continuous
 from selfnpo_fast.runtime.folders import why_not_whole
 from selfnpo_fast.training.trainer import Trainer
 
@@ -56,7 +60,7 @@ def whole(model, tmp_path_factory) -> Path:
 # Requests to stop.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_update_saves_and_leaves_with_0(number, model, whole, tmp_path, monkeypatch, capfd):
     output, handler = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -68,6 +72,70 @@ def test_a_signal_finishes_the_update_saves_and_leaves_with_0(number, model, who
     assert signal.getsignal(number) is handler, "the handlers of the program that called us are back"
     assert run(model, output, "--resume") == 0
     crash.assert_equal(whole, output)
+
+
+def signal_at_call(monkeypatch, owner, name: str, call: int) -> None:
+    """Send SIGTERM to this process at that call of a function."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def test_a_stop_while_prompts_are_encoded_leaves_nothing_behind(model, tmp_path, monkeypatch, capfd):
+    output = tmp_path / "run"
+    signal_at_call(monkeypatch, StableDiffusionAdapter, "encode_batch", 1)
+    assert run(model, output, "--prompts.limit", "65") == 0, "two rounds"
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "SIGTERM: the run saves and stops; a later Ctrl-C ends it without a checkpoint",
+        "SIGTERM: stopped while prompts were encoded; nothing is written, the same command starts again",
+    ]
+    assert not output.exists()
+
+
+def test_a_stop_while_images_are_encoded_keeps_what_is_encoded(model, tmp_path, monkeypatch, capfd):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 16), (50 * i, 0, 0)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a square")
+    monkeypatch.setattr(latent_store, "BATCH", 2)
+    words = ["--rollout.start", "data", "--data.source", str(images), "--data.store", str(tmp_path / "latents")]
+    with monkeypatch.context() as patch:
+        signal_at_call(patch, StableDiffusionAdapter, "encode", 2)
+        assert run(model, tmp_path / "run", *words) == 0
+    assert "SIGTERM: stopped after 4 of 5 images, whose latents are kept" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run(model, tmp_path / "run", *words) == 0
+    assert "going on after 4" in capfd.readouterr().err
+
+
+def test_a_stop_while_slots_are_filled_saves_the_update_before(model, tmp_path, monkeypatch, capfd):
+    """Update 2 fills the slots of two groups; it is not begun."""
+    words = ["--engine.accumulation", "2", "--engine.batch_size", "8"]
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert run(model, whole, *words) == 0
+    with monkeypatch.context() as patch:
+        signal_at_call(patch, continuous, "walk", 3)
+        assert run(model, output, *words) == 0
+    log = capfd.readouterr().err
+    assert f"SIGTERM: stopped after update 1; checkpoint {output}/checkpoints/update-0000001" in log
+    assert run(model, output, *words, "--resume") == 0
+    crash.assert_equal(whole, output)
+
+
+def test_a_replay_can_be_stopped(model, whole, tmp_path, monkeypatch, capfd):
+    output = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(output / "checkpoints")
+    at_update(monkeypatch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(model, output, "--replay-step", "9") == 0
+    assert "SIGTERM: stopped before update 9 was reached; nothing is written" in capfd.readouterr().err
+    assert not (output / "replay").exists()
 
 
 def test_sigterm_to_one_of_two_ranks_ends_both_with_a_checkpoint(model, tmp_path):
