@@ -5,7 +5,9 @@ Shape letter: N prompts.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +19,9 @@ from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.input_record import InputRecord
 from selfnpo_fast.training.methods import find_method
+from selfnpo_fast.training.resumable import read_state
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,17 @@ class Inputs:
     """The base model's denoiser on this rank's device, in the precision of training."""
     base: dict
     """The record of the base for the negative model's files (`negatives.fingerprint`)."""
+    record: InputRecord | None
+    """What checkpoints record of all this; on rank 0 alone, which writes it."""
+
+    def refuse_changed(self, checkpoint: Path, world: World) -> None:
+        """UserError on all ranks where these are not the inputs that a checkpoint records."""
+
+        def look() -> None:
+            assert self.record is not None, "rank 0 has it"
+            self.record.refuse_changed(read_state(checkpoint).get("inputs"), checkpoint)
+
+        world.on_main(look)
 
 
 def load_inputs(config: TrainConfig, world: World) -> Inputs:
@@ -50,5 +65,21 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
-    base = base_record(model.path, model.revision, module_weights(student, model.path))
-    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base)
+    weights = module_weights(student, model.path)
+    base = base_record(model.path, model.revision, weights)
+    record = None
+    if world.is_main:
+        named = ((name, weights.read(name)) for name in weights.shapes)
+        commit = hub_commit(adapter.path, model.revision)
+        record = InputRecord(inputs.prompts, inputs.latents, table, adapter.schedule, named, commit=commit)
+    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
+
+
+def hub_commit(path: str, revision: str | None) -> str | None:
+    """The commit of the Hub from whose snapshot a model was loaded; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if os.path.isdir(path):
+        return None
+    file = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
