@@ -218,7 +218,8 @@ class OverlappedProducer(Producer):
         expected |= {f"{_PENDING}{name}": (torch.int64, ()) for name in ("version", "forwards")}
         check_layout(layout_of(pending.items()), expected | {f"{_PENDING}weight": (torch.float32, lead)})
         last = maker.grid.schedule.num_train_timesteps - 1
-        for name, most in (("s", last), ("t", last), ("rows", maker.num_prompts), ("sample_ids", 2**62)):
+        bounds = {"s": last, "t": last, "rows": maker.num_prompts, "sample_ids": 2**62}
+        for name, most in (bounds | {"version": 2**53, "forwards": 2**53}).items():
             check_range(f"{_PENDING}{name}", pending[f"{_PENDING}{name}"], 0, most)
 
     def close(self) -> None:

@@ -123,9 +123,14 @@ class Generators:
         return state | ({"cuda": torch.cuda.get_rng_state(self.world.device)} if cuda else {})
 
     def load_state_dict(self, state: Tensors) -> None:
-        """Continue from `state_dict()`. Raises an error for states that no generator has."""
-        if unknown := state.keys() - {"cpu", "cuda"}:
-            raise ValueError(f"{one_line(min(unknown), 80)} is unknown to this run")
+        """Continue from `state_dict()`; that of a GPU may be missing, or have no GPU to go to.
+
+        Raises an error for states that no generator has.
+        """
+        own = self.state_dict()
+        common = own.keys() & state.keys() | {"cpu"}
+        found = {name: value for name, value in state.items() if name in common or name != "cuda"}
+        check_layout(layout_of(found.items()), layout_of((name, own[name]) for name in common))
         torch.set_rng_state(state["cpu"])
         if self.world.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.world.device)
