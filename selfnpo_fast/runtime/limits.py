@@ -18,6 +18,10 @@ MAX_TENSORS = 50_000
 """Tensors of one weights file; the largest models here have some 3,000."""
 MAX_TOKENS = 8_192
 """Tokens of one prompt that a tokenizer may ask for."""
+MAX_UPDATES = 1_000_000_000
+"""Optimiser updates of a run."""
+MAX_PICTURES = 1_000
+"""Pictures in one row of a sample grid."""
 MAX_COUNT = 1_000_000
 """Intervals, pictures per prompt, steps and other small counts of a config or command line."""
 

@@ -76,16 +76,22 @@ class Resumable:
         return True
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def saved(request, tmp_path_factory) -> Iterator[Resumable]:
-    resumable = Resumable(request.param, tmp_path_factory.mktemp("hostile"))
-    yield resumable
-    resumable.trainer.producer.close()
+@pytest.fixture(scope="module")
+def all_saved(tmp_path_factory) -> Iterator[dict[str, Resumable]]:
+    made = {name: Resumable(name, tmp_path_factory.mktemp("hostile")) for name in NAMES}
+    yield made
+    for resumable in made.values():
+        resumable.trainer.producer.close()
+
+
+@pytest.fixture(params=NAMES)
+def saved(request, all_saved) -> Resumable:
+    return all_saved[request.param]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Resumable:
-    return Resumable("plain", tmp_path_factory.mktemp("plain"))
+def plain(all_saved) -> Resumable:
+    return all_saved["plain"]
 
 
 def test_an_honest_copy_loads(saved):
