@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Literal, get_args, get_type_hints
 
 from selfnpo_fast.runtime.errors import UserError, shortened
+from selfnpo_fast.runtime.limits import MAX_PICTURES, MAX_UPDATES, check_count
 
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and surrogates, for which UTF-8 has no bytes."""
@@ -104,7 +105,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _check_fields("rollout.", self)
-        _check(self.grid_steps >= 2, "rollout.grid_steps", self.grid_steps, "at least 2")
+        check_count("rollout.grid_steps", self.grid_steps, 2)
         _check(
             1 <= self.max_steps <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
         )
@@ -164,7 +165,7 @@ class ReferenceConfig:
     def __post_init__(self) -> None:
         _check_fields("reference.", self)
         _check(0 <= self.decay < 1, "reference.decay", self.decay, "at least 0 and below 1")
-        _check(self.every >= 1, "reference.every", self.every, "at least 1")
+        check_count("reference.every", self.every)
 
 
 @dataclass(kw_only=True)
@@ -244,9 +245,9 @@ class OptimizerConfig:
         _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _check(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
         _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _check(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
+        check_count("optimizer.warmup", self.warmup, 0, MAX_UPDATES)
         _check(self.clip >= 0, "optimizer.clip", self.clip, "0 or more")
-        _check(self.max_skipped >= 0, "optimizer.max_skipped", self.max_skipped, "0 or more")
+        check_count("optimizer.max_skipped", self.max_skipped, 0)
 
 
 @dataclass(kw_only=True)
@@ -337,13 +338,14 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _check_fields("log.", self)
-        _check(self.every >= 1, "log.every", self.every, "at least 1")
-        _check(self.sample_every >= -1, "log.sample_every", self.sample_every, "-1, 0 or more")
-        _check(self.sample_prompts >= 1, "log.sample_prompts", self.sample_prompts, "at least 1")
-        _check(self.sample_steps >= 1, "log.sample_steps", self.sample_steps, "at least 1")
-        _check(self.sample_guidance_scale >= 1, "log.sample_guidance_scale", self.sample_guidance_scale, "at least 1")
-        _check(self.checkpoint_every >= 0, "log.checkpoint_every", self.checkpoint_every, "0 or more")
-        _check(self.keep >= 1, "log.keep", self.keep, "at least 1")
+        check_count("log.every", self.every)
+        check_count("log.sample_every", self.sample_every, -1)
+        check_count("log.sample_prompts", self.sample_prompts, 1, MAX_PICTURES)
+        check_count("log.sample_steps", self.sample_steps)
+        scale = self.sample_guidance_scale
+        _check(1 <= scale <= 1000, "log.sample_guidance_scale", scale, "a number from 1 to 1000")
+        check_count("log.checkpoint_every", self.checkpoint_every, 0)
+        check_count("log.keep", self.keep)
         _check(self.spike == 0 or self.spike > 1, "log.spike", self.spike, "0 (off) or more than 1")
 
 
@@ -383,7 +385,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_fields("", self)
-        _check(self.updates >= 1, "updates", self.updates, "at least 1")
+        check_count("updates", self.updates, 1, MAX_UPDATES)
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _check(
             self.lora.rank == 0 or self.engine.zero_stage < 3,

@@ -78,18 +78,23 @@ def run(argv: list[str]) -> None:
 
 def _run(request: Request, output: Path, world, stop) -> None:
     """The run, once all ranks are connected."""
-    from selfnpo_fast.training.checkpoint import newest_checkpoint
     from selfnpo_fast.training.inputs import load_inputs
     from selfnpo_fast.training.recorder import Recorder
     from selfnpo_fast.training.replay import replay
+    from selfnpo_fast.training.resumable import newest_checkpoint
     from selfnpo_fast.training.trainer import Trainer
 
     # Find and read all that the run needs: nothing is written yet.
     config, replaying, newest = request.config, request.options.replay_step is not None, None
     kernels = _kernels(world.device.type)
+    checkpoints, known = output / "checkpoints", None
     if request.options.resume or replaying:
-        newest = newest_checkpoint(output / "checkpoints", config, world, before=request.options.replay_step)
+        newest = known = newest_checkpoint(checkpoints, config, world, before=request.options.replay_step)
+    if replaying and newest is None:  # a later one also tells what the run has read
+        known = newest_checkpoint(checkpoints, config, world)
     inputs = load_inputs(config, world)
+    if known is not None:
+        inputs.refuse_changed(known, world)
     check_stop("before training; the output folder is as it was")
     trainer = Trainer(config, inputs, world, output)
     recorder = Recorder(config, world, trainer.adapter.schedule.num_train_timesteps)

@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 import torch
 
 from selfnpo_fast.rollout.pairs import GuidedPredictor, Pairs, UpdatePairs
+from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
 from selfnpo_fast.runtime.profiling import region
 from selfnpo_fast.runtime.stopping import check_stop
 
@@ -203,9 +204,12 @@ class OverlappedProducer(Producer):
         return super().state_dict() | pending
 
     def load_state_dict(self, state: State) -> None:
-        """Continue from `state_dict()`."""
-        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_PENDING)})
-        if f"{_PENDING}version" not in state:
+        """Continue from `state_dict()`. Raises ValueError where it is none of this producer's."""
+        pending = {name: value for name, value in state.items() if name.startswith(_PENDING)}
+        if pending:
+            self._check_pending(pending)
+        super().load_state_dict({name: value for name, value in state.items() if name not in pending})
+        if not pending:
             return
         device = self.rollout.maker.device
         micro_batches = (
@@ -218,6 +222,19 @@ class OverlappedProducer(Producer):
         )
         self._worker.begin(lambda: self._copied(saved))
         self._in_flight = True
+
+    def _check_pending(self, pending: State) -> None:
+        """ValueError where tensors by their names in a state are no pairs of this producer."""
+        rollout = self.rollout
+        lead, maker = (self.accumulation, rollout.batch), rollout.maker
+        expected = {f"{_PENDING}{name}": (torch.int64, lead) for name in ("s", "t", "rows", "sample_ids")}
+        expected |= {f"{_PENDING}{name}": (torch.float32, (*lead, *maker.latent_shape)) for name in ("x_s", "target")}
+        expected |= {f"{_PENDING}{name}": (torch.int64, ()) for name in ("version", "forwards")}
+        check_layout(layout_of(pending.items()), expected | {f"{_PENDING}weight": (torch.float32, lead)})
+        last = maker.grid.schedule.num_train_timesteps - 1
+        bounds = {"s": last, "t": last, "rows": maker.num_prompts, "sample_ids": 2**62}
+        for name, most in (bounds | {"version": 2**53, "forwards": 2**53}).items():
+            check_range(f"{_PENDING}{name}", pending[f"{_PENDING}{name}"], 0, most)
 
     def close(self) -> None:
         """Waits until the pairs in flight are made, or their making has failed."""

@@ -22,6 +22,10 @@ class RunError(RuntimeError):
     """As for UserError."""
 
 
+class NotFiniteError(RunError):
+    """Values to be written hold NaN or infinity. Nothing has been written."""
+
+
 def one_line(value: object, limit: int = 300) -> str:
     """The text of `value`, mostly an exception, on one line and cut after `limit` characters.
 

@@ -6,13 +6,17 @@ renamed to NAME when all of it is on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.exchange import exchange
+from selfnpo_fast.runtime.files import read_json
 
 RUN_ENTRIES = frozenset(
     {"negative", "checkpoints", "samples", "tensorboard", "replay", "config.yaml", "metrics.jsonl", "train.log"}
@@ -20,6 +24,8 @@ RUN_ENTRIES = frozenset(
 """All that a training run writes into its output folder."""
 ASIDE, DOOMED = ".writing-", ".deleting-"
 """Prefixes of the names of folders that are being written or deleted."""
+REPLACED = ".replaced-"
+"""Prefix of a whole folder that has made room for its successor, where names cannot be exchanged."""
 MANIFEST = "manifest.json"
 """The file that holds size and SHA-256 of the other files of a folder."""
 
@@ -59,7 +65,7 @@ def check_run_folder(path: str, *, resume: bool, overwrite: bool) -> Path:
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if names and not (resume or overwrite):
         raise UserError(f"output: {folder} is not empty; add --resume to go on, --overwrite to start over")
-    foreign = [name for name in names if name not in RUN_ENTRIES and not name.startswith((ASIDE, DOOMED))]
+    foreign = [name for name in names if name not in RUN_ENTRIES and not name.startswith((ASIDE, DOOMED, REPLACED))]
     if overwrite and foreign:
         raise UserError(f"output: {folder} holds {foreign[0]!r}, which no run wrote; --overwrite will not delete it")
     return folder
@@ -80,6 +86,7 @@ def begin_aside(target: Path) -> Path:
     What killed runs have left there is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    put_back(target.parent)
     for leftover in (*target.parent.glob(f"{ASIDE}*"), *target.parent.glob(f"{DOOMED}*")):
         remove(leftover)
     aside = target.with_name(ASIDE + target.name)
@@ -87,16 +94,38 @@ def begin_aside(target: Path) -> Path:
     return aside
 
 
+def put_back(parent: Path) -> None:
+    """Give folders in `parent` their names back that were replaced by a run that was then killed."""
+    for replaced in parent.glob(f"{REPLACED}*"):
+        name = parent / replaced.name.removeprefix(REPLACED)
+        remove(replaced) if name.exists() else replaced.rename(name)
+
+
 def finish_aside(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target` once its files are on the disk. An older `target` is deleted."""
+    """Give `aside` the name `target` once its files are on the disk. An older `target` is deleted.
+
+    At no time is there neither of them, wherever the process is killed. Where the file system
+    cannot exchange two names, the older one may be left as `.replaced-NAME`, from which `put_back`
+    restores it.
+    """
     for path in (*aside.rglob("*"), aside):
         _sync(path)
-    doomed = target.with_name(DOOMED + target.name)
-    if target.exists():
-        target.rename(doomed)
-    aside.rename(target)
+    old = None
+    if not target.exists():
+        aside.rename(target)
+    elif exchange(aside, target):
+        old = aside
+    else:
+        old = target.rename(target.with_name(REPLACED + target.name))
+        try:
+            aside.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
     _sync(target.parent)
-    remove(doomed)
+    if old is not None:
+        with contextlib.suppress(OSError):  # the next folder that is written here removes it
+            remove(old)
 
 
 def remove(folder: Path) -> None:
@@ -135,24 +164,27 @@ def _facts(path: Path) -> dict[str, object]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the manifest of all files directly in `folder`."""
-    facts = {path.name: _facts(path) for path in sorted(folder.iterdir())}
+def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write the manifest of these files in `folder`, by default of all. Raises OSError.
+
+    It is an error where one of the files is not there.
+    """
+    names = [path.name for path in folder.iterdir()] if names is None else names
+    facts = {name: _facts(folder / name) for name in sorted(names)}
     (folder / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def why_not_whole(folder: Path) -> str | None:
     """Why a folder is not what its manifest describes, or None if it is."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
+        for name, expected in read_json(folder / MANIFEST, MANIFEST).items():
             path = folder / name
             if path.parent != folder or not path.is_file():
-                return f"{name} is missing"
+                return f"{one_line(name)} is missing"
             if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+                return f"{one_line(name)} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if _facts(path) != expected:
-                return f"{name} has changed since it was written (its SHA-256 differs)"
+                return f"{one_line(name)} has changed since it was written (its SHA-256 differs)"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{MANIFEST} is not readable: {one_line(error)}"
+        return f"{MANIFEST} is not readable: {one_line(error).removeprefix(f'{MANIFEST}: ')}"
     return None

@@ -24,16 +24,14 @@ MAX_NAME_CHARACTERS = 512
 """Characters of a tensor's or layer's name: regular expressions of files run on no longer ones."""
 MAX_JSON_BYTES = 64 << 20
 """Bytes of a JSON file."""
-MAX_HEADER_BYTES = 16 << 20
-"""Bytes of the header of a safetensors file: 50,000 tensors with long names need some 10 MiB."""
 MAX_FOLDER_ENTRIES = 100_000
 """Entries of a folder in which a model is looked for."""
 MAX_RANK = 4_096
 """Rank of a LoRA that is read."""
 MAX_TENSORS = 50_000
 """Tensors of one weights file; the largest models here have some 3,000."""
-MAX_HEADER_BYTES = 32 << 20
-"""Bytes of the header of a safetensors file, which names its tensors."""
+MAX_HEADER_BYTES = 16 << 20
+"""Bytes of the header of a safetensors file: 50,000 tensors with long names need some 10 MiB."""
 MAX_WIDTH = 1_000_000
 """Any whole number in a network's config: channels, features, entries of a vocabulary."""
 MAX_LAYERS = 2_000
@@ -42,6 +40,10 @@ MAX_TOKENS = 8_192
 """Tokens of one prompt that a tokenizer may ask for."""
 MAX_RANKS = 100_000
 """Ranks of a run."""
+MAX_UPDATES = 1_000_000_000
+"""Optimiser updates of a run."""
+MAX_PICTURES = 1_000
+"""Pictures in one row of a sample grid."""
 MAX_COUNT = 1_000_000
 """Intervals, pictures per prompt, steps and other small counts of a config or command line."""
 

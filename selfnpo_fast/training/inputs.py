@@ -5,13 +5,15 @@ Shape letter: N prompts.
 
 from __future__ import annotations
 
-import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.data.prompts import fingerprint
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
@@ -20,7 +22,9 @@ from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.input_record import InputRecord
 from selfnpo_fast.training.methods import find_method
+from selfnpo_fast.training.resumable import read_state
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,17 @@ class Inputs:
     """The base model's denoiser on this rank's device, in the precision of training."""
     base: dict
     """The record of the base for the negative model's files (`negatives.fingerprint`)."""
+    record: InputRecord | None
+    """What checkpoints record of all this; on rank 0 alone, which writes it."""
+
+    def refuse_changed(self, checkpoint: Path, world: World) -> None:
+        """UserError on all ranks where these are not the inputs that a checkpoint records."""
+
+        def look() -> None:
+            assert self.record is not None, "rank 0 has it"
+            self.record.refuse_changed(read_state(checkpoint).get("inputs"), checkpoint)
+
+        world.on_main(look)
 
 
 def load_inputs(config: TrainConfig, world: World) -> Inputs:
@@ -54,9 +69,15 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
+    weights = module_weights(student, model.path)
     schedule = ScheduleFacts.of(adapter.schedule, model.path)
-    base = base_record(model.path, model.revision, module_weights(student, model.path), schedule)
-    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base)
+    base = base_record(model.path, model.revision, weights, schedule)
+    record = None
+    if world.is_main:
+        named = ((name, weights.read(name)) for name in weights.shapes)
+        commit = hub_commit(adapter.path, model.revision)
+        record = InputRecord(inputs, table, adapter.schedule, named, commit=commit)
+    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
 
 
 def _refuse_different(prompts: list[str], world: World) -> None:
@@ -64,6 +85,15 @@ def _refuse_different(prompts: list[str], world: World) -> None:
 
     Ranks would train on other pairs than one rank does, and encode in another number of rounds.
     """
-    digest = hashlib.sha256("\0".join(prompts).encode(errors="surrogatepass")).hexdigest()
-    if len(set(world.gather(digest))) > 1:
+    if len(set(world.gather(fingerprint(prompts)))) > 1:
         raise UserError("prompts.source: not all ranks have read the same prompts; give all hosts the same files")
+
+
+def hub_commit(path: str, revision: str | None) -> str | None:
+    """The commit of the Hub from whose snapshot a model was loaded; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if os.path.isdir(path):
+        return None
+    file = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None

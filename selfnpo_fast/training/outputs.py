@@ -17,6 +17,14 @@ from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.folders import write_file
 
+MAX_ROW_BYTES = 1 << 16
+"""Bytes of one row of metrics.jsonl; ours have some 500."""
+
+
+def json_row(row: dict) -> dict:
+    """A row with null for each number that is not finite: JSON knows neither NaN nor infinity."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
 
 class RunOutputs:
     """The files and the progress bar of one run, on rank 0.
@@ -45,8 +53,7 @@ class RunOutputs:
     def write(self, update: int, row: dict[str, float]) -> None:
         """Add a row of metrics to metrics.jsonl, to TensorBoard and to the progress bar."""
         with self._warned("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            # JSON knows neither NaN nor infinity.
-            file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
+            file.write(json.dumps(json_row(row)) + "\n")
 
         def add_scalars(writer: Any) -> None:
             for key, value in row.items():
@@ -119,16 +126,23 @@ def _quiet_tensorboard() -> Iterator[None]:
 def _drop_rows_after(path: Path, update: int) -> None:
     """Keep the rows of metrics.jsonl up to `update`.
 
-    The run that wrote the later rows was killed before it saved a checkpoint.
+    The run that wrote the later rows was killed before it saved a checkpoint. What is no row is
+    left out: one line says so, unless it is the last row alone, which a kill may have cut.
+
+    Raises UserError where the file cannot be read.
     """
     if not path.exists():
         return
-    kept = []
-    with open_regular(path, "metrics.jsonl") as file:
-        for line in file:
+    kept, bad = [], []
+    with open_regular(path, path.name) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b""), 1):
             try:
-                if json.loads(line)["update"] <= update:
-                    kept.append(line.decode().rstrip("\n") + "\n")
+                if json.loads(line.decode("utf-8"))["update"] <= update:
+                    kept.append(line.decode("utf-8").rstrip("\n") + "\n")
             except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # half a row, cut off when the run was killed
+                bad.append(number)
+    if bad and bad != [number]:
+        logger.warning(
+            "%s: %d lines that are no rows of metrics are left out, the first is line %d", path, len(bad), bad[0]
+        )
     write_file(path, "".join(kept))

@@ -16,6 +16,7 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.folders import begin_aside, finish_aside
 from selfnpo_fast.runtime.images import image_grid
 from selfnpo_fast.runtime.stopping import check_stop
+from selfnpo_fast.training.outputs import json_row
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.trainer import Trainer
 
@@ -46,7 +47,7 @@ def replay(trainer: Trainer, recorder: Recorder, step: int) -> None:
     target = trainer.output / "replay" / f"update-{step:07d}"
     aside = begin_aside(target)
     save_file(pairs, aside / "pairs.safetensors")
-    (aside / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (aside / "pairs.jsonl").write_text("".join(json.dumps(json_row(row)) + "\n" for row in rows), encoding="utf-8")
     _grid(trainer, pairs, rows).save(aside / "grid.png")
     finish_aside(aside, target)
     for row in rows[:LOGGED]:

@@ -138,6 +138,52 @@ def test_a_replay_can_be_stopped(model, whole, tmp_path, monkeypatch, capfd):
     assert not (output / "replay").exists()
 
 
+def states(output: Path) -> dict[str, int]:
+    """The inode of each checkpoint's state: another one, where it was written again."""
+    return {path.name: (path / "state.json").stat().st_ino for path in (output / "checkpoints").iterdir()}
+
+
+def test_a_state_that_is_saved_is_not_saved_again(model, tmp_path, monkeypatch, capfd):
+    """By a signal just after a checkpoint, and by one before the first update of a resumed run."""
+    output, seen = tmp_path / "run", []
+    original = Trainer.save_checkpoint
+
+    def save_checkpoint(self, recorder) -> Path:
+        path = original(self, recorder)
+        seen.append(states(output))
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", save_checkpoint)
+        at_update(patch, 4, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(model, output) == 0
+    assert [sorted(names) for names in seen[1:]] == [["update-0000002", "update-0000004"]] * 2
+    assert seen[1] == seen[2] == states(output)
+    assert f"stopped after update 4; checkpoint {output}/checkpoints/update-0000004" in capfd.readouterr().err
+    resume = Trainer.resume
+    monkeypatch.setattr(
+        Trainer, "resume", lambda *arguments: (resume(*arguments), os.kill(os.getpid(), signal.SIGTERM))[0]
+    )
+    assert run(model, output, "--resume") == 0
+    assert f"stopped after update 4; checkpoint {output}/checkpoints/update-0000004" in capfd.readouterr().err
+    assert seen[1] == states(output)
+
+
+def test_a_saved_state_whose_folder_is_gone_is_saved_again(model, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    original = Trainer._try_to_save
+
+    def lost(self, recorder) -> None:
+        original(self, recorder)
+        if self.update == 4:
+            shutil.rmtree(self.saved)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_try_to_save", lost)
+    assert run(model, output) == 0
+    assert why_not_whole(output / "checkpoints" / "update-0000004") is None
+
+
 def test_sigterm_to_one_of_two_ranks_ends_both_with_a_checkpoint(model, tmp_path):
     case = CASE | {"ranks": 2, "zero": 2}
     argv = [*crash.words(case, model, tmp_path / "run"), "--updates", "100000", "--log.checkpoint_every", "0"]
@@ -389,3 +435,44 @@ def test_replay_makes_the_same_pairs_and_touches_nothing_else(with_checkpoints, 
 def test_replay_of_an_update_that_is_not_there_is_refused(model, tmp_path, capfd):
     assert run(model, tmp_path / "run", "--replay-step", "13") == 2
     assert "--replay-step: 13 is not possible; expected an update from 1 to 12" in capfd.readouterr().err
+
+
+ROWS = [b"\xff\xfe\n", b"[" * 100_000 + b"\n", b'{"update": "x"}\n', b'{"loss": 1}\n', b"[]\n", b"x" * 200_000 + b"\n"]
+
+
+def test_metrics_that_are_none_are_left_out_with_a_line(model, whole, tmp_path, capfd):
+    """Also between good rows. Half a row at the end is what a kill leaves, and no news."""
+    output = shutil.copytree(whole, tmp_path / "run")
+    path = output / "metrics.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*rows[:2], *ROWS, *rows[2:]]))
+    assert run(model, output, "--updates", "13", "--resume") == 0
+    assert "lines that are no rows of metrics are left out, the first is line 3" in capfd.readouterr().err
+    assert [row["update"] for row in crash.metrics(output)] == [3, 6, 9, 12, 13]
+    path.write_bytes(path.read_bytes() + b'{"update": 15, "lo')
+    assert run(model, output, "--updates", "14", "--resume") == 0
+    assert "no rows" not in capfd.readouterr().err
+    assert [row["update"] for row in crash.metrics(output)] == [3, 6, 9, 12, 13, 14]
+
+
+def test_metrics_that_are_a_pipe_are_refused(model, whole, tmp_path, capfd):
+    output = shutil.copytree(whole, tmp_path / "run")
+    (output / "metrics.jsonl").unlink()
+    os.mkfifo(output / "metrics.jsonl")
+    assert run(model, output, "--updates", "13", "--resume") == 2
+    assert "error: metrics.jsonl: " in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_record(model, tmp_path, monkeypatch):
+    """JSON knows no NaN: other programs could not read the file."""
+    output = tmp_path / "run"
+    poison(monkeypatch, {2})
+    assert run(model, output, "--updates", "2", "--log.every", "1", "--replay-step", "2") == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = (output / "replay" / "update-0000002" / "pairs.jsonl").read_text().splitlines()
+    losses = [json.loads(line, parse_constant=refuse)["loss"] for line in lines]
+    assert losses[0] is None
+    assert all(loss > 0 for loss in losses[1:])
