@@ -10,12 +10,12 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _PACKAGE]
 
-import os  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from selfnpo_fast.config import TrainConfig  # noqa: E402
+from selfnpo_fast.runtime.command import launched_rank, run_command  # noqa: E402
 from selfnpo_fast.runtime.console import logger, quiet_libraries, setup_logging  # noqa: E402
-from selfnpo_fast.runtime.errors import RunError, UserError  # noqa: E402
+from selfnpo_fast.runtime.errors import UserError  # noqa: E402
 from selfnpo_fast.runtime.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
 from selfnpo_fast.runtime.options import Parsed, parse_with_config  # noqa: E402
 
@@ -152,23 +152,19 @@ def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code.
+    """The command; returns its exit code, as `runtime.command.run_command` does.
 
-    0    success, also after SIGTERM
-    1    after one line about a run that cannot go on
-    2    after one line about bad input
+    It is 0 also after a signal that has stopped the run with a checkpoint.
     """
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _command(words))
+
+
+def _command(argv: list[str]) -> None:
+    """`run`, with the log of a command."""
     quiet_libraries()
-    rank = int(os.environ.get("RANK", 0))
-    setup_logging(rank)
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (UserError, RunError) as error:
-        # All ranks raise such an error together, and one of them prints it.
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+    setup_logging(launched_rank())
+    run(argv)
 
 
 if __name__ == "__main__":

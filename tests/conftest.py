@@ -12,9 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import hypothesis
-import pytest
-import torch
+from selfnpo_fast.runtime.command import limit_spinning
+
+limit_spinning()  # as in the commands, and before torch is imported
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # No test may fail because the machine is busy.
 hypothesis.settings.register_profile("selfnpo", deadline=None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import check_writable
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import progress_bar, show
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,6 @@ def evaluate(options: EvaluateOptions) -> None:
     Raises UserError for mistakes in the options, before anything is written.
     """
     import torch
-    from tqdm import tqdm
 
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.scoring import report, sweep
@@ -103,15 +103,15 @@ def evaluate(options: EvaluateOptions) -> None:
     drawing = _Drawing(options, arms, adapter, device, [case.prompt for case in cases])
     # Draw and measure.
     total = len(arms) * len(scales) * len(cases)
-    with tqdm(total=total, unit="image", dynamic_ncols=True) as drawing.progress:
+    with progress_bar(total, "image") as drawing.progress:
         results = sweep.evaluate(drawing, cases, list(arms), scales, measures, baseline=BASELINE)
     # The folder is made only now, so that a mistake leaves nothing behind.
     folder.mkdir(parents=True, exist_ok=True)
     written = report.write_report(results, folder, asdict(options))
-    print(report.brief(results))
+    show(report.brief(results))
     if not options.brief:
-        print(f"report: {written['report.md']}")
-    print(f"grid: {written['grid.png']}")
+        show(f"report: {written['report.md']}")
+    show(f"grid: {written['grid.png']}")
 
 
 def _check_sampling(options: EvaluateOptions) -> None:

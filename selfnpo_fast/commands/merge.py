@@ -7,6 +7,7 @@ from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import show
 
 
 @dataclass(kw_only=True)
@@ -39,4 +40,4 @@ def run(argv: list[str]) -> None:
         if getattr(options, name) is None:
             raise UserError(f"{name}: none given; expected --{name}")
     folder = merge(**vars(options))
-    print(f"negative model: {folder}")
+    show(f"negative model: {folder}")

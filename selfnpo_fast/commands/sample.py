@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import check_writable
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import progress_bar, show
 
 
 @dataclass(kw_only=True)
@@ -119,20 +118,12 @@ def sample(options: SampleOptions) -> None:
     adapter.check_steps(settings.steps)
     adapter.check_size()
     # Pictures, one file for each, and a grid with the pictures of one prompt in a row.
-    with _bar(len(seeds), "image") as done:
-        images = GuidedSampler(adapter, denoiser, negative).images(rows, empty, seeds, settings, done)
+    with progress_bar(len(seeds), "image") as bar:
+        sampler = GuidedSampler(adapter, denoiser, negative)
+        images = sampler.images(rows, empty, seeds, settings, lambda count: bar.update(count - bar.n))
     folder.mkdir(parents=True, exist_ok=True)
     for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
         picture.save(folder / f"{i:04d}-seed{seed}.png")
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
     image_grid(images, columns).save(folder / "grid.png")
-    print(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")
-
-
-@contextmanager
-def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar, as the callback `done(count)` that sets the number of finished units."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, dynamic_ncols=True) as bar:
-        yield lambda count: bar.update(count - bar.n)
+    show(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")

@@ -38,6 +38,7 @@ from selfnpo_fast.data.image_sources import Picture, open_source
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, why_not_whole, write_manifest
+from selfnpo_fast.runtime.screen import progress_bar
 from selfnpo_fast.runtime.world import World
 
 DATA, PICTURES, RECIPE = "latents.safetensors", "pictures.jsonl", "store.json"
@@ -160,8 +161,6 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
     In a round each rank encodes BATCH pictures, and rank 0 writes them all. Meanwhile a thread
     reads the pictures of the next round.
     """
-    from tqdm import tqdm
-
     # What an earlier run has left is kept.
     done = world.on_main(lambda: _resume(store, pictures, 4 * math.prod(adapter.latent_shape)))
     resumed = f", going on after {done:,}" if done else ""
@@ -189,7 +188,7 @@ def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, worl
     # The rounds; `ahead` is the reading of the next one.
     with (
         ThreadPoolExecutor(1) as reader,
-        tqdm(total=len(pictures), initial=done, unit="image", dynamic_ncols=True, disable=not world.is_main) as bar,
+        progress_bar(len(pictures), "image", initial=done, disable=not world.is_main) as bar,
     ):
         ahead = reader.submit(read, done)
         for start in range(done, len(pictures), BATCH * world.size):

@@ -12,6 +12,7 @@ from PIL import Image
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import one_line
 from selfnpo_fast.runtime.folders import write_file
+from selfnpo_fast.runtime.screen import progress_bar
 
 
 class RunOutputs:
@@ -26,12 +27,11 @@ class RunOutputs:
         What an earlier run recorded beyond that update is dropped. Raises OSError.
         """
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         self.folder = folder
         _drop_rows_after(folder / "metrics.jsonl", update)
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=update + 1 if update else None)
-        self.bar = tqdm(total=updates, initial=update, unit="update", dynamic_ncols=True)
+        self.bar = progress_bar(updates, "update", initial=update)
 
     def write(self, update: int, row: dict[str, float]) -> None:
         """Add a row of metrics to metrics.jsonl, to TensorBoard and to the progress bar."""
