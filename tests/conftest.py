@@ -12,13 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from selfnpo_fast.runtime.command import limit_spinning
+from selfnpo_fast.runtime.command import short_spin
 
-limit_spinning()  # as in the commands, and before torch is imported
+os.environ.update(short_spin())  # as in the commands, and before torch is imported
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 # No test may fail because the machine is busy.
 hypothesis.settings.register_profile("selfnpo", deadline=None)

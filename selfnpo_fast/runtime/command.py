@@ -30,7 +30,7 @@ def run_command(action: Callable[[], int | None]) -> int:
     Output that cannot be written is left out. Where that is the command's result, on standard
     output, the exit code is 1, except where the reader has gone away.
     """
-    limit_spinning()
+    os.environ.update(short_spin())
     with safe_screen():
         code = 0
         try:
@@ -59,16 +59,16 @@ def launched_rank() -> int:
     return int(rank) if rank.isascii() and rank.isdigit() else 0
 
 
-def limit_spinning() -> None:
-    """Let the threads of OpenMP wait for each other asleep rather than awake, after 3,000 rounds.
+def short_spin() -> dict[str, str]:
+    """What commands add to `os.environ`, so that OpenMP's threads soon wait for each other asleep.
 
     GNU's OpenMP, which torch uses on CPUs, lets a thread spin at a barrier for milliseconds. Where
-    other work shares the cores, training then becomes up to a hundred times slower. A short spin
-    costs nothing on an idle machine (benchmarks/bench_busy.py). OpenMP reads the variable when
-    torch is imported, so this comes first. What the user has set is kept.
+    other work shares the cores, training then becomes up to a hundred times slower. 3,000 rounds
+    cost nothing on an idle machine (benchmarks/bench_busy.py). OpenMP reads the variable when torch
+    is imported, so this comes first. What the user has set is kept.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
+    return {} if chosen else {"GOMP_SPINCOUNT": "3000"}
 
 
 def _say(line: str) -> None:

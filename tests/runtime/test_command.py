@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -151,7 +152,9 @@ IN_COMMAND = "import {0} as m; m.quiet_libraries = load; m.main({1})"
 WAYS = {
     "selfnpo": IN_COMMAND.format("selfnpo_fast.cli", ["sample", "--colour", "red"]),
     "train": IN_COMMAND.format("selfnpo_fast.train", ["--updates", "0"]),
-    "benchmarks": "import benchmarks; load()",
+    "benchmarks": "import builtins; import_now = builtins.__import__; "
+    "builtins.__import__ = lambda name, *a: load() if name == 'torch' else import_now(name, *a); "
+    "import benchmarks.bench_ops",
     "library": "import selfnpo_fast, selfnpo_fast.config; load()",
 }
 
@@ -172,3 +175,14 @@ def test_openmp_reads_a_short_spin_in_commands_alone(way, own, expected):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     (value,) = [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     assert value == expected if expected is not None else int(value) > 3000
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in (ROOT / "benchmarks").rglob("*.py") if "__main__" in p.read_text()], ids=str
+)
+def test_every_benchmark_shortens_the_spin_before_it_imports_more(path):
+    lines = [line.partition("  #")[0] for line in path.read_text().splitlines()]
+    first = next(
+        i for i, line in enumerate(lines) if re.match("(import|from) (numpy|torch|benchmarks|diffusers)", line)
+    )
+    assert lines[:first].count("os.environ.update(short_spin())") == 1
