@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -16,7 +17,15 @@ from selfnpo_fast.config import TrainConfig  # noqa: E402
 from selfnpo_fast.runtime.command import launched_rank, run_command  # noqa: E402
 from selfnpo_fast.runtime.console import logger, quiet_libraries, setup_logging  # noqa: E402
 from selfnpo_fast.runtime.errors import UserError  # noqa: E402
-from selfnpo_fast.runtime.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
+from selfnpo_fast.runtime.folders import (  # noqa: E402
+    check_run_folder,
+    check_writable,
+    clear_run_folder,
+    remove_leftovers,
+    write_file,
+    writing,
+)
+from selfnpo_fast.runtime.locks import only_writer  # noqa: E402
 from selfnpo_fast.runtime.options import Parsed, parse_with_config  # noqa: E402
 
 # A checkout has the configs next to the package, an installed package has them inside.
@@ -60,21 +69,30 @@ def run(argv: list[str]) -> None:
     Raises UserError for bad input, before anything is written, and RunError where it cannot go on.
     """
     request = parse(argv)
-    continues = request.options.resume or request.options.replay_step is not None
-    output = check_run_folder(request.config.output, resume=continues, overwrite=request.options.overwrite)
-
     from selfnpo_fast.runtime.world import init_world
     from selfnpo_fast.training.lifecycle import PeerWatch, StopRequest, leave_at_once
 
     with StopRequest() as stop:
         world = init_world()
         setup_logging(world.rank)
-        with PeerWatch(world, leave_at_once):
-            _run(request, output, world, stop)
+        with PeerWatch(world, leave_at_once), contextlib.ExitStack() as held:
+            output, alone = world.on_main(lambda: _claim(request, held))
+            _run(request, output, alone, world, stop)
 
 
-def _run(request: Request, output: Path, world, stop) -> None:
-    """The run, once all ranks are connected."""
+def _claim(request: Request, held: contextlib.ExitStack) -> tuple[Path, bool]:
+    """The output folder, locked until `held` is closed, and whether its file system has locks.
+
+    Raises UserError where another process writes to it, or where it is not as the request needs it.
+    """
+    path, options = request.config.output, request.options
+    alone = held.enter_context(only_writer(check_writable(path)))
+    continues = options.resume or options.replay_step is not None
+    return check_run_folder(path, resume=continues, overwrite=options.overwrite), alone
+
+
+def _run(request: Request, output: Path, alone: bool, world, stop) -> None:
+    """The run, once all ranks are connected; `alone` as `_claim` has found it."""
     from selfnpo_fast.training.checkpoint import newest_checkpoint
     from selfnpo_fast.training.inputs import load_inputs
     from selfnpo_fast.training.recorder import Recorder
@@ -99,14 +117,18 @@ def _run(request: Request, output: Path, world, stop) -> None:
     # Prepare the folder, once every rank has looked at it.
     world.barrier()
     if world.is_main:
-        if request.options.overwrite:
-            clear_run_folder(output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_file(output / "config.yaml", request.text)
-    setup_logging(world.rank, output / "train.log")
+        with writing(output):
+            if request.options.overwrite:
+                clear_run_folder(output)
+            for folder in (output, output / "checkpoints"):
+                remove_leftovers(folder, locked=alone)
+            output.mkdir(parents=True, exist_ok=True)
+            write_file(output / "config.yaml", request.text)
+    with writing(output):
+        setup_logging(world.rank, output / "train.log")
+        recorder.open(output, trainer.update)
     describe(config, world, trainer, kernels)
     # Train.
-    recorder.open(output, trainer.update)
     try:
         negative = trainer.run(recorder, stop)
     finally:

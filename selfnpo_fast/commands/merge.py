@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.folders import check_writable
+from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
 from selfnpo_fast.runtime.screen import show
 
@@ -39,5 +41,6 @@ def run(argv: list[str]) -> None:
     for name in ("base", "negative", "output"):
         if getattr(options, name) is None:
             raise UserError(f"{name}: none given; expected --{name}")
-    folder = merge(**vars(options))
+    with only_writer(check_writable(str(options.output))):
+        folder = merge(**vars(options))
     show(f"negative model: {folder}")

@@ -18,7 +18,6 @@ Any folder may be deleted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -38,6 +37,7 @@ from selfnpo_fast.data.image_sources import Picture, open_source
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, why_not_whole, write_manifest
+from selfnpo_fast.runtime.locks import hold, holder
 from selfnpo_fast.runtime.screen import progress_bar
 from selfnpo_fast.runtime.world import World
 
@@ -124,7 +124,7 @@ def _claim(store: _Store, claim: contextlib.ExitStack, world: World) -> bool:
     waiting = False
     while (claimed := world.on_main(lambda: _try_to_claim(store, claim))) is None:
         if not waiting:
-            logger.info("data: waiting for another run, which is encoding into %s", store.partial)
+            logger.info("data: waiting for %s, which is encoding into %s", holder(store.lock), store.partial)
         waiting = True
         time.sleep(WAIT)
     return claimed
@@ -135,24 +135,17 @@ def _try_to_claim(store: _Store, claim: contextlib.ExitStack) -> bool | None:
     if store.folder.is_dir():
         return False
     try:
-        store.lock.parent.mkdir(parents=True, exist_ok=True)
-        # NFS locks only files that are open for writing.
-        lock = os.open(store.lock, os.O_RDWR | os.O_CREAT, 0o666)
-        claim.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = hold(store.lock)
+        if lock is None:
+            return None
+        claim.callback(lock.release)
         if store.folder.is_dir():  # another run has just finished
-            store.lock.unlink(missing_ok=True)
+            claim.pop_all().close()
             return False
-        # Another run may have deleted the file between opening and locking.
-        if store.lock.exists() and os.path.samestat(os.fstat(lock), store.lock.stat()):
-            store.partial.mkdir(exist_ok=True)
-            return True
-    except BlockingIOError:
-        pass
+        store.partial.mkdir(exist_ok=True)
+        return True
     except OSError as error:
         raise UserError(f"data.store: {one_line(error)}; name another folder") from error
-    claim.pop_all().close()
-    return None
 
 
 def _encode_all(pictures: list[Picture], store: _Store, adapter, seed: int, world: World) -> None:
@@ -258,7 +251,6 @@ def _finish(store: _Store, adapter, count: int) -> None:
         (store.partial / MANIFEST).unlink(missing_ok=True)
         write_manifest(store.partial)
         finish_aside(store.partial, store.folder)
-        store.lock.unlink(missing_ok=True)
 
 
 def _check(store: _Store) -> None:

@@ -16,7 +16,8 @@ from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
-from selfnpo_fast.runtime.folders import ASIDE, check_writable, finish_aside, remove
+from selfnpo_fast.runtime.folders import begin_aside, check_writable, finish_aside, remove
+from selfnpo_fast.runtime.locks import LOCK
 
 
 def merge(
@@ -44,7 +45,7 @@ def merge(
     if positive is None and alpha != 1:
         raise UserError(f"alpha: {alpha} has no effect without a positive model; give --positive, or leave alpha at 1")
     folder = check_writable(str(output))
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
         raise UserError(f"output: {folder} is not empty; name a new folder")
     # The base gives the architecture, theta its weights.
     base_files = locate(base, denoiser_names(), "base")
@@ -66,11 +67,10 @@ def merge(
     result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
 
     # Write next to the folder, and rename at the end.
-    aside = folder.with_name(ASIDE + folder.name)
+    aside = None
     try:
-        if aside.exists():
-            remove(aside)  # of a merge that was killed
-        (aside / denoiser).mkdir(parents=True)
+        aside = begin_aside(folder)
+        (aside / denoiser).mkdir()
         model.save_config(aside / denoiser)  # type: ignore[operator]
         write_weights(aside / denoiser, _checked(result, tuned, dtype), dtype)
         record = json.dumps(base_record(tuned_name, None, tuned), indent=1)
@@ -79,7 +79,7 @@ def merge(
     except OSError as error:
         raise RunError(f"{folder} could not be written: {one_line(error)}") from error
     finally:
-        if aside.exists():
+        if aside is not None:
             remove(aside)
     return folder
 
