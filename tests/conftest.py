@@ -12,6 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # as in the commands, and before torch is imported
+
 import hypothesis
 import pytest
 import torch

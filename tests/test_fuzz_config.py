@@ -225,7 +225,7 @@ def broken_values(kind: Any) -> list:
     if get_origin(plain) is Literal:
         return [*none, True, -1, 10**30, 0.5, math.nan, "", "sideways", [], {}, [get_args(plain)[0]]]
     if get_origin(plain) is list:
-        return [*none, 3, math.nan, "", "x", {}, {"a": 1}, [1], [None], [[]], ["a\0b"]]
+        return [*none, 3, math.nan, "", "x", {}, {"a": 1}, [{"a": 1}], [None], [[]], ["a\0b"]]
     assert plain == tuple[float, float]
     return [*none, 3, "x", [], [0.1], [0.1, 0.2, 0.3], {}, [math.nan, 0.5], [0.5, math.inf], ["a", "b"], [None, 0.5]]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import show
 
 
 @dataclass(kw_only=True)
@@ -73,8 +74,8 @@ def correlate(options: CorrelateOptions) -> None:
     report = correlation(
         adapter, positive, negative, rows, empty, guidance_scale=scale, steps=steps, seed=options.seed, alphas=alphas
     )
-    print(report)
+    show(report)
     if alphas is None:
-        print(
+        show(
             "alpha has no effect: the positive is the base" if options.base else "alpha: give --base for a choice of it"
         )

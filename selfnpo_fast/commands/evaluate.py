@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.runtime.folders import check_writable
+from selfnpo_fast.runtime.folders import check_writable, writing
+from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import progress_bar, show
 
 if TYPE_CHECKING:
     import torch
@@ -75,10 +77,17 @@ def run(argv: list[str]) -> None:
 def evaluate(options: EvaluateOptions) -> None:
     """Sweeps guidance scales, scores the pictures, writes the report and prints it in brief.
 
-    Raises UserError for mistakes in the options, before anything is written.
+    Raises UserError for mistakes in the options, before anything is written, and RunError where the
+    report cannot be written.
     """
+    folder = check_writable(options.output)
+    with only_writer(folder):
+        _evaluate(options, folder)
+
+
+def _evaluate(options: EvaluateOptions, folder: Path) -> None:
+    """`evaluate`, into a folder to which no other command writes."""
     import torch
-    from tqdm import tqdm
 
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.scoring import report, sweep
@@ -87,7 +96,6 @@ def evaluate(options: EvaluateOptions) -> None:
     from selfnpo_fast.scoring.digits.scorer import FittedScorer
 
     # Options that are wrong by themselves are refused before the networks are read.
-    folder = check_writable(options.output)
     if options.full:
         options.images, options.guidance_scales = FULL_IMAGES, list(FULL_SCALES)
     _check_sampling(options)
@@ -103,15 +111,14 @@ def evaluate(options: EvaluateOptions) -> None:
     drawing = _Drawing(options, arms, adapter, device, [case.prompt for case in cases])
     # Draw and measure.
     total = len(arms) * len(scales) * len(cases)
-    with tqdm(total=total, unit="image", dynamic_ncols=True) as drawing.progress:
+    with progress_bar(total, "image") as drawing.progress:
         results = sweep.evaluate(drawing, cases, list(arms), scales, measures, baseline=BASELINE)
-    # The folder is made only now, so that a mistake leaves nothing behind.
-    folder.mkdir(parents=True, exist_ok=True)
-    written = report.write_report(results, folder, asdict(options))
-    print(report.brief(results))
+    with writing(folder):
+        written = report.write_report(results, folder, asdict(options))
+    show(report.brief(results))
     if not options.brief:
-        print(f"report: {written['report.md']}")
-    print(f"grid: {written['grid.png']}")
+        show(f"report: {written['report.md']}")
+    show(f"grid: {written['grid.png']}")
 
 
 def _check_sampling(options: EvaluateOptions) -> None:

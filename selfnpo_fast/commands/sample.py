@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.runtime.folders import check_writable
+from selfnpo_fast.runtime.folders import check_writable, writing
+from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import progress_bar, show
 
 
 @dataclass(kw_only=True)
@@ -74,8 +75,16 @@ def check_seeds(seeds: list[int]) -> None:
 def sample(options: SampleOptions) -> None:
     """Draw pictures and write one PNG per picture and grid.png.
 
-    Raises UserError for bad options, before the output folder is created.
+    Raises UserError for bad options, before anything is written, and RunError where a picture
+    cannot be written.
     """
+    folder = check_writable(options.output)
+    with only_writer(folder):
+        _sample(options, folder)
+
+
+def _sample(options: SampleOptions, folder: Path) -> None:
+    """`sample`, into a folder to which no other command writes."""
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
@@ -87,7 +96,6 @@ def sample(options: SampleOptions) -> None:
     from selfnpo_fast.runtime.images import image_grid, to_pil
 
     # Checks that need no model.
-    folder = check_writable(options.output)
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
     if options.images_per_prompt < 1:
@@ -121,20 +129,12 @@ def sample(options: SampleOptions) -> None:
     adapter.check_steps(settings.steps)
     adapter.check_size()
     # Pictures, one file for each, and a grid with the pictures of one prompt in a row.
-    with _bar(len(seeds), "image") as done:
-        images = GuidedSampler(adapter, denoiser, negative).images(rows, empty, seeds, settings, done)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
-        picture.save(folder / f"{i:04d}-seed{seed}.png")
+    with progress_bar(len(seeds), "image") as bar:
+        sampler = GuidedSampler(adapter, denoiser, negative)
+        images = sampler.images(rows, empty, seeds, settings, lambda count: bar.update(count - bar.n))
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
-    image_grid(images, columns).save(folder / "grid.png")
-    print(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")
-
-
-@contextmanager
-def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar, as the callback `done(count)` that sets the number of finished units."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, dynamic_ncols=True) as bar:
-        yield lambda count: bar.update(count - bar.n)
+    with writing(folder):
+        for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
+            picture.save(folder / f"{i:04d}-seed{seed}.png")
+        image_grid(images, columns).save(folder / "grid.png")
+    show(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")

@@ -19,7 +19,6 @@ changed. Any folder may be deleted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -52,6 +51,8 @@ from selfnpo_fast.data.store_files import (
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, write_manifest
+from selfnpo_fast.runtime.locks import hold, holder
+from selfnpo_fast.runtime.screen import progress_bar
 from selfnpo_fast.runtime.stopping import check_stop
 from selfnpo_fast.runtime.world import World
 
@@ -136,7 +137,7 @@ def _claim(store: Store, claim: contextlib.ExitStack, world: World) -> bool:
     waiting = False
     while (claimed := world.on_main(lambda: _try_to_claim(store, claim))) is None:
         if not waiting:
-            logger.info("data: waiting for another run, which is encoding into %s", store.partial)
+            logger.info("data: waiting for %s, which is encoding into %s", holder(store.lock), store.partial)
         waiting = True
         check_stop("while it waited for another run")
         time.sleep(WAIT)
@@ -148,24 +149,17 @@ def _try_to_claim(store: Store, claim: contextlib.ExitStack) -> bool | None:
     if store.folder.is_dir():
         return False
     try:
-        store.lock.parent.mkdir(parents=True, exist_ok=True)
-        # NFS locks only files that are open for writing.
-        lock = os.open(store.lock, os.O_RDWR | os.O_CREAT, 0o666)
-        claim.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = hold(store.lock)
+        if lock is None:
+            return None
+        claim.callback(lock.release)
         if store.folder.is_dir():  # another run has just finished
-            store.lock.unlink(missing_ok=True)
+            claim.pop_all().close()
             return False
-        # Another run may have deleted the file between opening and locking.
-        if store.lock.exists() and os.path.samestat(os.fstat(lock), store.lock.stat()):
-            store.partial.mkdir(exist_ok=True)
-            return True
-    except BlockingIOError:
-        pass
+        store.partial.mkdir(exist_ok=True)
+        return True
     except OSError as error:
         raise UserError(f"data.store: {one_line(error)}; name another folder") from error
-    claim.pop_all().close()
-    return None
 
 
 def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip: bool, world: World) -> None:
@@ -174,8 +168,6 @@ def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip:
     In a round each rank encodes BATCH pictures, and rank 0 writes them all. Meanwhile a thread
     reads the pictures of the next round.
     """
-    from tqdm import tqdm
-
     # What an earlier run has left is kept.
     done = world.on_main(lambda: _resume(store, pictures, 4 * math.prod(adapter.latent_shape), skip))
     resumed = f", going on after {done:,}" if done else ""
@@ -210,7 +202,7 @@ def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip:
     # The rounds; `ahead` is the reading of the next one.
     with (
         ThreadPoolExecutor(1) as reader,
-        tqdm(total=len(pictures), initial=done, unit="image", dynamic_ncols=True, disable=not world.is_main) as bar,
+        progress_bar(len(pictures), "image", initial=done, disable=not world.is_main) as bar,
     ):
         ahead = reader.submit(read, done)
         for start in range(done, len(pictures), BATCH * world.size):
@@ -309,4 +301,3 @@ def _finish(store: Store, adapter, listing: Listing) -> None:
         (store.partial / MANIFEST).unlink(missing_ok=True)
         write_manifest(store.partial)
         finish_aside(store.partial, store.folder)
-        store.lock.unlink(missing_ok=True)

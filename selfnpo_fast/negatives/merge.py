@@ -18,7 +18,8 @@ from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line, shortened
-from selfnpo_fast.runtime.folders import ASIDE, check_writable, finish_aside, remove
+from selfnpo_fast.runtime.folders import begin_aside, check_writable, finish_aside, remove
+from selfnpo_fast.runtime.locks import LOCK
 
 
 def merge(
@@ -74,11 +75,10 @@ def merge(
     result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
 
     # Write next to the folder, and rename at the end.
-    aside = folder.with_name(ASIDE + folder.name)
+    aside = None
     try:
-        if aside.exists():
-            remove(aside)  # of a merge that was killed
-        (aside / denoiser).mkdir(parents=True)
+        aside = begin_aside(folder)
+        (aside / denoiser).mkdir()
         model.save_config(aside / denoiser)  # type: ignore[operator]
         write_weights(aside / denoiser, _checked(result, tuned, dtype), dtype)
         known = combined(tuned_name, [*schedules, loaded.schedule])
@@ -89,7 +89,7 @@ def merge(
         raise RunError(f"{folder} could not be written: {one_line(error)}") from error
     finally:
         with suppress(OSError):  # a folder that is left is removed by the next merge
-            if aside.exists():
+            if aside is not None:
                 remove(aside)
     return folder
 
@@ -98,7 +98,7 @@ def _new_folder(output: str | Path) -> Path:
     """The folder to write, which is empty or does not exist. Raises UserError."""
     folder = check_writable(str(output))
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
             raise UserError(f"output: {folder} is not empty; name a new folder")
     except OSError as error:
         raise UserError(f"output: {one_line(error)}; name another folder") from error

@@ -1,7 +1,7 @@
 """Output folders: checked before any work, never emptied of foreign files, whole or not there.
 
-A folder NAME of results is written aside, as `.writing-NAME` in the same parent folder. It is
-renamed to NAME when all of it is on the disk.
+A folder NAME of results is written aside, as `.writing-NAME.HOST-PID` in the same parent folder. It
+is renamed to NAME when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.exchange import exchange
 from selfnpo_fast.runtime.files import read_json
 
@@ -26,6 +28,8 @@ ASIDE, DOOMED = ".writing-", ".deleting-"
 """Prefixes of the names of folders that are being written or deleted."""
 REPLACED = ".replaced-"
 """Prefix of a whole folder that has made room for its successor, where names cannot be exchanged."""
+_PROCESS = re.compile(r"[^.].*\.([A-Za-z0-9-]+)-(\d+)$")
+"""What follows the prefix: the name, the host and the process."""
 MANIFEST = "manifest.json"
 """The file that holds size and SHA-256 of the other files of a folder."""
 
@@ -58,38 +62,76 @@ def check_writable(path: str) -> Path:
 def check_run_folder(path: str, *, resume: bool, overwrite: bool) -> Path:
     """The output folder of a training run, which is empty, or holds a run to resume or overwrite.
 
-    Nothing is changed. Raises UserError where the folder holds something and neither `resume` nor
-    `overwrite` is given, and where `overwrite` would delete what no run wrote.
+    Hidden files do not count. Nothing is changed. Raises UserError where the folder holds something
+    and neither `resume` nor `overwrite` is given, and where `overwrite` would delete what no run
+    wrote.
     """
     folder = check_writable(path)
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    # What desktops and file systems leave, such as .DS_Store, and the lock.
+    names = [name for name in names if not name.startswith(".")]
     if names and not (resume or overwrite):
         raise UserError(f"output: {folder} is not empty; add --resume to go on, --overwrite to start over")
-    foreign = [name for name in names if name not in RUN_ENTRIES and not name.startswith((ASIDE, DOOMED, REPLACED))]
+    foreign = [name for name in names if name not in RUN_ENTRIES]
     if overwrite and foreign:
         raise UserError(f"output: {folder} holds {foreign[0]!r}, which no run wrote; --overwrite will not delete it")
     return folder
 
 
 def clear_run_folder(folder: Path) -> None:
-    """Delete all that `folder` holds; `check_run_folder` has refused what no run wrote."""
+    """Delete what a run wrote into `folder`; `check_run_folder` has refused all else but hidden files."""
     for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name not in RUN_ENTRIES and not entry.name.startswith((ASIDE, DOOMED, REPLACED)):
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
 
 
+def aside_name(target: Path, prefix: str) -> Path:
+    """The name beside `target` under which this process writes (ASIDE) or deletes (DOOMED) it."""
+    return target.with_name(f"{prefix}{target.name}.{_host()}-{os.getpid()}")
+
+
+def _host() -> str:
+    """This host's name as part of a file name."""
+    return re.sub("[^A-Za-z0-9]+", "-", socket.gethostname())[:40].strip("-") or "host"
+
+
+def remove_leftovers(folder: Path, *, locked: bool = False) -> None:
+    """Delete what killed processes of this host were writing or deleting directly in `folder`.
+
+    What a living process writes stays, and so does what other hosts write. Where `locked`, this
+    process is the only one that may write there, and all leftovers are deleted. Raises OSError.
+    """
+    for entry in (*folder.glob(f"{ASIDE}*"), *folder.glob(f"{DOOMED}*")):
+        process = _PROCESS.match(entry.name.removeprefix(ASIDE).removeprefix(DOOMED))
+        if locked or process is None or (process[1] == _host() and not _is_alive(int(process[2]))):
+            remove(entry)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether this host has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def begin_aside(target: Path) -> Path:
     """A new empty folder in which to prepare `target`, in the same parent folder. Raises OSError.
 
-    What killed runs have left there is deleted.
+    What killed processes have left there is deleted.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     put_back(target.parent)
-    for leftover in (*target.parent.glob(f"{ASIDE}*"), *target.parent.glob(f"{DOOMED}*")):
-        remove(leftover)
-    aside = target.with_name(ASIDE + target.name)
+    remove_leftovers(target.parent)
+    aside = aside_name(target, ASIDE)
+    remove(aside)  # of an earlier attempt of this process
     aside.mkdir()
     return aside
 
@@ -135,15 +177,26 @@ def remove(folder: Path) -> None:
     """
     if folder.is_dir() and not folder.is_symlink():
         if not folder.name.startswith((ASIDE, DOOMED)):
-            folder = folder.rename(folder.with_name(DOOMED + folder.name))
+            doomed = aside_name(folder, DOOMED)
+            remove(doomed)  # of an earlier attempt of this process
+            folder = folder.rename(doomed)
         shutil.rmtree(folder)
     else:
         folder.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns an OSError inside it, such as that of a full disk, into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder} could not be written: {one_line(error)}; make room, or name another") from error
+
+
 def write_file(path: Path, text: str) -> None:
     """Write a text file, or replace it as a whole."""
-    aside = path.with_name(ASIDE + path.name)
+    aside = aside_name(path, ASIDE)
     aside.write_text(text, encoding="utf-8")
     _sync(aside)
     aside.replace(path)

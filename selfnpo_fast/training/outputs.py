@@ -16,6 +16,7 @@ from selfnpo_fast.runtime.console import logger, say_once
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.folders import write_file
+from selfnpo_fast.runtime.screen import progress_bar
 
 MAX_ROW_BYTES = 1 << 16
 """Bytes of one row of metrics.jsonl; ours have some 500."""
@@ -38,8 +39,6 @@ class RunOutputs:
 
         What an earlier run recorded beyond that update is dropped.
         """
-        from tqdm import tqdm
-
         self.folder = folder
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(_quiet_tensorboard())
@@ -48,7 +47,7 @@ class RunOutputs:
             _drop_rows_after(folder / "metrics.jsonl", update)
         with self._warned("tensorboard"):
             self.writer = _open_tensorboard(folder / "tensorboard", update)
-        self.bar = tqdm(total=updates, initial=update, unit="update", dynamic_ncols=True)
+        self.bar = progress_bar(updates, "update", initial=update)
 
     def write(self, update: int, row: dict[str, float]) -> None:
         """Add a row of metrics to metrics.jsonl, to TensorBoard and to the progress bar."""

@@ -95,10 +95,9 @@ def assert_equal(found, expected) -> None:
 
 
 def only_store(root: Path) -> Path:
-    """The one folder in `root`, which holds nothing else but the lock of an unfinished store."""
+    """The one folder in `root`, which holds nothing else but the lock of a store that was killed."""
     [folder] = (path for path in root.iterdir() if path.is_dir())
-    locks = [path for path in root.iterdir() if path != folder]
-    assert locks == ([folder.with_suffix(".lock")] if folder.suffix == ".partial" else [])
+    assert set(root.iterdir()) <= {folder, folder.with_suffix(".lock")}
     return folder
 
 
@@ -269,9 +268,8 @@ def encode_slowly(images: Path, root: Path) -> None:
 def test_a_run_that_was_killed_is_resumed(images, whole, tmp_path):
     child = SPAWN.Process(target=encode_slowly, args=(images, tmp_path))
     child.start()
-    deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob("*/pictures.jsonl")):
-        assert time.monotonic() < deadline
+        assert child.is_alive()
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -330,7 +328,7 @@ def test_two_runs_at_once_encode_once(images, whole, tmp_path, monkeypatch, logg
     thread.join()
     assert first.ids == list(range(COUNT))
     assert second.ids == []
-    assert any("waiting for another run" in line for line in logged)
+    assert any(f"waiting for process {os.getpid()} on " in line for line in logged)
     assert only_store(tmp_path).suffix == ""
 
 
@@ -484,7 +482,7 @@ def test_pictures_of_a_table_have_a_store(whole, tmp_path):
 def one_of_two(rank: int, meeting: Path, images: Path, root: Path, results) -> None:
     """One rank of two, which puts what it encoded, or its error, into `results`."""
     store = torch.distributed.FileStore(str(meeting), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=30))
     group, adapter = torch.distributed.new_group(backend="gloo"), Encoder()
     try:
         latents, *others = get(images, root, adapter, rank=rank, size=2, group=group)
@@ -500,7 +498,7 @@ def run_two_ranks(images: Path, folder: Path) -> list:
     ranks = [SPAWN.Process(target=one_of_two, args=(rank, meeting, images, root, results)) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    outcomes = sorted((results.get(timeout=60) for _ in ranks), key=lambda result: result[0])
+    outcomes = sorted((results.get(timeout=1800) for _ in ranks), key=lambda result: result[0])
     for process in ranks:
         process.join()
     return outcomes
