@@ -19,9 +19,9 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that the sampler does not use."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_PRIVATE = {*_HOOKS, "_internal_dict", "_active_adapter", "_disable_adapter", "_disable_adapters"}
-"""Private attributes of modules that matter: hooks, diffusers' config, the switches of PEFT."""
-_WATCHED = {*_PRIVATE, "_modules", "_parameters", "_buffers"}
+_PRIVATE = {"_internal_dict", "_active_adapter", "_disable_adapter", "_disable_adapters"}
+"""Private attributes of modules that matter: diffusers' config, the switches of PEFT."""
+_WATCHED = {*_PRIVATE, *_HOOKS, "_modules", "_parameters", "_buffers"}
 _OF_TOKENIZERS = ("model_max_length", "padding_side", "truncation_side")
 _PROBE = 16
 """How many elements of each weight are compared: changes through `.data` raise no version."""
@@ -92,7 +92,7 @@ class Snapshot:
     def _named_parts(self) -> dict[str, Any]:
         """The parts as they are now, by their names in errors."""
         parts = {f"pipe: its {name}": part for name, part in parts_of(self._pipe).items()}
-        return parts if self._negative is None else parts | {"negative: it": self._negative}
+        return parts if self._negative is None else parts | {"negative: its network": self._negative}
 
 
 def _settings(pipe: Any) -> dict[str, Any]:
@@ -108,6 +108,10 @@ class _Part:
         self.part = part
         self._part = getattr(part, "_orig_mod", part)  # torch.compile's wrapper
         self._state = _state(self._part)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Take copies of what tells quickly that nothing has changed."""
         modules = list(self._part.modules()) if isinstance(self._part, nn.Module) else []
         self._classes = [(module, type(module)) for module in modules]
         self._pairs = [pair for module in modules for pair in _copies(vars(module))]
@@ -120,7 +124,10 @@ class _Part:
             heads = _read([weight.head() for weight in self._weights])
             return None if heads == self._heads else "its weights"
         now = _state(self._part)
-        return None if now == self._state else _difference(self._state, now)
+        if now != self._state:
+            return _difference(self._state, now)
+        self._remember()  # so that the next look is quick
+        return None
 
     def _is_untouched(self) -> bool:
         """Whether all attributes and weights are the same objects; weights may have other values."""
@@ -192,11 +199,20 @@ def _state_of_network(network: nn.Module) -> dict[str, Any]:
         values = {
             name: _plain(value) for name, value in vars(module).items() if name in _PRIVATE or not name.startswith("_")
         }
+        values |= {
+            name: [_Is(hook) for hook in vars(module)[name].values() if not _is_of_library(hook)] for name in _HOOKS
+        }
         state[path] = (_Is(module), type(module), values)
         for name, weight in _own_weights(module).items():
             kept = (_Is(weight), weight._version) if isinstance(weight, nn.Parameter) else ()  # `to` makes new buffers
             state[f"{path}.{name}" if path else name] = (weight.dtype, weight.device, *kept)
     return state
+
+
+def _is_of_library(hook: object) -> bool:
+    """Whether a hook is one that transformers puts on at the first call that asks for hidden
+    states."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _own_weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -99,7 +99,7 @@ class StableDiffusionAdapter(UNetAdapter):
         if upcast:
             vae.to(torch.float32)
         scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        pictures = [vae.decode(part.to(vae.dtype)).sample.float().clamp(-1, 1) for part in scaled.split(batch_size)]
+        pictures = [_clamped(vae.decode(part.to(vae.dtype)).sample.float()) for part in scaled.split(batch_size)]
         if upcast:
             vae.to(torch.float16)
         return torch.cat(pictures)
@@ -124,6 +124,11 @@ class StableDiffusionAdapter(UNetAdapter):
             sample = torch.addcmul(posterior.mean, posterior.std, noise)
             latents.append((sample - (vae.config.shift_factor or 0)) * vae.config.scaling_factor)
         return torch.cat(latents)
+
+
+def _clamped(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1]; what is infinite becomes NaN, so that it is not taken for white."""
+    return pictures.clamp(-1, 1).masked_fill_(pictures.isinf(), torch.nan)
 
 
 class StableDiffusion(UNetFamily):
