@@ -9,6 +9,7 @@ from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import check_writable
+from selfnpo_fast.runtime.limits import check_count
 from selfnpo_fast.runtime.options import parse_options
 
 
@@ -80,7 +81,8 @@ def sample(options: SampleOptions) -> None:
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
-    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
+    from selfnpo_fast.guidance.sampler import GuidedSampler
+    from selfnpo_fast.guidance.settings import SamplerConfig, checked_prompts
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.load import load_negative
     from selfnpo_fast.runtime.dtypes import DTYPES
@@ -90,8 +92,7 @@ def sample(options: SampleOptions) -> None:
     folder = check_writable(options.output)
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
-    if options.images_per_prompt < 1:
-        raise UserError(f"images_per_prompt: {options.images_per_prompt} is not possible; expected at least 1")
+    check_count("images_per_prompt", options.images_per_prompt)
     settings = SamplerConfig(
         steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -102,6 +103,8 @@ def sample(options: SampleOptions) -> None:
         guidance_rescale=options.guidance_rescale,
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
+    texts = checked_prompts("prompt" if options.prompt is not None else "prompts", texts)
+    check_count("pictures in total", len(texts) * options.images_per_prompt)
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
     # The model, and the negative model if there is one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,7 +28,7 @@ def check_finite(
     if torch.stack(result.aminmax()).isfinite().all():
         return
     # Only now look closer: what went wrong first, and is it a network's weights?
-    what, values, mend = "latents", latents, "take a lower guidance_scale, or networks in float32"
+    what, values, mend = "latents", latents, "take a lower guidance_scale, a weaker negative, or networks in float32"
     if latents.isfinite().all():
         what, values = "pictures", result
         mend = "the latents are finite: take an autoencoder in float32, and look at its scaling_factor"
