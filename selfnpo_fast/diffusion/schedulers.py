@@ -80,6 +80,12 @@ def described(scheduler: Any) -> str:
     return f"dpm++, order {config.solver_order}, {'sde' if config.algorithm_type.startswith('sde') else 'ode'}"
 
 
+def noise_levels(scheduler: Any) -> list[float] | None:
+    """The noise levels of a scheduler at all training timesteps; None of what has none."""
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    return levels.tolist() if isinstance(levels, torch.Tensor) else None
+
+
 def _other_scheduler(solver: str, model: Any) -> Any:
     """The scheduler of a solver by name, with the config and the noise levels of the model's."""
     import diffusers

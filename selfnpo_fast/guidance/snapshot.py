@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedulers import noise_levels
 from selfnpo_fast.runtime.errors import UserError, shortened
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -185,8 +186,7 @@ def _state(part: Any) -> dict[str, Any]:
     if isinstance(part, nn.Module):
         return _state_of_network(part)
     state = {name: _plain(value) for name, value in getattr(part, "config", {}).items()}
-    if hasattr(part, "alphas_cumprod"):
-        state["alphas_cumprod"] = part.alphas_cumprod.tolist()
+    state["noise levels"] = noise_levels(part)
     if hasattr(part, "__len__"):
         state["number of tokens"] = len(part)
     return state | {name: getattr(part, name) for name in _OF_TOKENIZERS if hasattr(part, name)}
