@@ -122,10 +122,15 @@ def _evaluate(options: EvaluateOptions, folder: Path) -> None:
 
 
 def _check_sampling(options: EvaluateOptions) -> None:
-    """Raises UserError where a sampler would refuse one of the scales."""
+    """Raises UserError where a sampler would refuse one of the scales, or where two draw the same.
+
+    A sampler draws the positive alone at every scale up to 1.
+    """
     from selfnpo_fast.guidance.sampler import SamplerConfig
 
     for scale in options.guidance_scales:
+        if scale < 1:
+            raise UserError(f"guidance_scales: {scale} is not possible; expected at least 1, which is no guidance")
         SamplerConfig(steps=options.steps, guidance_scale=scale, batch_size=options.batch_size)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import check_writable, writing
+from selfnpo_fast.runtime.limits import check_count
 from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
 from selfnpo_fast.runtime.screen import progress_bar, show
@@ -43,8 +44,9 @@ class SampleOptions:
     """Solver steps."""
     guidance_scale: float = 3.0
     """guidance_scale as in diffusers (omega + 1)."""
-    solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
-    """DPM-Solver++(2M), DDIM or Euler."""
+    solver: Literal["dpm++", "ddim", "euler", "own"] = "dpm++"
+    """DPM-Solver++(2M), DDIM or Euler on the model's noise schedule; own: the model's scheduler, as
+    it is configured."""
     negative_prompt: Literal["empty", "same"] = "empty"
     """Prompt of the negative branch: empty, or the same as the positive's."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -89,7 +91,8 @@ def _sample(options: SampleOptions, folder: Path) -> None:
 
     from selfnpo_fast.data.prompts import read_prompts
     from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
-    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
+    from selfnpo_fast.guidance.sampler import GuidedSampler
+    from selfnpo_fast.guidance.settings import SamplerConfig, checked_prompts
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.load import load_negative
     from selfnpo_fast.runtime.dtypes import DTYPES
@@ -98,8 +101,7 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     # Checks that need no model.
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
-    if options.images_per_prompt < 1:
-        raise UserError(f"images_per_prompt: {options.images_per_prompt} is not possible; expected at least 1")
+    check_count("images_per_prompt", options.images_per_prompt)
     settings = SamplerConfig(
         steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -110,6 +112,8 @@ def _sample(options: SampleOptions, folder: Path) -> None:
         guidance_rescale=options.guidance_rescale,
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
+    texts = checked_prompts("prompt" if options.prompt is not None else "prompts", texts)
+    check_count("pictures in total", len(texts) * options.images_per_prompt)
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
     # The model, and the negative model if there is one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
+from selfnpo_fast.diffusion.schedulers import new_scheduler
 from selfnpo_fast.diffusion.solvers import solver_steps
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.base import Conditioning, Predict
@@ -133,9 +134,7 @@ def visited(adapter: Adapter, predict: Predict, x: torch.Tensor, rows: Condition
     - x: (B, C, H, W) float32, the noise.
     - rows: (B, ...), the prompts' conditioning rows.
     """
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(adapter.scheduler_config, clip_sample=False)
+    scheduler = new_scheduler("ddim", adapter.scheduler)
     scheduler.set_timesteps(steps)
     solver = solver_steps(scheduler)
     k, states = solver.k.float().to(x.device), []

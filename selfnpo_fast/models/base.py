@@ -181,6 +181,11 @@ class Adapter:
 
     # The schedule
 
+    @property
+    def scheduler(self) -> Any:
+        """The model's diffusers scheduler, as it is configured; callers do not change it."""
+        return self._scheduler
+
     @functools.cached_property
     def scheduler_config(self) -> dict:
         """The scheduler's config, from which solvers for sampling are made."""

@@ -138,7 +138,7 @@ class StableDiffusionAdapter(UNetAdapter):
             vae.to(torch.float32)
         mean, std = self._latent_statistics(latents.device)
         scaled = latents.float() * std / vae.config.scaling_factor + mean
-        pictures = [vae.decode(part.to(vae.dtype)).sample.float().clamp(-1, 1) for part in scaled.split(batch_size)]
+        pictures = [_clamped(vae.decode(part.to(vae.dtype)).sample.float()) for part in scaled.split(batch_size)]
         if upcast:
             vae.to(torch.float16)
         return torch.cat(pictures)
@@ -194,6 +194,11 @@ def _are_numbers(values: Any) -> bool:
     return isinstance(values, list | tuple) and all(
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
     )
+
+
+def _clamped(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1]; what is infinite becomes NaN, so that it is not taken for white."""
+    return pictures.clamp(-1, 1).masked_fill_(pictures.isinf(), torch.nan)
 
 
 class StableDiffusion(UNetFamily):

@@ -206,8 +206,10 @@ MISTAKES = {
     "negative of other shapes": ([*DRAW, "--negative", "{misfit}"], "negative: .* does not fit the model"),
     "steps 0": ([*DRAW, "--steps", "0"], "steps: 0 is not possible"),
     "steps beyond the schedule": ([*DRAW, "--steps", "1001"], "steps: 1001 "),
-    "scale below 1": ([*DRAW, "--guidance_scale", "0.5"], "guidance_scale: 0.5 is not possible"),
+    "scale below 0": ([*DRAW, "--guidance_scale", "-0.5"], "guidance_scale: -0.5 is not possible"),
+    "prompt too long": (["sample", "--prompt", "x" * 10_001], "prompt: entry 0 has 10,001 characters"),
     "scale nan": ([*DRAW, "--guidance_scale", "nan"], ".*guidance_scale.*nan"),
+    "too many images": ([*DRAW, "--images_per_prompt", str(10**9)], "images_per_prompt: 1000000000 is not possible"),
     "no images": ([*DRAW, "--images_per_prompt", "0"], "images_per_prompt: 0 is not possible"),
     "huge seed": ([*DRAW, "--seed", str(2**63)], "seed: "),
     "resolution no multiple": ([*DRAW, "--resolution", "30"], "model.resolution: 30 is no multiple of 4"),
@@ -225,7 +227,7 @@ MISTAKES = {
     "evaluate: no such negative": (["evaluate", "--negative", "{folder}/none"], "negative: no such folder"),
     "evaluate: other shapes": (["evaluate", "--negative", "{misfit}"], "negative: .* does not fit"),
     "evaluate: one negative twice": (["evaluate", "--negative", "{negative}", "{negative}"], "negative: "),
-    "evaluate: scale below 1": (["evaluate", "--guidance_scales", "2", "0.5"], "guidance_scale: 0.5"),
+    "evaluate: scale below 1": (["evaluate", "--guidance_scales", "2", "0.5"], "guidance_scales: 0.5"),
     "evaluate: scale nan": (["evaluate", "--guidance_scales", "nan"], ".*guidance_scales"),
     "evaluate: a scale twice": (["evaluate", "--guidance_scales", "2", "2"], "guidance_scales: "),
     "evaluate: no scale": (["evaluate", "--guidance_scales"], "argument --guidance_scales"),
@@ -261,6 +263,21 @@ def test_a_file_for_the_output_folder_is_refused_before_any_work(tmp_path, monke
     assert main([*command, "--output", str(output)]) == 2
     assert capfd.readouterr().err == f"error: output: {output} is a file; name a folder\n"
     assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [[*DRAW, "--guidance_scale"], ["evaluate", "--images", "12", "--guidance_scales"]])
+def test_numbers_that_are_not_finite_are_no_pictures(tmp_path, capfd, command):
+    assert main([*command, "1e38", "--steps", "3", "--output", str(tmp_path / "out")]) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: latents: \d+ of \d+ are not finite at guidance_scale 1e\+38", line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_distilled_models_scale_of_0_is_the_positive_alone(tmp_path):
+    for scale in (0, 1):
+        assert sample(tmp_path / str(scale), "--prompt", PROMPT, "--guidance_scale", scale) == 0
+    zero, one = (Image.open(tmp_path / str(scale) / "0000-seed0.png") for scale in (0, 1))
+    assert zero.tobytes() == one.tobytes()
 
 
 def test_a_second_run_overwrites_file_by_file(tmp_path):
