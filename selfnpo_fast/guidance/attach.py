@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from selfnpo_fast.guidance.lora_layers import LowRankBackbone, install
+from selfnpo_fast.guidance.lora_backbone import LowRankBackbone, install
 from selfnpo_fast.guidance.pipelines import calling_pipeline, guided_family
 from selfnpo_fast.guidance.two_networks import Follower, TwoNetworks, rows_of
 from selfnpo_fast.models import Family
@@ -141,7 +141,7 @@ def attach_negative(
 
 def has_negative(denoiser: nn.Module) -> bool:
     """Whether a negative is attached to the denoiser."""
-    return any(isinstance(module, Follower) or hasattr(module, "low_rank_down") for module in denoiser.modules())
+    return any(isinstance(module, Follower) or hasattr(module, "low_rank") for module in denoiser.modules())
 
 
 def _check_denoiser(denoiser: nn.Module, family: Family) -> None:

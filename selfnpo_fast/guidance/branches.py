@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
+from selfnpo_fast.guidance.lora_backbone import LowRankBackbone, install
+from selfnpo_fast.guidance.lora_layers import Rows
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.compiling import compile_blocks

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.models import Family
+from selfnpo_fast.runtime.dtypes import not_below_16_bits
 from selfnpo_fast.runtime.errors import UserError
 
 
@@ -55,8 +56,8 @@ class Follower(nn.Module):
         self._held = (network,)  # a tuple, since nn.Module registers an attribute that is a module
 
     def _apply(self, fn, recurse: bool = True) -> Follower:
-        """Apply `fn`, such as a move to a device, to the other network."""
-        self._held[0]._apply(fn, recurse)
+        """Apply `fn`, such as a move or a cast, to the other network, but for casts to 8 bits."""
+        self._held[0]._apply(not_below_16_bits(fn), recurse)
         return self
 
 
