@@ -122,6 +122,9 @@ class TwoNetworks:
         args, kwargs = call
         return join_rows(self._network(*args, **kwargs), output)
 
+    def check(self) -> None:
+        """Called at the start of a pipeline's call."""
+
     def remove(self) -> None:
         """Remove the `Follower`, and undo what the network has borrowed from the denoiser."""
         self._shared.restore()

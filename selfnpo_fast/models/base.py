@@ -66,6 +66,9 @@ class Family:
     """Pipeline classes that a negative can be attached to. Each has been read: at every step it
     calls its denoiser once, with 2B rows of which the first B are negative where `is_guided` says
     so, and with unguided rows elsewhere."""
+    first_method: str = "check_inputs"
+    """The method of `guided_pipelines` that every call of theirs begins with. A pipeline without it
+    is not told when its denoiser was replaced while a negative is attached."""
     repeated_blocks: tuple[str, ...] = ()
     """Classes of the blocks that a denoiser has many of: they are compiled one by one. diffusers'
     own list (`_repeated_blocks`) is added."""

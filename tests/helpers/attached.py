@@ -46,6 +46,7 @@ def assert_clean(unet: nn.Module) -> None:
     """No trace of a negative."""
     assert not unet._forward_pre_hooks
     assert not unet._forward_hooks
+    assert not [name for name in vars(unet) if "negative" in name]
     assert not any(isinstance(module, LowRankLinear | LowRankConv2d) for module in unet.modules())
     assert not any("follower" in name for name, _ in unet.named_modules())
     assert not any("low_rank" in name for name, _ in unet.named_buffers())
