@@ -15,6 +15,7 @@ from selfnpo_fast.guidance.lora_backbone import LowRankBackbone, install
 from selfnpo_fast.guidance.lora_layers import Rows
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.negatives.load import Negative
+from selfnpo_fast.negatives.weights import match_placement
 from selfnpo_fast.runtime.compiling import compile_blocks
 
 
@@ -38,8 +39,7 @@ class Branches:
         network = negative.network if negative is not None else None
         deltas = negative.deltas if negative is not None else None
         if isinstance(network, nn.Module):
-            like = next(positive.parameters())
-            nn.Module.to(network, like.device, like.dtype)  # ModelMixin.to would warn
+            match_placement(network, positive)
         if deltas is not None or compile != "off":
             # Layers are changed and compiled in a copy of the module tree, not in the caller's.
             self.positive = _share(positive)

@@ -32,6 +32,7 @@ from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import RunError, UserError
 from selfnpo_fast.runtime.images import to_pil
 from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, normal
@@ -177,7 +178,7 @@ class GuidedSampler:
             raise UserError(f"max_shapes: {max_shapes} is not possible; expected at least 1")
         self.adapter, self.solver = adapter, solver
         self.device = next(denoiser.parameters()).device
-        self.dtype = next(denoiser.parameters()).dtype
+        self.dtype = network_dtype(denoiser)
         self._lock = threading.Lock()
         self._branches = Branches(adapter, denoiser, negative, compile)
         capture = CudaGraphs(self.device) if compile == "max" and self.device.type == "cuda" else no_capture

@@ -23,6 +23,7 @@ from torch import nn
 
 from selfnpo_fast.diffusion.schedule import NoiseSchedule
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError, one_line
 
 Conditioning = dict[str, torch.Tensor]
@@ -74,8 +75,12 @@ class Family:
     own list (`_repeated_blocks`) is added."""
     input_name: str = "hidden_states"
     """The denoiser's first argument, whose rows are samples."""
+    row_names: frozenset[str] = frozenset({"timestep", "encoder_hidden_states"})
+    """The other arguments whose leading dimension counts samples, where it is not 1; a list's
+    tensors have the list's name, and those of a dict are named `argument.entry`."""
     not_rows: frozenset[str] = frozenset()
-    """Keyword arguments whose leading dimension does not count samples."""
+    """Arguments, named in the same way, whose leading dimension does not count samples. A tensor
+    that is named in neither is refused next to full weights where it is as long as the batch."""
     inert_options: frozenset[str] = frozenset()
     """Options of the denoiser's config that leave the function it computes unchanged."""
     text_lora_prefixes: tuple[str, ...] = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
@@ -224,7 +229,7 @@ class Adapter:
         Inputs are cast to the network's dtype; the output keeps it and is row-major, as the fused
         ops need it.
         """
-        dtype = next(denoiser.parameters()).dtype
+        dtype = network_dtype(denoiser)
         cond = {name: rows.to(dtype) for name, rows in cond.items()}
         out = denoiser(x.to(dtype), t, **self.arguments(cond), return_dict=False)[0]
         return out if out.is_contiguous() else self._row_major(out)

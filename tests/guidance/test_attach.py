@@ -25,7 +25,6 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from selfnpo_fast import attach_negative
-from selfnpo_fast.guidance.two_networks import take_rows
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.errors import UserError
 
@@ -439,15 +438,6 @@ def test_an_image_prompt(setting, order):
         assert_same(stock.draw(setting.pipe), setting.guided)
     if processors is not None:
         assert setting.negative.network.attn_processors == processors
-
-
-def test_masks_of_image_prompts_are_no_rows():
-    """Two adapters' masks and two rows: equal lengths, and only the rows are cut."""
-    masks, rows = torch.ones(2, 1, 4, 4), torch.arange(2.0)
-    kwargs = {"cross_attention_kwargs": {"ip_adapter_masks": masks, "rows": [rows, (rows, torch.tensor(3.0))]}}
-    taken = take_rows(kwargs, slice(1, 2), 2, {"ip_adapter_masks"})["cross_attention_kwargs"]
-    assert taken["ip_adapter_masks"] is masks
-    assert taken["rows"] == [rows[1:], (rows[1:], torch.tensor(3.0))]
 
 
 def test_a_dropped_pipeline_is_collected(setting, caplog):

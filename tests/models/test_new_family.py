@@ -161,6 +161,7 @@ class Tokens(Family):
     library = __name__
     guided_pipelines = ("TokenPipeline",)
     repeated_blocks = ("TokenBlock",)
+    row_names = frozenset({"timestep", "words", "tone"})
 
 
 TokenAdapter.family = Tokens()
