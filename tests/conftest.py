@@ -57,12 +57,17 @@ def frozen_imports() -> None:
 def logger_as_imported() -> None:
     """The log is as importing the package leaves it.
 
-    A command of an earlier test has bound it to the standard error of that test.
+    A command of an earlier test has bound it to the standard error of that test. What is said once
+    in a process may be said once in each test.
     """
+    from selfnpo_fast.runtime import console
+
+    console._said.clear()
     logger = logging.getLogger("selfnpo")
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
+    console._said.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,9 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
+from selfnpo_fast.guidance.lora_backbone import LowRankBackbone, install
+from selfnpo_fast.guidance.lora_layers import Rows
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.negatives.load import Negative
+from selfnpo_fast.negatives.weights import match_placement
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.errors import UserError
 
@@ -41,8 +43,7 @@ class Branches:
         network = negative.network if negative is not None else None
         deltas = negative.deltas if negative is not None else None
         if isinstance(network, nn.Module):
-            like = next(positive.parameters())
-            nn.Module.to(network, like.device, like.dtype)  # ModelMixin.to would warn
+            match_placement(network, positive)
         self.given_network = network if isinstance(network, nn.Module) else None
         """The negative's network as it was given, of which `negative` may be a copy."""
         if deltas is not None or compile != "off":

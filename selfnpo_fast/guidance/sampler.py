@@ -44,6 +44,7 @@ from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import RunError, UserError, shortened
 from selfnpo_fast.runtime.images import to_pil
 from selfnpo_fast.runtime.limits import MAX_COUNT
@@ -128,7 +129,7 @@ class GuidedSampler:
             check_same_schedule(negative.schedule, ScheduleFacts.of(adapter.schedule, "the model"))
         self.adapter, self.solver = adapter, solver
         self.device = next(denoiser.parameters()).device
-        self.dtype = next(denoiser.parameters()).dtype
+        self.dtype = network_dtype(denoiser)
         self._lock = threading.Lock()
         self._drawing: int | None = None
         """The thread whose turn it is."""

@@ -20,6 +20,7 @@ from selfnpo_fast.models import parts, text
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.stopping import check_stop
 
@@ -163,7 +164,7 @@ class Adapter:
         Inputs are cast to the network's dtype; the output keeps it and is row-major, as the fused
         ops need it.
         """
-        dtype = next(denoiser.parameters()).dtype
+        dtype = network_dtype(denoiser)
         cond = {name: rows.to(dtype) for name, rows in cond.items()}
         out = denoiser(x.to(dtype), t, **self.arguments(cond), return_dict=False)[0]
         return out if out.is_contiguous() else self._row_major(out)

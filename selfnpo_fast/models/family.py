@@ -52,13 +52,20 @@ class Family:
     """Pipeline classes that a negative can be attached to. Each has been read: at every step it
     calls its denoiser once, with 2B rows of which the first B are negative where `is_guided` says
     so, and with unguided rows elsewhere."""
+    first_method: str = "check_inputs"
+    """The method of `guided_pipelines` that every call of theirs begins with. A pipeline without it
+    is not told when its denoiser was replaced while a negative is attached."""
     repeated_blocks: tuple[str, ...] = ()
     """Classes of the blocks that a denoiser has many of: they are compiled one by one. diffusers'
     own list (`_repeated_blocks`) is added."""
     input_name: str = "hidden_states"
     """The denoiser's first argument, whose rows are samples."""
+    row_names: frozenset[str] = frozenset({"timestep", "encoder_hidden_states"})
+    """The other arguments whose leading dimension counts samples, where it is not 1; a list's
+    tensors have the list's name, and those of a dict are named `argument.entry`."""
     not_rows: frozenset[str] = frozenset()
-    """Keyword arguments whose leading dimension does not count samples."""
+    """Arguments, named in the same way, whose leading dimension does not count samples. A tensor
+    that is named in neither is refused next to full weights where it is as long as the batch."""
     inert_options: frozenset[str] = frozenset()
     """Options of the denoiser's config that leave the function it computes unchanged."""
     text_lora_prefixes: tuple[str, ...] = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")

@@ -16,6 +16,20 @@ MAX_RESOLUTION = 2**14  # pixels
 
 _KINDS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint", "Adapter")
 
+_GLIGEN = ("boxes", "masks", "positive_embeddings", "phrases_masks", "phrases_embeddings", "image_masks")
+_GLIGEN += ("image_embeddings",)
+_ROW_NAMES = frozenset(
+    {
+        *("timestep", "encoder_hidden_states", "class_labels", "timestep_cond"),
+        *("attention_mask", "encoder_attention_mask"),
+        *("down_block_additional_residuals", "mid_block_additional_residual"),  # ControlNets
+        "down_intrablock_additional_residuals",  # T2I-Adapters
+        *(f"added_cond_kwargs.{name}" for name in ("text_embeds", "time_ids", "image_embeds", "hint")),
+        *(f"cross_attention_kwargs.gligen.{name}" for name in _GLIGEN),
+    }
+)
+"""What UNet2DConditionModel.forward takes besides the sample, read from it and GLIGEN's pipelines."""
+
 
 class UNetFamily(Family):
     """A family whose denoiser is a UNet2DConditionModel."""
@@ -24,7 +38,8 @@ class UNetFamily(Family):
     denoiser_name = "unet"
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
     input_name = "sample"
-    not_rows = frozenset({"ip_adapter_masks"})  # it counts image prompts, perhaps as many as there are rows
+    row_names = _ROW_NAMES
+    not_rows = frozenset({"cross_attention_kwargs.ip_adapter_masks"})  # they count image prompts
     inert_options = frozenset({"sample_size", "upcast_attention"})
     text_lora_prefixes = (
         *("text_encoder.", "text_encoder_2.", "text_encoders.", "clip_l.", "clip_g."),

@@ -32,6 +32,7 @@ from selfnpo_fast.negatives.weights import (
     config_of,
     file_weights,
     has_adapters,
+    match_placement,
     materialise,
     mix,
     mixture,
@@ -358,7 +359,7 @@ def _check_deltas(deltas: Deltas, positive: nn.Module) -> None:
 
 
 def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
-    """`network` as the negative's network, brought to the positive's device and dtype; no copy.
+    """`network` as the negative's network, brought to the positive's device and dtypes; no copy.
 
     Raises UserError where a weight is not finite, or where all are equal to the positive's.
     """
@@ -371,11 +372,7 @@ def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
         differs = differs or like.is_meta or not torch.equal(value.to(like), like)
     if not differs:
         raise UserError("negative: the given module equals the positive model: guidance would have no effect")
-    first = next(positive.parameters())
-    if not first.is_meta:
-        network = network.to(first.device)
-    if network.dtype != first.dtype:
-        network = network.to(first.dtype)
+    match_placement(network, positive)
     return network.eval().requires_grad_(False)
 
 

@@ -218,3 +218,20 @@ def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Modul
         network = type(model).from_config(model.config)  # type: ignore[attr-defined]
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def match_placement(network: nn.Module, positive: nn.Module) -> None:
+    """Bring a network to the positive's device, and each tensor to the dtype of the positive's.
+
+    The positive is of the same class; some of its layers may be in float32 on purpose. A positive
+    on the meta device, whose weights are offloaded, leaves the network's device as it is.
+    """
+    named = {
+        name.replace(".base_layer.", "."): value
+        for name, value in (*positive.named_parameters(), *positive.named_buffers())
+    }
+    first = next(positive.parameters())
+    device = None if first.is_meta else first.device
+    own = (*network.named_parameters(), *network.named_buffers())
+    dtypes = {id(value): named[name].dtype for name, value in own if name in named}
+    network._apply(lambda value: value.to(device, dtypes.get(id(value), value.dtype)))

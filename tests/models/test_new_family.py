@@ -165,6 +165,7 @@ class Tokens(Family):
     part_classes: Mapping[str, tuple[str, ...]] = {"text_encoder": ("CLIPTextModel",), "tokenizer": ("CLIPTokenizer",)}
     guided_pipelines = ("TokenPipeline",)
     repeated_blocks = ("TokenBlock",)
+    row_names = frozenset({"timestep", "words", "tone"})
 
 
 TokenAdapter.family = Tokens()
