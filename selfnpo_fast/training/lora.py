@@ -200,3 +200,11 @@ class Variant:
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters of the network; callers read its device off them."""
         return self.network.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters of the network by name, low-rank ones too."""
+        return self.network.named_parameters()
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All buffers of the network by name."""
+        return self.network.named_buffers()
