@@ -196,7 +196,8 @@ class GuidedSampler:
         - progress: called after every step with (steps done, steps in total).
         - cancelled: called before every step; the call ends where it returns true.
 
-        Neither callback may call the sampler. A call that ends early leaves no state behind.
+        Neither callback may call the sampler, or wait for a thread that does. A call that ends early
+        leaves no state behind.
 
         Raises UserError for bad input and for a callback that calls the sampler, SamplingCancelled
         where `cancelled` has returned true, and RunError where what was drawn is not finite.

@@ -36,7 +36,7 @@ from selfnpo_fast.negatives.weights import (
     plain_state,
 )
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,10 @@ def load_negative(
 def check_strengths(alpha: float, beta: float) -> None:
     """Raise UserError where alpha or beta is outside the range of Eq. 7, 0 to 1."""
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name}: {value} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise UserError(
+                f"{name}: {shortened(value)} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta"
+            )
 
 
 def is_unmixed(alpha: float, beta: float, theta: WeightReader | None) -> bool:
