@@ -77,8 +77,8 @@ def test_impossible_arguments_are_one_line_that_names_them(sampler, name, monkey
 def test_what_is_possible_in_other_types_is_drawn(sampler):
     expected = draw(sampler, guidance_interval=(0.0, 0.5))
     same = [
-        {"seeds": np.array(SEEDS)}, {"prompts": np.array(PROMPTS)}, {"seeds": torch.tensor(SEEDS)}, {"seeds": tuple(SEEDS)},
-        {"steps": np.int64(2)},
+        {"prompts": np.array(PROMPTS)}, {"seeds": np.array(SEEDS)}, {"seeds": torch.tensor(SEEDS)},
+        {"seeds": tuple(SEEDS)}, {"steps": np.int64(2)},
         {"guidance_scale": 4}, {"guidance_scale": np.float64(4)}, {"guidance_scale": Fraction(4)},
         {"height": np.int32(32)}, {"prompts": tuple(PROMPTS)}, {"prompts": (text for text in PROMPTS)},
         {"batch_size": np.int64(4)}, {"guidance_interval": [0, 0.5]},
