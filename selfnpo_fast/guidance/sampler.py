@@ -155,8 +155,10 @@ class GuidedSampler:
         `negative`, alpha, beta and base are those of `load_negative`, further options those of the
         constructor. The sampler draws with the pipeline as it is now: a call of it raises UserError
         where a part has been replaced or changed since, in weights, adapters, precision, device or
-        settings. Make a new sampler then. The default solver is own, the pipeline's scheduler as it is configured:
-        DPM-Solver++ of order 1 or 2, ODE or SDE, DDIM or Euler, and PNDM as DPM-Solver++(2M).
+        settings. Make a new sampler then.
+
+        The default solver is own, the pipeline's scheduler as it is configured: DPM-Solver++ of
+        order 1 or 2, ODE or SDE, DDIM or Euler, and PNDM as DPM-Solver++(2M).
 
         Raises UserError where the pipeline is of another family or is offloaded, where a negative
         is attached to it, where it has another scheduler and no `solver` is given, and for all that
@@ -201,7 +203,8 @@ class GuidedSampler:
         - progress: called after every step with (steps done, steps in total).
         - cancelled: called before every step; the call ends where it returns true.
 
-        Neither callback may call the sampler. A call that ends early leaves no state behind.
+        Neither callback may call the sampler, or wait for a thread that does. A call that ends early
+        leaves no state behind.
 
         Raises UserError for bad input and for a callback that calls the sampler, SamplingCancelled
         where `cancelled` has returned true, and RunError where what was drawn is not finite.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from selfnpo_fast.diffusion.schedulers import SOLVERS
@@ -112,6 +113,8 @@ def checked_prompts(field: str, prompts: str | Iterable[str]) -> list[str]:
     one is no text, or one has more than `MAX_PROMPT_CHARACTERS`."""
     if isinstance(prompts, str):
         prompts = [prompts]
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
     if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
         raise UserError(f"{field}: {shortened(prompts)} is not possible; expected a text, or a list of texts")
     texts = list(prompts)
@@ -138,7 +141,7 @@ def checked_seeds(seeds: int | Iterable[int] | None, count: int) -> list[int]:
     """
     if seeds is None:
         return [secrets.randbelow(2**63) for _ in range(count)]
-    if isinstance(seeds, torch.Tensor):
+    if isinstance(seeds, torch.Tensor | np.ndarray):
         seeds = seeds.tolist()
     if isinstance(seeds, Integral) and not isinstance(seeds, bool):
         seeds = [int(seeds) + i for i in range(count)]

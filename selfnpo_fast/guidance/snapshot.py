@@ -58,12 +58,13 @@ def check_networks(pipe: Any, denoiser_name: str) -> None:
                     f"pipe: the layers of its {name} are offloaded, cast or cached one by one ({hook}), which the "
                     "sampler does not serve; use attach_negative, and turn that on after it"
                 )
-    devices = {name: next(network.parameters()).device for name, network in networks.items()}
-    for name, device in devices.items():
-        if device != devices[denoiser_name]:
+    expected = next(networks[denoiser_name].parameters()).device
+    for name, network in networks.items():
+        device = next((weight.device for weight in network.parameters()), expected)
+        if device != expected:
             raise UserError(
-                f"pipe: its {name} is on {device}, its {denoiser_name} on {devices[denoiser_name]}; move the whole "
-                f"pipeline with pipe.to({str(devices[denoiser_name])!r})"
+                f"pipe: its {name} is on {device}, its {denoiser_name} on {expected}; move the whole pipeline with "
+                f"pipe.to({str(expected)!r})"
             )
 
 
@@ -110,6 +111,7 @@ class _Part:
         self._part = getattr(part, "_orig_mod", part)  # torch.compile's wrapper
         self._state = _state(self._part)
         self._remember()
+        self._heads = self._read_heads()
 
     def _remember(self) -> None:
         """Take copies of what tells quickly that nothing has changed."""
@@ -117,18 +119,25 @@ class _Part:
         self._classes = [(module, type(module)) for module in modules]
         self._pairs = [pair for module in modules for pair in _copies(vars(module))]
         self._weights = [_Weight(weight) for module in modules for weight in _own_weights(module).values()]
-        self._heads = _read([weight.head() for weight in self._weights])
 
     def difference(self) -> str | None:
         """What has changed; None where nothing has."""
-        if self._weights and self._is_untouched():
-            heads = _read([weight.head() for weight in self._weights])
-            return None if heads == self._heads else "its weights"
-        now = _state(self._part)
-        if now != self._state:
-            return _difference(self._state, now)
-        self._remember()  # so that the next look is quick
-        return None
+        if not self._pairs or not self._is_untouched():
+            now = _state(self._part)
+            if now != self._state:
+                return _difference(self._state, now)
+            self._remember()  # so that the next look is quick
+        return None if self._read_heads() == self._heads else "its weights"
+
+    def _read_heads(self) -> list[bytes]:
+        """The first bytes of all weights, with one wait for each device."""
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for weight in self._weights:
+            head = weight.head()
+            by_device.setdefault(head.device, []).append(head)
+        return [
+            torch.cat(heads).cpu().numpy().tobytes() for device, heads in by_device.items() if device.type != "meta"
+        ]
 
     def _is_untouched(self) -> bool:
         """Whether all attributes and weights are the same objects; weights may have other values."""
@@ -254,14 +263,6 @@ def _plain(value: Any, depth: int = 2) -> Any:
     if _is_processor(value) and depth:
         return _Is(type(value)), {name: _plain(part, depth - 1) for name, part in vars(value).items()}
     return _Is(value)
-
-
-def _read(heads: list[torch.Tensor]) -> list[bytes]:
-    """The bytes of tensors, with one wait for each device."""
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for head in heads:
-        by_device.setdefault(head.device, []).append(head)
-    return [torch.cat(parts).cpu().numpy().tobytes() for device, parts in by_device.items() if device.type != "meta"]
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

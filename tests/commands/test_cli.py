@@ -280,6 +280,15 @@ def test_a_distilled_models_scale_of_0_is_the_positive_alone(tmp_path):
     assert zero.tobytes() == one.tobytes()
 
 
+def test_the_models_own_scheduler_is_a_solver(tmp_path):
+    """That of the digits is DDIM."""
+    drawn = {}
+    for solver in ("own", "ddim", "euler"):
+        assert sample(tmp_path / solver, "--prompt", PROMPT, "--solver", solver) == 0
+        drawn[solver] = Image.open(tmp_path / solver / "0000-seed0.png").tobytes()
+    assert drawn["own"] == drawn["ddim"] != drawn["euler"]
+
+
 def test_a_second_run_overwrites_file_by_file(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     for seed in (1, 1, 2):

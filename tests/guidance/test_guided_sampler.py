@@ -389,9 +389,11 @@ def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_cuda_graphs_draw_the_same(tmp_path, kind):
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_cuda_graphs_draw_the_same(tmp_path, kind, algorithm):
     """Captured steps, of several lengths and with single branches, against plain ones."""
     pipe = pipeline(tiny.write_sd(tmp_path))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type=algorithm)
     negative = negatives(pipe.unet)[kind]
     pipe.to("cuda")
     plain, captured = (GuidedSampler.from_pipeline(pipe, negative, compile=how) for how in ("off", "max"))

@@ -50,6 +50,7 @@ IMPOSSIBLE = {
     "seeds": [
         -1, 2**63, 2**63 - 1, 1.5, "7", True, NAN, [1], [1, 2, 3], [1.5, 2], [True, 2], [1, None], ["1", "2"], {1: 2},
         [1, 2**63], [-1, 2], torch.tensor([1.0, 2.0]), torch.Generator(), np.array([1.5, 2.5]), b"12",
+        torch.tensor(1.5), np.array(None),
     ],
     "height": [0, -64, 33, 32.5, 32.0, "32", True, NAN, 2**40, [32]],
     "width": [0, -64, 33, 32.5, "32", True, 2**40],
@@ -76,7 +77,8 @@ def test_impossible_arguments_are_one_line_that_names_them(sampler, name, monkey
 def test_what_is_possible_in_other_types_is_drawn(sampler):
     expected = draw(sampler, guidance_interval=(0.0, 0.5))
     same = [
-        {"seeds": np.array(SEEDS)}, {"seeds": torch.tensor(SEEDS)}, {"seeds": tuple(SEEDS)}, {"steps": np.int64(2)},
+        {"prompts": np.array(PROMPTS)}, {"seeds": np.array(SEEDS)}, {"seeds": torch.tensor(SEEDS)},
+        {"seeds": tuple(SEEDS)}, {"steps": np.int64(2)},
         {"guidance_scale": 4}, {"guidance_scale": np.float64(4)}, {"guidance_scale": Fraction(4)},
         {"height": np.int32(32)}, {"prompts": tuple(PROMPTS)}, {"prompts": (text for text in PROMPTS)},
         {"batch_size": np.int64(4)}, {"guidance_interval": [0, 0.5]},
@@ -116,6 +118,18 @@ def test_impossible_options_of_a_sampler_are_named(pipe, name):
     for value in CONSTRUCTOR[name]:
         with pytest.raises(UserError, match=f"^{name}: "):
             GuidedSampler.from_pipeline(pipe, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"alpha": value}, "alpha") for value in (None, "1", NAN, 2, True)]
+    + [({"beta": value}, "beta") for value in (None, -1, [1])]
+    + [({"negative": value}, "negative") for value in (3, b"x", {}, object())],
+)
+def test_impossible_negatives_are_named(pipe, options, name):
+    with pytest.raises(UserError, match=f"^{name}: ") as caught:
+        GuidedSampler.from_pipeline(pipe, **{"negative": "no/such/folder/x"} | options)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("thing", [None, "a folder", 3, torch.nn.Linear(1, 1)])

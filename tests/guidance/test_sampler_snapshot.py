@@ -59,6 +59,12 @@ def write_past_the_version(network: nn.Module) -> None:
         assert parameter._version == before
 
 
+def with_a_note(pipe) -> None:
+    """An attribute that does not matter, and weights that do."""
+    pipe.unet._note = "mine"
+    write_past_the_version(pipe.unet)
+
+
 @torch.no_grad()
 def write(network: nn.Module) -> None:
     next(network.parameters()).mul_(1.5)
@@ -77,6 +83,7 @@ CHANGES = {
     "unet replaced": ("unet was replaced", lambda pipe: setattr(pipe, "unet", copy.deepcopy(pipe.unet))),
     "unet's weights": ("unet has changed", lambda pipe: write(pipe.unet)),
     "unet's data": ("unet has changed", lambda pipe: write_past_the_version(pipe.unet)),
+    "unet's data and a note": ("unet has changed", with_a_note),
     "unet moved": ("unet has changed", lambda pipe: pipe.unet.to("meta")),
     "unet patched": ("unet has changed", patch),
     "unet hooked": (
@@ -225,11 +232,12 @@ def test_a_negative_network_of_the_callers_is_watched_too():
         sampler(PROMPTS, **ARGUMENTS)
 
 
-def test_parts_that_the_sampler_does_not_use_may_change():
+def test_what_the_sampler_does_not_use_may_change():
     pipe = pipeline()
     sampler = GuidedSampler.from_pipeline(pipe)
-    pipe.safety_checker = nn.Identity()
-    sampler(PROMPTS, **ARGUMENTS)
+    first = sampler(PROMPTS, **ARGUMENTS).images
+    pipe.safety_checker, pipe.unet._note = nn.Identity(), "mine"
+    assert torch.equal(sampler(PROMPTS, **ARGUMENTS).images, first)
 
 
 # Networks whose module tree is copied: with a LoRA, or compiled.
