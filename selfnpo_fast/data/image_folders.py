@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from selfnpo_fast.data.listing import FilePicture, Listing, shown
 from selfnpo_fast.data.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES
-from selfnpo_fast.data.rows import checked, csv_rows, jsonl_rows
+from selfnpo_fast.data.rows import checked, csv_rows, jsonl_rows, short
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import read_text
 from selfnpo_fast.runtime.limits import MAX_LINE_BYTES
@@ -54,9 +54,11 @@ def list_folder(folder: Path, listing: Listing) -> None:
     a table, the table's rows take the place of all that. Raises UserError for a damaged table.
     """
     for path, folders, files in walk(folder.resolve(), listing):
-        table = next((name for name in TABLES if name in files), None)
-        if table is not None:
-            _list_table(path, table, listing)
+        tables = [name for name in TABLES if name in files]
+        if tables:
+            _list_table(path, tables[0], listing)
+            for name in tables[1:]:
+                listing.pass_over(f"tables beside {tables[0]}", path / name)
             folders.clear()
             continue
         names, stems = set(files), {os.path.splitext(name)[0] for name in files if _is_picture(name)}
@@ -148,7 +150,7 @@ def _inside(folder: Path, name: object, parents: set[Path], where: str, field: s
     `parents` gains the folders that are found to lie in `folder`.
     """
     if not isinstance(name, str) or not name:
-        raise UserError(f"{field}: {where}: file_name is {name!r}, not the name of a file")
+        raise UserError(f"{field}: {where}: file_name is {short(name)}, not the name of a file")
     parts = PurePosixPath(name)
     path = folder / parts
     inside = not parts.is_absolute() and ".." not in parts.parts
@@ -158,6 +160,6 @@ def _inside(folder: Path, name: object, parents: set[Path], where: str, field: s
         except (OSError, ValueError, RuntimeError):  # NUL, or links in a circle
             inside = False
     if not inside:
-        raise UserError(f"{field}: {where}: {name!r} lies outside {shown(folder)}, or behind a link to a folder")
+        raise UserError(f"{field}: {where}: {short(name)} lies outside {shown(folder)}, or behind a link to a folder")
     parents.add(path.parent)
     return path

@@ -16,8 +16,11 @@ from selfnpo_fast.runtime.limits import MAX_IMAGE_BYTES
 
 
 def shown(name: object) -> str:
-    """The name of a file in messages: as it is if it can be printed on one line, else quoted."""
-    text = str(name)
+    """The name of a file in messages: as it is if it can be printed on one line, else quoted.
+
+    It is cut where it is longer than a path can be.
+    """
+    text = str(name)[:4096]
     return text if text.isprintable() else ascii(text)
 
 

@@ -214,7 +214,7 @@ def parquet_rows(path: Path, columns: Sequence[str], field: str) -> Rows:
                     number += 1
                     where = f"{path}, row {number}"
                     yield number, tuple(cell_value(field, where, cell) for cell in cells)
-    # UnicodeDecodeError comes from damaged column names.
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    # UnicodeDecodeError comes from damaged column names, KeyError from two columns of one name.
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         reason = one_line(error, 200)
         raise UserError(f"{field}: {path}: no readable parquet file ({reason}); write it again") from error
