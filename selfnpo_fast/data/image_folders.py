@@ -11,9 +11,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from selfnpo_fast.data.listing import FilePicture, Listing, shown
+from selfnpo_fast.data.listing import FilePicture, Listing
 from selfnpo_fast.data.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES
-from selfnpo_fast.data.rows import checked, csv_rows, jsonl_rows, short
+from selfnpo_fast.data.rows import checked, csv_rows, jsonl_rows, short, shown
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import read_text
 from selfnpo_fast.runtime.limits import MAX_LINE_BYTES
