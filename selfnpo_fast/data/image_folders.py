@@ -38,8 +38,8 @@ def walk(root: Path, listing: Listing | None = None) -> Iterator[tuple[Path, lis
 
     try:
         for path, folders, files in os.walk(root, onerror=refuse):
-            linked = [name for name in sorted(folders) if os.path.islink(os.path.join(path, name))]
-            for name in linked if listing is not None else ():
+            linked = {name for name in folders if os.path.islink(os.path.join(path, name))}
+            for name in sorted(linked) if listing is not None else ():
                 listing.pass_over("linked folders", Path(path, name))
             folders[:] = sorted(name for name in folders if name not in linked and not name.startswith("."))
             yield Path(path), folders, sorted(files)
