@@ -11,9 +11,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from selfnpo_fast.data.listing import FilePicture, Listing, shown
+from selfnpo_fast.data.listing import FilePicture, Listing
 from selfnpo_fast.data.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES
-from selfnpo_fast.data.rows import checked, csv_rows, jsonl_rows
+from selfnpo_fast.data.rows import checked, csv_rows, jsonl_rows, short, shown
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import read_text
 from selfnpo_fast.runtime.limits import MAX_LINE_BYTES
@@ -38,8 +38,8 @@ def walk(root: Path, listing: Listing | None = None) -> Iterator[tuple[Path, lis
 
     try:
         for path, folders, files in os.walk(root, onerror=refuse):
-            linked = [name for name in sorted(folders) if os.path.islink(os.path.join(path, name))]
-            for name in linked if listing is not None else ():
+            linked = {name for name in folders if os.path.islink(os.path.join(path, name))}
+            for name in sorted(linked) if listing is not None else ():
                 listing.pass_over("linked folders", Path(path, name))
             folders[:] = sorted(name for name in folders if name not in linked and not name.startswith("."))
             yield Path(path), folders, sorted(files)
@@ -54,19 +54,21 @@ def list_folder(folder: Path, listing: Listing) -> None:
     a table, the table's rows take the place of all that. Raises UserError for a damaged table.
     """
     for path, folders, files in walk(folder.resolve(), listing):
-        table = next((name for name in TABLES if name in files), None)
-        if table is not None:
-            _list_table(path, table, listing)
+        tables = [name for name in TABLES if name in files]
+        if tables:
+            _list_table(path, tables[0], listing)
+            for name in tables[1:]:
+                listing.pass_over(f"tables beside {tables[0]}", path / name)
             folders.clear()
             continue
-        stems = {os.path.splitext(name)[0] for name in files if _is_picture(name)}
+        names, stems = set(files), {os.path.splitext(name)[0] for name in files if _is_picture(name)}
         for name in files:
             stem, suffix = os.path.splitext(name)
             if _is_picture(name) and listing.full:
                 listing.pass_over("beyond the limit", path / name)
             elif _is_picture(name):
                 try:
-                    _add(path / name, _beside(path, name, files, listing), listing)
+                    _add(path / name, _beside(path, name, names, listing), listing)
                 except UserError as error:
                     listing.refuse(error)
             elif suffix in CAPTION_SUFFIXES and stem not in stems and not name.startswith("."):
@@ -103,12 +105,15 @@ def _add(path: Path, caption: str, listing: Listing) -> None:
     listing.pictures.append(FilePicture(shown(path), caption, path, 0, facts.st_size, facts.st_mtime_ns))
 
 
-def _beside(folder: Path, name: str, files: list[str], listing: Listing) -> str:
-    """The caption in the file of the same stem as the picture `name`. Raises UserError."""
+def _beside(folder: Path, name: str, names: set[str], listing: Listing) -> str:
+    """The caption in the file of the same stem as the picture `name`, one of `names` in `folder`.
+
+    Raises UserError.
+    """
     stem = os.path.splitext(name)[0]
     for suffix in CAPTION_SUFFIXES:
-        path = folder / (stem + suffix)
-        if path.name in files:
+        if stem + suffix in names:
+            path = folder / (stem + suffix)
             text = read_text(path, listing.field, MAX_LINE_BYTES)
             return checked(listing.field, shown(path), text.removeprefix("\ufeff"))
     raise UserError(f"{listing.field}: {shown(folder / name)} has no caption; put it into {shown(stem)}.txt")
@@ -116,13 +121,14 @@ def _beside(folder: Path, name: str, files: list[str], listing: Listing) -> str:
 
 def _list_table(folder: Path, name: str, listing: Listing) -> None:
     """Add the pictures that a table names to `listing`, and count those that it leaves out."""
-    listed = set()
+    listed: set[Path] = set()
+    parents: set[Path] = set()
     for number, values in TABLES[name](folder / name, ("file_name", listing.column or "text"), listing.field):
         where = f"{shown(folder / name)}, line {number}"
         try:
             if isinstance(values, UserError):
                 raise values
-            path = _inside(folder, values[0], where, listing.field)
+            path = _inside(folder, values[0], parents, where, listing.field)
             listed.add(path)
             if listing.full:
                 listing.pass_over("beyond the limit", path)
@@ -138,17 +144,22 @@ def _list_table(folder: Path, name: str, listing: Listing) -> None:
                 _pass_over(path / file, listing)
 
 
-def _inside(folder: Path, name: object, where: str, field: str) -> Path:
-    """The path of a picture that a table in `folder` names. Raises UserError for one elsewhere."""
+def _inside(folder: Path, name: object, parents: set[Path], where: str, field: str) -> Path:
+    """The path of a picture that a table in `folder` names. Raises UserError for one elsewhere.
+
+    `parents` gains the folders that are found to lie in `folder`.
+    """
     if not isinstance(name, str) or not name:
-        raise UserError(f"{field}: {where}: file_name is {name!r}, not the name of a file")
+        raise UserError(f"{field}: {where}: file_name is {short(name)}, not the name of a file")
     parts = PurePosixPath(name)
-    try:
-        outside = (
-            parts.is_absolute() or ".." in parts.parts or (folder / parts.parent).resolve() != folder / parts.parent
-        )
-    except (OSError, ValueError, RuntimeError):  # NUL, or links in a circle
-        outside = True
-    if outside:
-        raise UserError(f"{field}: {where}: {name!r} lies outside {shown(folder)}, or behind a link to a folder")
-    return folder / parts
+    path = folder / parts
+    inside = not parts.is_absolute() and ".." not in parts.parts
+    if inside and path.parent not in parents:
+        try:
+            inside = path.parent.resolve() == path.parent
+        except (OSError, ValueError, RuntimeError):  # NUL, or links in a circle
+            inside = False
+    if not inside:
+        raise UserError(f"{field}: {where}: {short(name)} lies outside {shown(folder)}, or behind a link to a folder")
+    parents.add(path.parent)
+    return path

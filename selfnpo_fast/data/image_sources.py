@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfnpo_fast.data.image_folders import TABLES, list_folder, walk
-from selfnpo_fast.data.listing import Listing, passed, shown
+from selfnpo_fast.data.listing import Listing, passed
 from selfnpo_fast.data.picture_tables import cannot_read, list_dataset, list_parquet, version
 from selfnpo_fast.data.pixels import IMAGE_SUFFIXES
+from selfnpo_fast.data.rows import shown
 from selfnpo_fast.data.tars import list_tar
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.limits import MAX_SHARDS

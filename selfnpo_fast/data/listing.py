@@ -10,15 +10,10 @@ from pathlib import Path
 import torch
 
 from selfnpo_fast.data import pixels
+from selfnpo_fast.data.rows import shown
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.limits import MAX_IMAGE_BYTES
-
-
-def shown(name: object) -> str:
-    """The name of a file in messages: as it is if it can be printed on one line, else quoted."""
-    text = str(name)
-    return text if text.isprintable() else ascii(text)
 
 
 @dataclass(frozen=True)

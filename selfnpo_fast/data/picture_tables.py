@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from selfnpo_fast.data.listing import Listing, Picture, shown
-from selfnpo_fast.data.rows import checked, parquet_rows, refuse_missing
+from selfnpo_fast.data.listing import Listing, Picture
+from selfnpo_fast.data.rows import checked, parquet_rows, refuse_missing, shown
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.limits import MAX_IMAGE_BYTES
@@ -175,7 +175,7 @@ def _picture_column(path: Path, field: str) -> str:
                 kind = kind.field("bytes").type
             if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
                 return column.name
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         reason = one_line(error, 200)
         raise UserError(f"{field}: {shown(path)}: no readable parquet file ({reason}); write it again") from error
     raise UserError(

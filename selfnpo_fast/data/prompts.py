@@ -15,7 +15,17 @@ from pathlib import Path
 from selfnpo_fast.data.image_sources import BRACES, DATASET_ID, find_kind, open_source
 from selfnpo_fast.data.listing import summary
 from selfnpo_fast.data.picture_tables import cannot_read
-from selfnpo_fast.data.rows import Rows, checked, csv_rows, jsonl_rows, parquet_rows, refuse_missing, short, text_rows
+from selfnpo_fast.data.rows import (
+    Rows,
+    checked,
+    csv_rows,
+    jsonl_rows,
+    parquet_rows,
+    refuse_missing,
+    short,
+    shown,
+    text_rows,
+)
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError, one_line
 
@@ -83,22 +93,24 @@ def _open(source: str, column: str, limit: int | None) -> tuple[str, str, Rows]:
     suffix = Path(path).suffix.lower()
     if os.path.isfile(path) and suffix in READERS:
         unit, reader = READERS[suffix]
-        return source, unit, reader(Path(path), [column], FIELD)
+        return shown(source), unit, reader(Path(path), [column], FIELD)
     of_pictures = os.path.isdir(path) and find_kind(Path(path)) in ("images", ".tar")
     if of_pictures or (suffix == ".tar" and (os.path.isfile(path) or BRACES.search(source))):
-        return source, "picture", _captions(source, column, limit)
+        return shown(source), "picture", _captions(source, column, limit)
     if os.path.isfile(path):
-        raise UserError(f"{FIELD}: {source} is of no known kind; name it {_known_suffixes()} after what it holds")
+        raise UserError(
+            f"{FIELD}: {shown(source)} is of no known kind; name it {_known_suffixes()} after what it holds"
+        )
     if os.path.isdir(path):
         if suffix in READERS:
-            raise UserError(f"{FIELD}: {source} is a directory; give a file inside it")
-        return source, "row", _dataset_rows(path, "train", column)
+            raise UserError(f"{FIELD}: {shown(source)} is a directory; give a file inside it")
+        return shown(source), "row", _dataset_rows(path, "train", column)
     if os.path.exists(path):
-        raise UserError(f"{FIELD}: {source} is no regular file; give a {_known_suffixes()} file")
+        raise UserError(f"{FIELD}: {shown(source)} is no regular file; give a {_known_suffixes()} file")
     name, _, split = path.partition(":")
     if not os.path.isdir(name):
         _refuse_strange_id(source, path)
-    return source, "row", _dataset_rows(name, split or "train", column)
+    return shown(source), "row", _dataset_rows(name, split or "train", column)
 
 
 def _refuse_strange_id(source: str, path: str) -> None:
@@ -127,7 +139,7 @@ def _captions(source: str, column: str, limit: int | None) -> Rows:
     listing = found.listing()
     line = summary(len(listing.pictures), listing.passed_over, listing.bad, listing.more)
     if line:
-        say_once(f"{FIELD}: {source}: {line}")
+        say_once(f"{FIELD}: {shown(source)}: {line}")
     for number, picture in enumerate(listing.pictures, 1):
         yield number, (picture.caption,)
 
@@ -141,13 +153,13 @@ def _dataset_rows(name: str, split: str, column: str) -> Rows:
         # Without a declared schema the first row tells; other columns are then dropped, so that no
         # image is decoded.
         columns = data.column_names or list(next(iter(data), {column: ""}))
-        refuse_missing(FIELD, f"{name}:{split}", [column], columns)
+        refuse_missing(FIELD, shown(f"{name}:{split}"), [column], columns)
         for number, row in enumerate(data.select_columns([column]), 1):
             yield number, (row[column],)
     except UserError:
         raise
     except Exception as error:  # what the Hub's client and its readers raise has no common base
-        raise cannot_read(FIELD, f"{name}:{split}", error) from error
+        raise cannot_read(FIELD, shown(f"{name}:{split}"), error) from error
 
 
 READERS: dict[str, tuple[str, Callable[[Path, Sequence[str], str], Rows]]] = {

@@ -30,6 +30,15 @@ def short(value: object) -> str:
     return shortened(value, 60)
 
 
+def shown(name: object) -> str:
+    """The name of a file in messages: as it is if it can be printed on one line, else quoted.
+
+    It is cut where it is longer than a path can be.
+    """
+    text = str(name)[:4096]
+    return text if text.isprintable() else ascii(text)
+
+
 def checked(field: str, where: str, value: object) -> str:
     """`value` stripped, possibly to nothing, if a text encoder can take it.
 
@@ -93,7 +102,7 @@ def lines(path: Path, field: str) -> Iterator[tuple[int, str]]:
         offset = 0
         # One byte beyond the bound tells a line that is too long, without reading the rest of it.
         for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-            where = f"{path}, line {number}"
+            where = f"{shown(path)}, line {number}"
             if len(raw) > MAX_LINE_BYTES:
                 start = short(raw[:60].decode("utf-8", "replace"))
                 raise UserError(
@@ -118,8 +127,9 @@ def text_rows(path: Path, columns: Sequence[str], field: str) -> Rows:
     for number, text in lines(path, field):
         text = text.strip()
         if "\r" in text:
+            start = short(text.partition("\r")[0])
             raise UserError(
-                f"{field}: {path}, line {number}: a bare carriage return after {short(text.partition(chr(13))[0])}; "
+                f"{field}: {shown(path)}, line {number}: a bare carriage return after {start}; "
                 "save the file with line ends LF or CRLF"
             )
         yield number, (text,)
@@ -131,7 +141,7 @@ def jsonl_rows(path: Path, columns: Sequence[str], field: str) -> Rows:
         text = text.strip()
         if text:
             try:
-                yield number, _json_values(f"{path}, line {number}", text, columns, field)
+                yield number, _json_values(f"{shown(path)}, line {number}", text, columns, field)
             except UserError as error:
                 yield number, error
 
@@ -160,7 +170,7 @@ def csv_rows(path: Path, columns: Sequence[str], field: str) -> Rows:
     places: list[int] = []
     while True:
         number = table.line_num + 1  # the first line of the record, whose fields may span lines
-        where = f"{path}, line {number}"
+        where = f"{shown(path)}, line {number}"
         try:
             record = next(table, None)
         except csv.Error as error:
@@ -206,15 +216,16 @@ def parquet_rows(path: Path, columns: Sequence[str], field: str) -> Rows:
     open_regular(path, field).close()
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            refuse_missing(field, str(path), columns, file.schema_arrow.names)
+            refuse_missing(field, shown(path), columns, file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
                 found = [batch.column(column) for column in columns]
                 for cells in zip(*found, strict=True):
                     number += 1
-                    where = f"{path}, row {number}"
+                    where = f"{shown(path)}, row {number}"
                     yield number, tuple(cell_value(field, where, cell) for cell in cells)
-    # UnicodeDecodeError comes from damaged column names.
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    # UnicodeError comes from damaged column names and from paths that are no text, KeyError from two
+    # columns of one name.
+    except (pyarrow.ArrowException, OSError, UnicodeError, KeyError) as error:
         reason = one_line(error, 200)
-        raise UserError(f"{field}: {path}: no readable parquet file ({reason}); write it again") from error
+        raise UserError(f"{field}: {shown(path)}: no readable parquet file ({reason}); write it again") from error

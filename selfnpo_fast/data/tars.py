@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from selfnpo_fast.data.listing import FilePicture, Listing, shown
+from selfnpo_fast.data.listing import FilePicture, Listing
 from selfnpo_fast.data.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES
-from selfnpo_fast.data.rows import checked
+from selfnpo_fast.data.rows import checked, shown
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.limits import MAX_LINE_BYTES, MAX_TAR_HEADER_BYTES, MAX_TAR_MEMBERS

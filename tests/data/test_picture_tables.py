@@ -160,6 +160,13 @@ def test_files_without_pictures_and_damaged_ones(tmp_path):
         assert_one_line(str(caught.value))
 
 
+def test_two_columns_of_one_name(tmp_path):
+    columns = [pa.array([encoded(0)]), pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["image", "text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"^data\.source: .*a\.parquet: no readable parquet file .*exists 2 times"):
+        listed(tmp_path / "a.parquet")
+
+
 def test_damage_and_loss_after_the_listing(tmp_path):
     path = write(tmp_path / "a.parquet", list(range(ROWS)))
     found = listed(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fuzzing import assert_one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -344,6 +345,18 @@ def test_other_things_than_files(tmp_path):
     (tmp_path / "p.tsv").write_text("a\tb")
     assert ".txt/.jsonl/.csv/.parquet" in message(tmp_path / "p.tsv")
     assert "no regular file" in message("/dev/null")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_several_lines_and_of_no_text(tmp_path, kind):
+    path = os.fsencode(tmp_path) + b"/caf\xe9\nx" + kind.encode()
+    for content in (b"\xff\0", b"\n", b'{"prompt": 1}\n\xff'):
+        with open(path, "wb") as file:
+            file.write(content)
+        with pytest.raises(UserError, match=r"^prompts: .*caf\\udce9\\nx") as caught:
+            read_prompts(os.fsdecode(path))
+        assert_one_line(str(caught.value))
+        str(caught.value).encode()
 
 
 def test_unreadable_file(tmp_path, monkeypatch):

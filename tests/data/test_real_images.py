@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,17 @@ def test_digits_fit_no_other_model(tmp_path):
     adapter = load_adapter(str(tiny.write_sd(tmp_path / "model")), resolution=128)
     with pytest.raises(UserError, match=r"^data\.source: 'digits' holds latents of shape \(4, 8, 8\), but"):
         load("digits", adapter=adapter)
+
+
+def test_column_and_on_bad_of_the_config(tmp_path):
+    save(tmp_path / "images", "a.png", picture(0))
+    rows = [{"file_name": "gone.png", "long": "x"}, {"file_name": "a.png", "text": "short", "long": ["long", "longer"]}]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(source=str(tmp_path / "images"), column="long", on_bad="skip", store=str(tmp_path / "stores"))
+    world = World(0, 1, torch.device("cpu"))
+    assert_holds(load_real_data(TrainConfig(data=data), Mirror(), world), {"long": picture(0)})
+    with pytest.raises(UserError, match=r"^data\.source: cannot read the image .*gone\.png"):
+        load_real_data(TrainConfig(data=replace(data, on_bad="stop")), Mirror(), world)
 
 
 def no_captions(folder: Path) -> str:

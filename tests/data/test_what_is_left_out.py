@@ -102,6 +102,15 @@ def test_a_table_of_a_sub_folder_and_its_column(tmp_path):
         listed(tmp_path)
 
 
+def test_of_two_tables_the_first_is_read(tmp_path):
+    put(tmp_path / "a.png", encoded(0))
+    put(tmp_path / "metadata.jsonl", '{"file_name": "a.png", "text": "from JSON"}')
+    put(tmp_path / "metadata.csv", "file_name,text\na.png,from CSV\n")
+    found = listed(tmp_path)
+    assert captions(found) == ["from JSON"]
+    assert found.passed_over == {"tables beside metadata.jsonl": (1, f"{tmp_path}/metadata.csv")}
+
+
 # Links: a link to a file is that file, a link to a folder is not entered
 
 
