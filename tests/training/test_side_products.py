@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+import resource
 import shutil
+import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from PIL import Image
 from selfnpo_fast import train
 from selfnpo_fast.guidance.sampler import GuidedSampler
 from selfnpo_fast.models.sd import StableDiffusionAdapter
+from selfnpo_fast.training.outputs import RunOutputs
 from selfnpo_fast.training.trainer import Trainer
 
 CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
@@ -155,6 +161,25 @@ def test_tensorboard_that_fails_on_the_way_is_given_up_without_a_traceback(model
     assert "Traceback" not in log
     assert threading.excepthook is hook
     crash.assert_equal(whole, output)
+
+
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_of_itself(tmp_path, monkeypatch):
+    """The kernel writes what fits, here 10 bytes of the second row."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # a file, under pytest
+    outputs, path = RunOutputs(tmp_path, 0, 3), tmp_path / "metrics.jsonl"
+    row = {"update": 1, "loss": 1.0, "pairs_per_second": 2.0}
+    outputs.write(1, row)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        outputs.write(2, row | {"update": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    outputs.write(3, row | {"update": 3})
+    outputs.close()
+    assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 3]
 
 
 def test_rows_that_nobody_can_read_are_dropped_at_a_resume(model, whole, tmp_path):
