@@ -26,7 +26,10 @@ from selfnpo_fast import train
 from selfnpo_fast.data import latent_store
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.rollout import ContinuousRollout, Pairs, continuous
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import why_not_whole
+from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.inputs import load_inputs
 from selfnpo_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +158,20 @@ def test_sigterm_to_one_of_two_ranks_ends_both_with_a_checkpoint(model, tmp_path
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert why_not_whole(saved) is None
     assert {"rank0.safetensors", "rank1.safetensors"} <= {path.name for path in saved.iterdir()}
+
+
+class OtherHost(World):
+    """A world whose rank 1 has read another file of prompts."""
+
+    def gather(self, value):
+        return [value, "another hash"]
+
+
+def test_hosts_with_different_prompts_are_refused(model, tmp_path):
+    """They would encode in different numbers of rounds, and wait for each other for ever."""
+    config = train.parse(crash.words(CASE, model, tmp_path)).config
+    with pytest.raises(UserError, match=r"prompts\.source: not all ranks have read the same prompts"):
+        load_inputs(config, OtherHost(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.slow

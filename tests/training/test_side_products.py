@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import shutil
 import signal
@@ -95,6 +96,22 @@ def test_a_grid_that_does_not_fit_into_memory_leaves_the_student_in_training(
     crash.assert_equal(whole, tmp_path / "run")
     grids = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
     assert grids == ["samples-000006.png", "samples-000009.png", "samples-000012.png"], "the next ones are drawn"
+
+
+def test_a_grid_under_way_gives_way_to_a_request_to_stop(model, tmp_path, monkeypatch, capfd):
+    """A launcher allows its ranks 30 s, and a grid may take longer."""
+    output, original = tmp_path / "run", GuidedSampler.latents
+
+    def latents(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GuidedSampler, "latents", latents)
+    assert run(model, output, *GRIDS) == 0
+    log = capfd.readouterr().err
+    assert f"SIGTERM: stopped after update 3; checkpoint {output}/checkpoints/update-0000003" in log
+    assert WARNING not in log
+    assert not (output / "samples").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"reference": "frozen"}, {"lora": 2}], ids=str)
