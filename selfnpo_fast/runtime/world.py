@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,6 +25,8 @@ STARTERS = {
 """What starts many processes that know nothing of each other, and where it says how many."""
 MEETING = timedelta(minutes=10)
 """How long a rank waits for the others to start."""
+LOOK = 5.0
+"""Seconds for an answer of rank 0's host; it is asked ten times as often."""
 
 
 @dataclass(frozen=True)
@@ -183,16 +187,33 @@ def init_world() -> World:
             store = torch.distributed.HashStore()  # a group of one needs no port
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         return World(0, 1, device)
-    rank, size, store = launch.rank, launch.size, _meet(launch)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return World(rank, size, device, torch.distributed.new_group(backend="gloo"))
+    return _meet(launch, backend, device)
 
 
-def _meet(launch: Launch) -> torch.distributed.Store:
-    """The store at which all ranks have met."""
+def _wait_for_rank_0(address: str) -> None:
+    """Wait until somebody listens at host:port. torch's own wait prints stacks of C++, and hears no
+    Ctrl-C. Raises OSError after MEETING."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=LOOK).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(LOOK / 10)
+
+
+def _meet(launch: Launch, backend: str, device: torch.device) -> World:
+    """The world of all ranks, once they have met."""
+    rank, size = launch.rank, launch.size
     try:
-        return next(torch.distributed.rendezvous("env://", timeout=MEETING))[0]
-    except (torch.distributed.DistError, RuntimeError, ValueError, OSError) as error:
+        if rank:
+            _wait_for_rank_0(launch.address)
+        store = next(torch.distributed.rendezvous("env://", timeout=MEETING))[0]
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+        return World(rank, size, device, torch.distributed.new_group(backend="gloo"))
+    except (RuntimeError, ValueError, OSError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             address, _, port = launch.address.rpartition(":")
             raise _refused(
@@ -200,8 +221,8 @@ def _meet(launch: Launch) -> torch.distributed.Store:
                 "launcher another --master_port"
             ) from error
         unmet = RunError(
-            f"rank {launch.rank} of {launch.size} waited {MEETING.total_seconds():g} s for the other ranks at "
-            f"{launch.address}, and not all came: {one_line(error, 200)}; look at what has ended the others"
+            f"rank {rank} of {size} has not met the others at {launch.address}: {one_line(error, 200)}; it waits "
+            f"{MEETING.total_seconds():g} s for them; look at what has ended them"
         )
         unmet.of_one_rank = True
         raise unmet from error

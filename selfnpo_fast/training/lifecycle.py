@@ -171,7 +171,8 @@ def _listen(address: str, ranks: int, one_host: bool) -> socket.socket:
         reason = f"{address} is {resolved[0]} here, which other hosts cannot reach"
     say_once(f"the watch for lost ranks listens at all addresses of this host: {reason}", level=logging.INFO)
     try:
-        return socket.create_server(("", 0), family=family, backlog=ranks + MOST_STRANGERS)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(("", 0), family=family, backlog=ranks + MOST_STRANGERS, dualstack_ipv6=both)
     except OSError as error:
         raise RunError(f"the watch for lost ranks cannot listen: {one_line(error)}") from error
 

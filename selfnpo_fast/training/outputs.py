@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,8 +53,8 @@ class RunOutputs:
 
     def write(self, update: int, row: dict[str, float]) -> None:
         """Add a row of metrics to metrics.jsonl, to TensorBoard and to the progress bar."""
-        with self._warned("metrics.jsonl"), (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(json_row(row)) + "\n")
+        with self._warned("metrics.jsonl"):
+            _append_line(self.folder / "metrics.jsonl", json.dumps(json_row(row)))
 
         def add_scalars(writer: Any) -> None:
             for key, value in row.items():
@@ -120,6 +122,16 @@ def _quiet_tensorboard() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or nothing: half a line would spoil the next one. Raises OSError."""
+    content = line.encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _drop_rows_after(path: Path, update: int) -> None:

@@ -15,7 +15,7 @@ from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.console import say_once
-from selfnpo_fast.runtime.errors import one_line
+from selfnpo_fast.runtime.errors import RunError, one_line
 from selfnpo_fast.runtime.images import image_grid
 from selfnpo_fast.runtime.stopping import asked_to_stop
 from selfnpo_fast.runtime.world import World
@@ -73,7 +73,8 @@ class SampleGrids:
         if together:
             failures = [line for of_rank in self.world.gather(failures) for line in of_rank]
         if not failures:
-            with contextlib.nullcontext() if together else _noted(failures):
+            # Of all that a sampler raises together on all ranks, there are latents that are not finite.
+            with _noted(failures, RunError if together else Exception):
                 latents = self._latents(base)
         if latents is not None and self.world.is_main:
             with _noted(failures):
@@ -107,11 +108,12 @@ class SampleGrids:
 
 
 @contextlib.contextmanager
-def _noted(failures: list[str]) -> Iterator[None]:
-    """Adds the line of an error to `failures`. A grid is a side product: no error is worth a run."""
+def _noted(failures: list[str], kind: type[Exception] = Exception) -> Iterator[None]:
+    """Adds the line of an error of a kind to `failures`. A grid is a side product: none is worth a
+    run."""
     try:
         yield
-    except Exception as error:
+    except kind as error:
         failures.append(one_line(error))
 
 

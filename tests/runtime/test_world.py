@@ -98,7 +98,7 @@ def test_a_port_that_is_taken_is_one_line(launch):
 def test_a_rank_whose_peer_never_comes_is_one_line(rank, launch, monkeypatch):
     monkeypatch.setattr(world, "MEETING", timedelta(seconds=0.5))
     launch(launched(RANK=rank, LOCAL_RANK=rank))
-    line = rf"rank {rank} of 2 waited 0.5 s for the other ranks at 127.0.0.1:\d+, and not all came"
+    line = rf"rank {rank} of 2 has not met the others at 127.0.0.1:\d+: .*; it waits 0.5 s for them"
     with pytest.raises(RunError, match=line) as caught:
         world.init_world()
     assert caught.value.of_one_rank

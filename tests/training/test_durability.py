@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import crash
+import psutil
 import pytest
 import tiny
 import torch
@@ -22,9 +26,13 @@ from selfnpo_fast import train
 from selfnpo_fast.data import latent_store
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.rollout import ContinuousRollout, Pairs, continuous
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import why_not_whole
+from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.inputs import load_inputs
 from selfnpo_fast.training.trainer import Trainer
 
+ROOT = Path(__file__).parents[2]
 CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
 
 
@@ -195,6 +203,54 @@ def test_sigterm_to_one_of_two_ranks_ends_both_with_a_checkpoint(model, tmp_path
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert why_not_whole(saved) is None
     assert {"rank0.safetensors", "rank1.safetensors"} <= {path.name for path in saved.iterdir()}
+
+
+class OtherHost(World):
+    """A world whose rank 1 has read another file of prompts."""
+
+    def gather(self, value):
+        return [value, "another hash"]
+
+
+def test_hosts_with_different_prompts_are_refused(model, tmp_path):
+    """They would encode in different numbers of rounds, and wait for each other for ever."""
+    config = train.parse(crash.words(CASE, model, tmp_path)).config
+    with pytest.raises(UserError, match=r"prompts\.source: not all ranks have read the same prompts"):
+        load_inputs(config, OtherHost(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["Ctrl-C", "launcher killed"])
+def test_what_happens_to_deepspeeds_launcher_ends_its_ranks_with_a_checkpoint(attack, model, tmp_path):
+    """Ctrl-C goes to all processes of the terminal: `deepspeed`, its launcher, and the ranks."""
+    output, log = tmp_path / "run", tmp_path / "log"
+    argv = [*crash.words(CASE, model, output), "--updates", "100000", "--log.checkpoint_every", "0"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(crash.free_port())]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--num_gpus", "2", str(ROOT / "selfnpo_fast" / "train.py"), *argv],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.PIPE,  # which ends with the last rank
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    while not (output / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    if attack == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        (launcher,) = psutil.Process(process.pid).children()
+        assert "deepspeed.launcher.launch" in launcher.cmdline()
+        launcher.kill()
+    _, said = process.communicate()
+    # Signals that come together may be seen in any order.
+    name = "SIG(INT|TERM)" if attack == "Ctrl-C" else "the launcher is gone"
+    assert re.search(f"{name}: the run saves and stops", said), said
+    assert re.search(f"{name}: stopped after update ", said), said
+    (saved,) = (output / "checkpoints").iterdir()
+    assert why_not_whole(saved) is None
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import resource
 import shutil
+import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +21,7 @@ from PIL import Image
 from selfnpo_fast import train
 from selfnpo_fast.guidance.sampler import GuidedSampler
 from selfnpo_fast.models.sd import StableDiffusionAdapter
+from selfnpo_fast.training.outputs import RunOutputs
 from selfnpo_fast.training.trainer import Trainer
 
 CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
@@ -91,6 +98,22 @@ def test_a_grid_that_does_not_fit_into_memory_leaves_the_student_in_training(
     assert grids == ["samples-000006.png", "samples-000009.png", "samples-000012.png"], "the next ones are drawn"
 
 
+def test_a_grid_under_way_gives_way_to_a_request_to_stop(model, tmp_path, monkeypatch, capfd):
+    """A launcher allows its ranks 30 s, and a grid may take longer."""
+    output, original = tmp_path / "run", GuidedSampler.latents
+
+    def latents(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GuidedSampler, "latents", latents)
+    assert run(model, output, *GRIDS) == 0
+    log = capfd.readouterr().err
+    assert f"SIGTERM: stopped after update 3; checkpoint {output}/checkpoints/update-0000003" in log
+    assert WARNING not in log
+    assert not (output / "samples").exists()
+
+
 @pytest.mark.parametrize("changes", [{}, {"reference": "frozen"}, {"lora": 2}], ids=str)
 def test_the_base_is_loaded_and_drawn_once(changes, model, tmp_path, monkeypatch):
     """A moving reference needs one copy of the base; a frozen one, and LoRA, have it."""
@@ -155,6 +178,25 @@ def test_tensorboard_that_fails_on_the_way_is_given_up_without_a_traceback(model
     assert "Traceback" not in log
     assert threading.excepthook is hook
     crash.assert_equal(whole, output)
+
+
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_of_itself(tmp_path, monkeypatch):
+    """The kernel writes what fits, here 10 bytes of the second row."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # a file, under pytest
+    outputs, path = RunOutputs(tmp_path, 0, 3), tmp_path / "metrics.jsonl"
+    row = {"update": 1, "loss": 1.0, "pairs_per_second": 2.0}
+    outputs.write(1, row)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        outputs.write(2, row | {"update": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    outputs.write(3, row | {"update": 3})
+    outputs.close()
+    assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 3]
 
 
 def test_rows_that_nobody_can_read_are_dropped_at_a_resume(model, whole, tmp_path):
