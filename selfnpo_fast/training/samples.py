@@ -73,7 +73,7 @@ class SampleGrids:
         if together:
             failures = [line for of_rank in self.world.gather(failures) for line in of_rank]
         if not failures:
-            # Of all that a sampler raises together on all ranks, there are latents that are not finite.
+            # Ranks that draw together have the same latents, and all say that they are not finite.
             with _noted(failures, RunError if together else Exception):
                 latents = self._latents(base)
         if latents is not None and self.world.is_main:
