@@ -440,6 +440,20 @@ def test_an_image_prompt(setting, order):
         assert setting.negative.network.attn_processors == processors
 
 
+def test_image_prompts_that_are_kept_in_the_network_need_a_lora(setting):
+    """FaceID Plus: a part of the prompt is an attribute of the projection, with all rows."""
+    setting.pipe.unet._load_ip_adapter_weights([ip_adapter(setting.pipe.unet)])
+    call = {"ip_adapter_image_embeds": [torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(2))]}
+    with setting.attach():
+        expected = stock.draw(setting.pipe, **call)
+        setting.pipe.unet.encoder_hid_proj.image_projection_layers[0].clip_embeds = torch.ones(2, 1, 1, 6)
+        if setting.kind == "full":
+            with pytest.raises(UserError, match=r"^negative: the image prompts are FaceID Plus's.* use a LoRA"):
+                stock.draw(setting.pipe, **call)
+        else:
+            assert_same(stock.draw(setting.pipe, **call), expected)
+
+
 def test_a_dropped_pipeline_is_collected(setting, caplog):
     """Nothing outside the pipeline holds on to the hooks."""
     with caplog.at_level(logging.WARNING, logger="selfnpo"):  # pytest keeps records with their arguments
