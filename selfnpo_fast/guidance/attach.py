@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from selfnpo_fast.guidance.lora_backbone import LowRankBackbone, install, is_offloaded
 from selfnpo_fast.guidance.lora_layers import NO_COPY
-from selfnpo_fast.guidance.pipelines import calling_pipeline, guided_family, stacks, this_call
+from selfnpo_fast.guidance.pipelines import PipelineCall, calling_pipeline, guided_family, stacks, this_call, this_stack
 from selfnpo_fast.guidance.two_networks import TwoNetworks, rows_of
 from selfnpo_fast.guidance.watch import CallWatch, Substitute, contains
 from selfnpo_fast.models import Family, denoiser_names
@@ -44,16 +43,26 @@ class AttachedNegative:
         self._denoiser, self._branch, self._family = denoiser, branch, family
         self._lock = threading.RLock()
         self._attached, self._warned = True, False
-        self._finishing: list[FrameType] = []  # pipelines' calls that detach() found under way
-        self._entered = threading.local()  # whether a substitute's forward has called the denoiser
+        # Pipelines' calls that were under way in other threads: when the negative came, which finish
+        # without it, and when it was detached, which finish with it.
+        self._earlier: list[PipelineCall] = _calls_elsewhere()
+        self._finishing: list[PipelineCall] = []
+        self._local = threading.local()  # whether a substitute's forward has reached the denoiser
         # Pipelines and modules that are looked after; not kept alive.
         self._watches: WeakKeyDictionary[DiffusionPipeline, CallWatch | None] = WeakKeyDictionary()
         self._substitutes: WeakKeyDictionary[nn.Module, Substitute] = WeakKeyDictionary()
         vars(denoiser)[_HANDLE] = self
+        # Hooks on torch.compile's wrapper stay out of its graph. Pipelines that share the denoiser
+        # may call it without the wrapper.
         self._hooks = [
             self._called.register_forward_pre_hook(self._before, with_kwargs=True),
             self._called.register_forward_hook(self._after, prepend=True, always_call=True),
         ]
+        if denoiser is not self._called:
+            self._hooks += [
+                denoiser.register_forward_pre_hook(self._before_unwrapped, with_kwargs=True),
+                denoiser.register_forward_hook(self._after_unwrapped, prepend=True, always_call=True),
+            ]
         self._watch(pipe)
 
     @property
@@ -71,9 +80,8 @@ class AttachedNegative:
         with self._lock:
             if self._attached:
                 self._attached = False
-                own = threading.get_ident()
-                calls = [call for thread, stack in stacks().items() if thread != own for call in stack.calls]
-                self._finishing = [call.frame for call in calls if call.pipe in self._watches]
+                elsewhere = [call for call in _calls_elsewhere() if call.pipe in self._watches]
+                self._finishing = [call for call in elsewhere if not _among(call, self._earlier)]
             self.settle()
 
     def settle(self, *, inside: bool = False) -> None:
@@ -86,8 +94,8 @@ class AttachedNegative:
                 return
             # A forward of another thread that begins now waits for this lock in `_before`.
             now = stacks()
-            running = {id(call.frame) for stack in now.values() for call in stack.calls}
-            self._finishing = [frame for frame in self._finishing if id(frame) in running]
+            running = [call for stack in now.values() for call in stack.calls]
+            self._finishing = [call for call in self._finishing if _among(call, running)]
             own = threading.get_ident() if inside else None
             modules = [module for thread, stack in now.items() if thread != own for module in stack.modules]
             if self._finishing or any(module in (self._called, self._denoiser) for module in modules):
@@ -117,7 +125,7 @@ class AttachedNegative:
 
         Returns arguments that replace those of the call, or None to keep them.
         """
-        self._entered.denoiser = True
+        self._local.reached = True
         self._branch.reset()  # an interrupt may have ended the last call before `_after`
         if not self._is_guided():
             return None
@@ -139,14 +147,31 @@ class AttachedNegative:
         self.settle(inside=True)
         return result
 
+    def _before_unwrapped(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """`_before`, for a forward of the denoiser that is not inside of its wrapper's."""
+        if torch.compiler.is_compiling() or self._called in this_stack().modules:
+            return None
+        return self._before(module, args, kwargs)
+
+    def _after_unwrapped(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """`_after`, for that forward."""
+        if torch.compiler.is_compiling() or self._called in this_stack().modules:
+            return None
+        return self._after(module, args, output)
+
     def _is_guided(self) -> bool:
         """Whether the negative takes part in a forward that begins: whether the calling pipeline
         guides, so that the rows are those of both branches, and the negative is attached."""
         call = this_call()
         with self._lock:
+            if self._earlier:
+                running = [each for stack in stacks().values() for each in stack.calls]
+                self._earlier = [each for each in self._earlier if _among(each, running)]
+                if call is not None and _among(call, self._earlier):
+                    return False
             if not self._attached:
                 self.settle(inside=True)
-                if call is None or not any(call.frame is frame for frame in self._finishing):
+                if call is None or not _among(call, self._finishing):
                     return False
         if call is not None:
             self._watch(call.pipe)
@@ -180,13 +205,13 @@ class AttachedNegative:
 
     def _begin_substitute(self) -> None:
         """Called before a forward of a module in the denoiser's place."""
-        self._entered.denoiser = False
+        self._local.reached = False
 
     def _check_substitute(self) -> None:
         """Called after that forward: raise UserError where it was guided and the denoiser was not
         called in it."""
         pipe = calling_pipeline()
-        if self._attached and pipe is not None and not self._entered.denoiser:
+        if self._attached and pipe is not None and not self._local.reached:
             if guided_family(pipe).is_guided(pipe):
                 raise UserError(self._replaced(getattr(pipe, self._family.denoiser_name)))
 
@@ -198,6 +223,19 @@ class AttachedNegative:
         )
 
 
+def _calls_elsewhere() -> list[PipelineCall]:
+    """The calls of pipelines that are under way in other threads."""
+    own = threading.get_ident()
+    return [call for thread, stack in stacks().items() if thread != own for call in stack.calls]
+
+
+def _among(call: PipelineCall, calls: list[PipelineCall]) -> bool:
+    """Whether a call is one of these: each has a frame of its own."""
+    return any(call.frame is other.frame for other in calls)
+
+
+_ATTACHING = threading.Lock()
+"""Held while a denoiser gets its negative, so that it gets one only."""
 _HANDLE = "_selfnpo_negative"
 """The denoiser's attribute that holds the negative attached to it."""
 
@@ -212,16 +250,17 @@ def attach_negative(
 ) -> AttachedNegative:
     """Guide a diffusers pipeline away from a negative model, not from its unconditional prediction.
 
-    From now on the negative computes the rows of the negative branch, under the negative prompt. A
-    call without guidance does not change, and the negative costs nothing there. Pipelines that
-    share the denoiser (`from_pipe`) share the negative.
+    From now on the negative computes the rows of the negative branch, under the negative prompt.
+    Calls that are under way in other threads finish without it. A call without guidance does not
+    change, and the negative costs nothing there. Pipelines that share the denoiser (`from_pipe`)
+    share the negative.
 
     `negative`, `alpha`, `beta` and `base` are those of `load_negative` (Eq. 7).
 
     Raises UserError where the pipeline's class is not known, the negative does not fit, or the
     denoiser has a negative already. Nothing is attached then.
     """
-    # Find the denoiser. Hooks go on torch.compile's wrapper, which leaves them out of its graph.
+    # Find the denoiser, perhaps in torch.compile's wrapper.
     family = guided_family(pipe)
     name = family.denoiser_name
     called = getattr(pipe, name)
@@ -229,16 +268,18 @@ def attach_negative(
         raise UserError(f"pipe: it has no {name}; load it with its denoiser")
     denoiser = getattr(called, "_orig_mod", called)
     _check_denoiser(denoiser, family)
-    # Load the negative, and give the denoiser its updates or a second network.
+    # Load the negative, give the denoiser its updates or a second network, and register the hooks.
     loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
     branch: LowRankBackbone | TwoNetworks
-    if loaded.network is not None:
-        branch = TwoNetworks(denoiser, loaded.network, family)
-    else:
-        branch = install(denoiser, loaded.deltas or {})
+    with _ATTACHING:
+        _check_denoiser(denoiser, family)  # loading takes its time, in which another may have come
+        if loaded.network is not None:
+            branch = TwoNetworks(denoiser, loaded.network, family)
+        else:
+            branch = install(denoiser, loaded.deltas or {})
+        handle = AttachedNegative(pipe, denoiser, branch, family)
     logger.info("negative %s (alpha %g, beta %g) on %s: %s", loaded.source, alpha, beta, type(pipe).__name__, branch)
-    # Register the hooks.
-    return AttachedNegative(pipe, denoiser, branch, family)
+    return handle
 
 
 def detach_negative(pipe: DiffusionPipeline) -> bool:

@@ -123,11 +123,16 @@ def _set(layer: nn.Module, settings: dict[str, Any]) -> None:
 
 
 def _foreign_processors(denoiser: nn.Module, network: nn.Module) -> list[str]:
-    """The attention processors of no library that the positive's network has for itself."""
+    """Attention processors of the positive's that compute something of their own.
+
+    They have weights, or are of no library. The IP-Adapter's are shared (`Family.shared_parts`).
+    """
     own = getattr(network, "attn_processors", {})
-    kinds = {
-        type(processor).__name__
-        for name, processor in getattr(denoiser, "attn_processors", {}).items()
-        if not type(processor).__module__.startswith("diffusers.") and type(own.get(name)) is not type(processor)
-    }
+    kinds = set()
+    for name, processor in getattr(denoiser, "attn_processors", {}).items():
+        kind = type(processor)
+        shared = own.get(name) is processor or kind.__name__.startswith("IPAdapter")
+        stock = kind.__module__.startswith("diffusers.") and not isinstance(processor, nn.Module)
+        if not shared and not stock and type(own.get(name)) is not kind:
+            kinds.add(kind.__name__)
     return [f"the attention processor {kind}" for kind in sorted(kinds)]

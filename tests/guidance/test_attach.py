@@ -392,6 +392,24 @@ def test_a_compiled_denoiser(kind, how, order):
     assert_clean(unet)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_a_pipeline_without_the_wrapper_shares_the_negative(compiled):
+    """It was made before torch.compile's wrapper, in whose place the negative is attached."""
+    torch._dynamo.reset()
+    setting = Setting("lora", shallow=True)
+    sibling = StableDiffusionPipeline(**setting.pipe.components, requires_safety_checker=False)
+    sibling.set_progress_bar_config(disable=True)
+    inner = sibling.unet
+    setting.pipe.unet = torch.compile(inner, backend="eager", fullgraph=True)
+    with setting.attach():
+        for _ in range(2):
+            assert_same(stock.draw(sibling), setting.guided)
+            if compiled:
+                assert_same(stock.draw(setting.pipe), setting.guided)
+    assert_clean(inner)
+    assert_same(stock.draw(sibling), setting.plain)
+
+
 # IP-Adapter and other LoRAs on the positive.
 
 
