@@ -47,6 +47,7 @@ class AttachedNegative:
         # without it, and when it was detached, which finish with it.
         self._earlier: list[PipelineCall] = _calls_elsewhere()
         self._finishing: list[PipelineCall] = []
+        self._ends: list[CallWatch] = []  # on the pipelines of the calls that finish with it
         self._local = threading.local()  # whether a substitute's forward has reached the denoiser
         # Pipelines and modules that are looked after; not kept alive.
         self._watches: WeakKeyDictionary[DiffusionPipeline, CallWatch | None] = WeakKeyDictionary()
@@ -73,15 +74,16 @@ class AttachedNegative:
     def detach(self) -> None:
         """Undo all changes to the pipeline. A second call does nothing.
 
-        Calls of pipelines that are under way in other threads finish with the negative; what it
-        takes is freed at the denoiser's first use after them. A call of this thread, as from a
-        callback, goes on without the negative.
+        Calls of pipelines that are under way in other threads finish with the negative, and the
+        last of them undoes the changes; where it fails, the denoiser's next use does. A call of
+        this thread, as from a callback, goes on without the negative.
         """
         with self._lock:
             if self._attached:
                 self._attached = False
                 elsewhere = [call for call in _calls_elsewhere() if call.pipe in self._watches]
                 self._finishing = [call for call in elsewhere if not _among(call, self._earlier)]
+                self._ends = [CallWatch(c.pipe, LAST_METHOD, self, self._end_call) for c in self._finishing]
             self.settle()
 
     def settle(self, *, inside: bool = False) -> None:
@@ -103,7 +105,7 @@ class AttachedNegative:
             self._branch.remove()
             for hook in self._hooks:
                 hook.remove()
-            for watch in (*self._watches.values(), *self._substitutes.values()):
+            for watch in (*self._watches.values(), *self._substitutes.values(), *self._ends):
                 if watch is not None:
                     watch.remove()
             self._hooks = []
@@ -186,9 +188,9 @@ class AttachedNegative:
         name = self._family.first_method
         watch = self._watches.get(pipe)
         if self._attached and (watch is None or not watch.is_on(pipe)):
-            self._watches[pipe] = CallWatch(pipe, name, self) if hasattr(pipe, name) else None
+            self._watches[pipe] = CallWatch(pipe, name, self, self._begin_call) if hasattr(pipe, name) else None
 
-    def begin_call(self, pipe: DiffusionPipeline) -> None:
+    def _begin_call(self, pipe: DiffusionPipeline) -> None:
         """Called at the start of a call of a pipeline that is looked after.
 
         Raises UserError where the negative would be lost in it.
@@ -202,6 +204,13 @@ class AttachedNegative:
         if not contains(used, self._denoiser) and used not in self._substitutes:
             self._substitutes[used] = Substitute(used, self._begin_substitute, self._check_substitute)
         self._branch.check()
+
+    def _end_call(self, pipe: DiffusionPipeline) -> None:
+        """Called at the end of a call that may have finished with a negative that was detached."""
+        call = this_call()
+        with self._lock:
+            self._finishing = [other for other in self._finishing if call is None or not _among(call, [other])]
+            self.settle(inside=True)
 
     def _begin_substitute(self) -> None:
         """Called before a forward of a module in the denoiser's place."""
@@ -234,6 +243,8 @@ def _among(call: PipelineCall, calls: list[PipelineCall]) -> bool:
     return any(call.frame is other.frame for other in calls)
 
 
+LAST_METHOD = "maybe_free_model_hooks"
+"""The method of diffusers' pipelines that their calls end with."""
 _ATTACHING = threading.Lock()
 """Held while a denoiser gets its negative, so that it gets one only."""
 _HANDLE = "_selfnpo_negative"

@@ -82,7 +82,7 @@ def _pairs(denoiser: nn.Module, network: nn.Module) -> list[tuple[str, nn.Module
     return [
         (name, module, others[name])
         for name, module in plain
-        if name and name in others and not hasattr(module, "base_layer")
+        if name and name in others and "base_layer" not in module._modules
     ]
 
 

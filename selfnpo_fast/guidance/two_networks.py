@@ -148,7 +148,9 @@ class TwoNetworks:
         self._follows.say_unfollowed()
 
     def remove(self) -> None:
-        """Remove the `Follower`, and undo what the network has borrowed from the denoiser."""
+        """Remove the `Follower`, undo what the network has borrowed from the denoiser, and let the
+        network go."""
         self._shared.restore()
         self._follows.restore()
         delattr(self._denoiser, _CHILD)
+        del self._shared, self._follows, self._network

@@ -482,6 +482,18 @@ def test_a_dropped_pipeline_is_collected(setting, caplog):
     assert alive() is None
 
 
+def test_a_detached_negative_is_collected():
+    """Also where the handle is kept, as a notebook keeps it."""
+    setting = Setting("full")
+    given = Negative(source="full weights", network=copy.deepcopy(setting.network))
+    alive, handle = weakref.ref(given.network), attach_negative(setting.pipe, given)
+    del given
+    stock.draw(setting.pipe)
+    handle.detach()
+    gc.collect()
+    assert alive() is None
+
+
 def test_the_public_names_import_nothing_heavy():
     code = (
         "import sys\n"

@@ -109,9 +109,10 @@ def test_a_call_of_another_thread_finishes_with_its_negative(setting, where):
             setting.attach()
         assert "\n" not in str(caught.value)
         assert_same(running.result(), setting.guided)
-    assert_same(stock.draw(setting.pipe), setting.plain)
-    assert_clean(unet)
-    assert_same(stock.draw(other), setting.plain)
+    assert_clean(unet)  # by the end of the call
+    assert not {"check_inputs", "maybe_free_model_hooks"} & (vars(other).keys() | vars(setting.pipe).keys())
+    for pipe in (setting.pipe, other):
+        assert_same(stock.draw(pipe), setting.plain)
     with setting.attach():
         assert_same(stock.draw(other), setting.guided)
     assert_clean(unet)
