@@ -296,8 +296,13 @@ def attach_negative(
 def detach_negative(pipe: DiffusionPipeline) -> bool:
     """Detach the negative that is attached to a pipeline, by whichever handle or notebook cell.
 
-    Also where the pipeline's denoiser was replaced since. Returns whether there was one.
+    Also where the pipeline's denoiser was replaced since. Returns whether there was one. Raises
+    UserError for what is no pipeline of diffusers.
     """
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise UserError(f"pipe: a {type(pipe).__name__} is no diffusers pipeline; give the one with the negative")
     handles = [value.negative for value in vars(pipe).values() if isinstance(value, CallWatch)]
     for name in denoiser_names():
         denoiser = getattr(pipe, name, None)
@@ -331,5 +336,6 @@ def _check_denoiser(denoiser: nn.Module, family: Family) -> None:
     children = [module for module in denoiser.modules() if module is not denoiser]
     if any(map(is_offloaded, children)):
         raise UserError(
-            f"pipe: the layers of its {name} are offloaded or cast one by one; attach first, then turn that on"
+            f"pipe: the layers of its {name} are offloaded or cast one by one; attach first, then turn that on (a "
+            "cast cannot be undone: load the pipeline again)"
         )

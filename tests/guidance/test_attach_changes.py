@@ -134,6 +134,12 @@ def test_a_second_cell_detaches_the_first_ones_negative(setting):
         assert_same(stock.draw(setting.pipe), setting.guided)
 
 
+def test_what_is_no_pipeline_has_no_negative(setting):
+    for other in (None, "a path", setting.pipe.unet):
+        with pytest.raises(UserError, match=r"^pipe: a \w+ is no diffusers pipeline"):
+            detach_negative(other)
+
+
 def test_a_sibling_detaches_it_too(setting):
     sibling = StableDiffusionPipeline(**setting.pipe.components, requires_safety_checker=False)
     handle = setting.attach()
