@@ -45,7 +45,7 @@ class AttachedNegative:
         self._attached, self._warned = True, False
         # Pipelines' calls that were under way in other threads: when the negative came, which finish
         # without it, and when it was detached, which finish with it.
-        self._earlier: list[PipelineCall] = _calls_elsewhere()
+        self._earlier = [call for call in _calls_elsewhere() if self._may_use(call.pipe)]
         self._finishing: list[PipelineCall] = []
         self._ends: list[CallWatch] = []  # on the pipelines of the calls that finish with it
         self._local = threading.local()  # whether a substitute's forward has reached the denoiser
@@ -182,6 +182,11 @@ class AttachedNegative:
             self._warned = True
             logger.warning("the denoiser is called outside of a pipeline's call: its negative is not used there")
         return False
+
+    def _may_use(self, pipe: DiffusionPipeline) -> bool:
+        """Whether the pipeline has the denoiser, or a module of another kind, which may call it."""
+        used = getattr(pipe, self._family.denoiser_name, None)
+        return contains(used, self._denoiser) or type(used).__name__ != self._family.denoiser_class
 
     def _watch(self, pipe: DiffusionPipeline) -> None:
         """Look after a pipeline that uses the denoiser."""
