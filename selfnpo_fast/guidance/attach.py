@@ -37,10 +37,11 @@ class AttachedNegative:
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, denoiser: nn.Module, branch: LowRankBackbone | TwoNetworks, family: Family
+        self, pipe: DiffusionPipeline, called: nn.Module, branch: LowRankBackbone | TwoNetworks, family: Family
     ) -> None:
-        self._called: nn.Module = getattr(pipe, family.denoiser_name)
-        self._denoiser, self._branch, self._family = denoiser, branch, family
+        """`called` is what the pipeline has for its denoiser, perhaps torch.compile's wrapper."""
+        self._called, self._denoiser = called, denoiser = called, _unwrapped(called)
+        self._branch, self._family = branch, family
         self._lock = threading.RLock()
         self._attached, self._warned = True, False
         # Pipelines' calls that were under way in other threads: when the negative came, which finish
@@ -282,7 +283,7 @@ def attach_negative(
     called = getattr(pipe, name)
     if called is None:
         raise UserError(f"pipe: it has no {name}; load it with its denoiser")
-    denoiser = getattr(called, "_orig_mod", called)
+    denoiser = _unwrapped(called)
     _check_denoiser(denoiser, family)
     # Load the negative, give the denoiser its updates or a second network, and register the hooks.
     loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
@@ -293,9 +294,14 @@ def attach_negative(
             branch = TwoNetworks(denoiser, loaded.network, family)
         else:
             branch = install(denoiser, loaded.deltas or {})
-        handle = AttachedNegative(pipe, denoiser, branch, family)
+        handle = AttachedNegative(pipe, called, branch, family)
     logger.info("negative %s (alpha %g, beta %g) on %s: %s", loaded.source, alpha, beta, type(pipe).__name__, branch)
     return handle
+
+
+def _unwrapped(called: nn.Module) -> nn.Module:
+    """The denoiser in torch.compile's wrapper, or itself where there is none."""
+    return getattr(called, "_orig_mod", called)
 
 
 def detach_negative(pipe: DiffusionPipeline) -> bool:
