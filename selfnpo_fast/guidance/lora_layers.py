@@ -39,10 +39,21 @@ class RowChoice(threading.local):
         self.rows = Rows.NONE
 
     def count(self, batch: int) -> int:
-        """How many of `batch` rows, counted from the first, get the update."""
+        """How many of `batch` rows, counted from the first, get the update.
+
+        Raises UserError where half of them are to get it, and there is no half: one row that serves
+        both branches would lose it.
+        """
         if self.rows is Rows.NONE:  # dynamo (2.13) guards on `is`, but not on a look-up in a dict
             return 0
-        return batch if self.rows is Rows.ALL else batch // 2
+        if self.rows is Rows.ALL:
+            return batch
+        if batch % 2:
+            raise UserError(
+                f"negative: a layer that the LoRA changes was given {batch} rows for both branches, so its part would "
+                "be lost there; give each row of the batch its own"
+            )
+        return batch // 2
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Called by copy and pickle. Raises UserError: a copy would have its update, but no hooks."""
@@ -104,7 +115,8 @@ def _keep_precision(layer: nn.Module, cast_to: Any, *args: Any, **kwargs: Any) -
         return
     down, up = factors.down, factors.up
     cast_to(*args, **kwargs)
-    factors.down, factors.up = down.to(factors.down.device), up.to(factors.up.device)
+    if factors.down.dtype != down.dtype:
+        factors.down, factors.up = down.to(factors.down.device), up.to(factors.up.device)
 
 
 # A hook that wraps a layer's forward keeps the function of the class that the layer had then, also

@@ -86,14 +86,18 @@ class Stack:
 
 def stacks() -> dict[int, Stack]:
     """What every thread is doing at this moment, by the thread's identifier."""
-    return {
-        thread: Stack(
-            list(_calls(top)),
-            # Module.__call__ is this method.
-            [frame.f_locals.get("self") for frame in _outward(top) if frame.f_code.co_name == "_wrapped_call_impl"],
-        )
-        for thread, top in sys._current_frames().items()
-    }
+    return {thread: _stack(top) for thread, top in sys._current_frames().items()}
+
+
+def this_stack() -> Stack:
+    """What this thread is doing."""
+    return _stack(sys._getframe(1))
+
+
+def _stack(top: FrameType) -> Stack:
+    # Module.__call__ is _wrapped_call_impl.
+    modules = [frame.f_locals.get("self") for frame in _outward(top) if frame.f_code.co_name == "_wrapped_call_impl"]
+    return Stack(list(_calls(top)), modules)
 
 
 def _calls(top: FrameType) -> Iterator[PipelineCall]:

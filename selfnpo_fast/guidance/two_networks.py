@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from selfnpo_fast.guidance.following import Follows
 from selfnpo_fast.models import Family
 from selfnpo_fast.negatives.weights import match_placement
 from selfnpo_fast.runtime.dtypes import not_below_16_bits
@@ -91,7 +92,7 @@ class TwoNetworks:
         match_placement(network.requires_grad_(False).eval(), denoiser)
         self._names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._denoiser, self._network, self._family = denoiser, network, family
-        self._shared = family.shared_parts(denoiser, network)
+        self._shared, self._follows = family.shared_parts(denoiser, network), Follows(denoiser, network)
         self._pending = threading.local()
         denoiser.add_module(_CHILD, Follower(network))
 
@@ -138,13 +139,18 @@ class TwoNetworks:
                 "layer does not take it along; use enable_model_cpu_offload(), or a LoRA as the negative"
             )
         self._shared.follow()
+        self._follows.follow()
         args, kwargs = call
         return join_rows(self._network(*args, **kwargs), output)
 
     def check(self) -> None:
-        """Called at the start of a pipeline's call."""
+        """Called at the start of a pipeline's call: say what acts on the positive only."""
+        self._follows.say_unfollowed()
 
     def remove(self) -> None:
-        """Remove the `Follower`, and undo what the network has borrowed from the denoiser."""
+        """Remove the `Follower`, undo what the network has borrowed from the denoiser, and let the
+        network go."""
         self._shared.restore()
+        self._follows.restore()
         delattr(self._denoiser, _CHILD)
+        del self._shared, self._follows, self._network

@@ -19,16 +19,22 @@ if TYPE_CHECKING:
 
 
 class CallWatch:
-    """Tells the negative that is attached to a pipeline of the start of each call.
+    """Tells the negative that is attached to a pipeline of the start or the end of each call.
 
-    It stands on the pipeline in place of the method that all its calls begin with
+    It stands on the pipeline in place of a method that all its calls begin or end with
     (`Family.first_method`), as an attribute of that one object, and calls the method itself then. A
     hook on the denoiser would not be called any more once the denoiser was replaced.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, name: str, negative: AttachedNegative) -> None:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        name: str,
+        negative: AttachedNegative,
+        tell: Callable[[DiffusionPipeline], None],
+    ) -> None:
         self.negative = negative
-        self._name, self._pipe = name, weakref.ref(pipe)
+        self._name, self._tell, self._pipe = name, tell, weakref.ref(pipe)
         before = vars(pipe).get(name)  # somebody else's, on this pipeline alone
         self._before: Callable[..., Any] | None = before._before if isinstance(before, CallWatch) else before
         setattr(pipe, name, self)
@@ -37,7 +43,7 @@ class CallWatch:
         """The method's own result."""
         pipe = calling_pipeline() or self._pipe()
         assert pipe is not None
-        self.negative.begin_call(pipe)
+        self._tell(pipe)
         if self._before is not None:
             return self._before(*args, **kwargs)
         return getattr(type(pipe), self._name)(pipe, *args, **kwargs)

@@ -83,38 +83,53 @@ class UNetFamily(Family):
         return None
 
     def shared_parts(self, denoiser: nn.Module, network: nn.Module) -> SharedParts:
-        """Image prompts: the IP-Adapter's projections and attention processors."""
-        return ImagePrompts(denoiser, network)
+        """Image prompts (the IP-Adapter's projections and attention processors), and FreeU."""
+        return UNetParts(denoiser, network)
 
     def original_paths(self, paths: Iterable[str]) -> dict[str, str]:
         """The names of the original Stable Diffusion code."""
         return original_paths(paths)
 
 
-class ImagePrompts(SharedParts):
-    """IP-Adapter: a second network uses the denoiser's image projections and the attention
-    processors with them."""
+class UNetParts(SharedParts):
+    """A second network uses the denoiser's image projections and the attention processors with them
+    (IP-Adapter), and its factors of FreeU."""
 
     def __init__(self, denoiser: nn.Module, network: nn.Module) -> None:
         self._denoiser, self._network = denoiser, network
         self._before: tuple | None = None
+        self._freeu = _freeu(network)
 
     def follow(self) -> None:
         """Take over an IP-Adapter that was loaded onto the denoiser, and give it back when it has
-        left."""
+        left; take over FreeU as it is now.
+
+        Raises UserError for FaceID Plus, which keeps rows of a call in the network.
+        """
         from diffusers.models.embeddings import MultiIPAdapterImageProjection
 
         network, denoiser = self._network, self._denoiser
+        _set_freeu(network, _freeu(denoiser))
         shared = denoiser.encoder_hid_proj
         if not isinstance(shared, MultiIPAdapterImageProjection):
-            self.restore()
-        elif network.encoder_hid_proj is not shared:
+            self._restore_prompts()
+            return
+        if any(getattr(layer, "clip_embeds", None) is not None for layer in shared.image_projection_layers):
+            raise UserError(
+                "negative: the image prompts are FaceID Plus's, whose rows are kept in the unet and cannot be shared "
+                "out between two networks; use a LoRA as the negative"
+            )
+        if network.encoder_hid_proj is not shared:
             before = network.encoder_hid_proj, network.config.encoder_hid_dim_type, network.attn_processors
             self._before = self._before or before
             self._set(shared, denoiser.config.encoder_hid_dim_type, denoiser.attn_processors)
 
     def restore(self) -> None:
-        """Give the second network its own projections and processors back."""
+        """Give the second network its own projections, processors and FreeU back."""
+        _set_freeu(self._network, self._freeu)
+        self._restore_prompts()
+
+    def _restore_prompts(self) -> None:
         if self._before is not None:
             self._set(*self._before)
             self._before = None
@@ -123,6 +138,22 @@ class ImagePrompts(SharedParts):
         self._network.encoder_hid_proj = projection
         self._network.config.encoder_hid_dim_type = kind
         self._network.set_attn_processor(dict(processors))  # it empties the dict
+
+
+_FREEU = ("s1", "s2", "b1", "b2")
+
+
+def _freeu(unet: nn.Module) -> list[dict[str, float | None]]:
+    """FreeU's factors of each block on the way up; None where FreeU is off."""
+    return [{name: getattr(block, name, None) for name in _FREEU} for block in unet.up_blocks]
+
+
+def _set_freeu(unet: nn.Module, factors: list[dict[str, float | None]]) -> None:
+    """Give each block on the way up its factors."""
+    for block, values in zip(unet.up_blocks, factors, strict=True):
+        for name, value in values.items():
+            if getattr(block, name, None) != value:
+                setattr(block, name, value)
 
 
 class UNetAdapter(Adapter):

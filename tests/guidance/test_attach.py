@@ -392,6 +392,24 @@ def test_a_compiled_denoiser(kind, how, order):
     assert_clean(unet)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_a_pipeline_without_the_wrapper_shares_the_negative(compiled):
+    """It was made before torch.compile's wrapper, in whose place the negative is attached."""
+    torch._dynamo.reset()
+    setting = Setting("lora", shallow=True)
+    sibling = StableDiffusionPipeline(**setting.pipe.components, requires_safety_checker=False)
+    sibling.set_progress_bar_config(disable=True)
+    inner = sibling.unet
+    setting.pipe.unet = torch.compile(inner, backend="eager", fullgraph=True)
+    with setting.attach():
+        for _ in range(2):
+            assert_same(stock.draw(sibling), setting.guided)
+            if compiled:
+                assert_same(stock.draw(setting.pipe), setting.guided)
+    assert_clean(inner)
+    assert_same(stock.draw(sibling), setting.plain)
+
+
 # IP-Adapter and other LoRAs on the positive.
 
 
@@ -440,12 +458,38 @@ def test_an_image_prompt(setting, order):
         assert setting.negative.network.attn_processors == processors
 
 
+def test_image_prompts_that_are_kept_in_the_network_need_a_lora(setting):
+    """FaceID Plus: a part of the prompt is an attribute of the projection, with all rows."""
+    setting.pipe.unet._load_ip_adapter_weights([ip_adapter(setting.pipe.unet)])
+    call = {"ip_adapter_image_embeds": [torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(2))]}
+    with setting.attach():
+        expected = stock.draw(setting.pipe, **call)
+        setting.pipe.unet.encoder_hid_proj.image_projection_layers[0].clip_embeds = torch.ones(2, 1, 1, 6)
+        if setting.kind == "full":
+            with pytest.raises(UserError, match=r"^negative: the image prompts are FaceID Plus's.* use a LoRA"):
+                stock.draw(setting.pipe, **call)
+        else:
+            assert_same(stock.draw(setting.pipe, **call), expected)
+
+
 def test_a_dropped_pipeline_is_collected(setting, caplog):
     """Nothing outside the pipeline holds on to the hooks."""
     with caplog.at_level(logging.WARNING, logger="selfnpo"):  # pytest keeps records with their arguments
         setting.attach()
     alive = weakref.ref(setting.pipe.unet)
     del setting.pipe
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_detached_negative_is_collected():
+    """Also where the handle is kept, as a notebook keeps it."""
+    setting = Setting("full")
+    given = Negative(source="full weights", network=copy.deepcopy(setting.network))
+    alive, handle = weakref.ref(given.network), attach_negative(setting.pipe, given)
+    del given
+    stock.draw(setting.pipe)
+    handle.detach()
     gc.collect()
     assert alive() is None
 

@@ -109,9 +109,10 @@ def test_a_call_of_another_thread_finishes_with_its_negative(setting, where):
             setting.attach()
         assert "\n" not in str(caught.value)
         assert_same(running.result(), setting.guided)
-    assert_same(stock.draw(setting.pipe), setting.plain)
-    assert_clean(unet)
-    assert_same(stock.draw(other), setting.plain)
+    assert_clean(unet)  # by the end of the call
+    assert not {"check_inputs", "maybe_free_model_hooks"} & (vars(other).keys() | vars(setting.pipe).keys())
+    for pipe in (setting.pipe, other):
+        assert_same(stock.draw(pipe), setting.plain)
     with setting.attach():
         assert_same(stock.draw(other), setting.guided)
     assert_clean(unet)
@@ -191,3 +192,77 @@ def test_detached_in_a_layer_of_its_own_forward(setting):
     hook.remove()
     assert_clean(setting.pipe.unet)
     assert torch.equal(stock.draw(setting.pipe), stock.draw(plain))
+
+
+@pytest.mark.parametrize("where", ["in a layer", "between steps"])
+def test_a_call_of_another_thread_finishes_without_a_negative_that_comes(setting, where):
+    stop, changes = Stop(), {}
+    if where == "in a layer":
+        stop.inside(setting.pipe.unet.mid_block)
+    else:
+        changes["callback_on_step_end"] = stop.between_steps
+    other = sibling(setting.pipe)
+    with Running(stop, lambda: stock.draw(other, **changes)) as running:
+        handle = setting.attach()
+        assert_same(stock.draw(setting.pipe), setting.guided)
+        assert_same(running.result(), setting.plain)
+    assert_same(stock.draw(other), setting.guided)
+    handle.detach()
+    assert_same(stock.draw(other), setting.plain)
+    assert_clean(setting.pipe.unet)
+
+
+def test_a_negative_that_comes_and_goes_during_a_call(setting):
+    stop = Stop()
+    other = sibling(setting.pipe)
+    with Running(stop, lambda: stock.draw(other, callback_on_step_end=stop.between_steps)) as running:
+        with setting.attach():
+            assert_same(stock.draw(setting.pipe), setting.guided)
+        assert_same(running.result(), setting.plain)
+    assert_same(stock.draw(setting.pipe), setting.plain)
+    assert_clean(setting.pipe.unet)
+
+
+def test_attached_by_its_own_callback_the_rest_of_the_call_is_guided(setting):
+    expected = stock.build(SD)
+    expected.unet = stock.TwoBranches(expected.unet, expected.unet)
+
+    def exchange(pipe, step, t, kwargs: dict) -> dict:
+        pipe.unet.negative = setting.network
+        return kwargs
+
+    def attach(pipe, step, t, kwargs: dict) -> dict:
+        if step == 0:
+            setting.attach()
+        return kwargs
+
+    ours = stock.draw(setting.pipe, callback_on_step_end=attach)
+    assert_same(ours, stock.draw(expected, callback_on_step_end=exchange))
+    assert (ours - setting.plain).abs().max() > 1e-2
+
+
+def test_of_two_threads_that_attach_one_succeeds(setting, monkeypatch):
+    """Both have found the denoiser free before the first one has attached."""
+    import selfnpo_fast.guidance.attach as attach
+
+    both, load, outcomes = threading.Barrier(2), attach.load_negative, []
+
+    def loading(*args, **options):
+        both.wait()
+        return load(*args, **options)
+
+    def run() -> None:
+        try:
+            outcomes.append(setting.attach())
+        except UserError as error:
+            outcomes.append(error)
+
+    monkeypatch.setattr(attach, "load_negative", loading)
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (error,) = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
+    assert "has a negative already" in str(error)
+    assert_same(stock.draw(setting.pipe), setting.guided)

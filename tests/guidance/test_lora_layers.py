@@ -360,6 +360,17 @@ def test_two_updates_of_one_layer_are_refused():
     install(network, stock.low_rank(network))
 
 
+def test_one_row_for_both_branches_is_refused():
+    """As of a network that embeds one timestep for the whole batch: its update would be lost."""
+    layer = nn.Sequential(nn.Linear(4, 4))
+    backbone = install(layer, stock.low_rank(layer))
+    with backbone.rows(Rows.ALL):
+        layer(torch.ones(1, 4))
+    with backbone.rows(Rows.FIRST_HALF), pytest.raises(UserError, match=r"was given 1 rows for both") as caught:
+        layer(torch.ones(1, 4))
+    assert "\n" not in str(caught.value)
+
+
 # Attentions whose projections are fused: the layers that the LoRA changes are out of use.
 
 

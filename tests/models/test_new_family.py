@@ -166,6 +166,7 @@ class Tokens(Family):
     guided_pipelines = ("TokenPipeline",)
     repeated_blocks = ("TokenBlock",)
     row_names = frozenset({"timestep", "words", "tone"})
+    first_method = "encode"
 
 
 TokenAdapter.family = Tokens()
@@ -274,6 +275,10 @@ def test_attached_and_sampled_it_equals_two_networks(model, runs, kind):
     with attach_negative(pipe, runs / kind):
         torch.testing.assert_close(pipe(prompts, start, steps, scale), expected, rtol=2e-6, atol=2e-5)
         assert torch.equal(pipe(prompts, start, steps, 1.0), _by_hand(pipe, None, prompts, start, steps, 1.0))
+        transformer, pipe.transformer = pipe.transformer, TokenTransformer()
+        with pytest.raises(UserError, match=r"^pipe: its transformer was replaced, by a TokenTransformer"):
+            pipe(prompts, start, steps, scale)
+        pipe.transformer = transformer
     assert torch.equal(pipe(prompts, start, steps, scale), plain)
 
 
