@@ -90,8 +90,8 @@ class Adapter:
     def check(self, *, configs_only: bool = False) -> None:
         """UserError where a part of the model is missing, is not served or does not fit another.
 
-        Reads config files and names of files. With `configs_only` weights and tokenizers may be
-        missing.
+        Reads config files, and what there is of others. With `configs_only` the scheduler, the
+        tokenizers and all weights may be missing.
         """
         with loading(self.path, "the model"):
             self.denoiser_config  # noqa: B018
@@ -101,6 +101,7 @@ class Adapter:
             raise UserError(f"model.path: {self.path}: {reason}")
         if configs_only:
             return
+        self.schedule  # noqa: B018
         self.folder.check_weights(self.denoiser_name, DIFFUSERS_WEIGHTS, self._variant)
         for part in self.family.part_classes:
             if part.startswith("tokenizer"):

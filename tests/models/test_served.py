@@ -249,6 +249,7 @@ HUGE = [
     ("text_encoder", {"num_hidden_layers": 10**7}),
     ("text_encoder", {"vocab_size": 10**12}),
     ("text_encoder", {"max_position_embeddings": 10**9}),
+    ("unet", {"attention_head_dim": -1}),
     ("scheduler", {"num_train_timesteps": 10**10}),
 ]
 FILES = {"scheduler": "scheduler_config.json"}
@@ -258,7 +259,7 @@ FILES = {"scheduler": "scheduler_config.json"}
 def test_sizes_are_bounded_before_a_network_is_built(model, part, change):
     tiny.edit(model / part / FILES.get(part, "config.json"), **change)
     with pytest.raises(UserError) as refused:
-        load_adapter(str(model)).schedule  # noqa: B018
+        load_adapter(str(model))
     assert_one_line(str(refused.value), "model.path", str(model))
 
 
@@ -304,3 +305,34 @@ def test_deep_json_is_refused(model):
         assert_one_line(str(refused.value), name.rpartition("/")[2])
         (model / name).write_bytes(content)
     load_adapter(str(model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps_offset": None},
+        {"steps_offset": 0.5},
+        {"timestep_spacing": "x"},
+        {"timestep_spacing": None},
+        {"clip_sample": "no"},
+        {"beta_end": "0.012"},
+        {"beta_start": float("nan")},
+        {"beta_schedule": "x"},
+        {"trained_betas": "x"},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": -1000},
+    ],
+)
+def test_a_scheduler_s_options_are_checked_before_work(model, change):
+    """DDIM looks at some of them for the first time when it draws."""
+    tiny.edit(model / "scheduler" / "scheduler_config.json", **change)
+    with pytest.raises(UserError) as refused:
+        load_adapter(str(model))
+    assert_one_line(str(refused.value), "model.path", "scheduler", str(model))
+
+
+def test_the_index_names_the_scheduler(model):
+    """As in diffusers, where the class of the config may be another."""
+    tiny.edit(model / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    assert load_adapter(str(model)).scheduler_config["_class_name"] == type(pipe.scheduler).__name__
