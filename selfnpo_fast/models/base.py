@@ -99,6 +99,7 @@ class Adapter:
             reason = self.why_unfit()
         if reason is not None:
             raise UserError(f"model.path: {self.path}: {reason}")
+        self.check_forward()
         if configs_only:
             return
         self.schedule  # noqa: B018
@@ -109,6 +110,20 @@ class Adapter:
             else:
                 stem = TRANSFORMERS_WEIGHTS if part.startswith("text_encoder") else DIFFUSERS_WEIGHTS
                 self.folder.check_weights(part, stem, self._variant)
+
+    def check_forward(self) -> None:
+        """UserError where a forward of a network fails in its shapes: one is tried without weights
+        and without numbers."""
+        shape, rows = self.latent_shape, self.conditioning_shapes
+
+        def run(denoiser: nn.Module) -> torch.Tensor:
+            x, t = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
+            cond = {name: torch.empty(2, *row, device="meta") for name, row in rows.items()}
+            return denoiser(x, t, **self.arguments(cond), return_dict=False)[0]
+
+        with loading(self.path, self.denoiser_name):
+            config = self.denoiser_config
+            parts.try_forward(lambda: self.family.new_denoiser(config), run, (2, *shape), repr((config, rows)))
 
     def why_unfit(self) -> str | None:
         """Why the parts of the model do not fit each other; None where they do. Reads config

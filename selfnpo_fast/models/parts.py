@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,34 @@ def load_network(cls: Any, folder: ModelFolder, part: str, variant: str | None, 
     )
     check_loaded(network, info)
     return network.eval()
+
+
+_tried: set[tuple] = set()
+"""What `try_forward` has seen succeed."""
+
+
+@torch.no_grad()
+def try_forward(
+    build: Callable[[], nn.Module], run: Callable[[nn.Module], torch.Tensor], shape: tuple[int, ...], facts: str
+) -> None:
+    """ValueError where a network's config does not fit together, or its output is not of `shape`.
+
+    The network is built and run without numbers, on the meta device, once in a process for each
+    shape and `facts`. A network that looks at numbers is passed over.
+    """
+    if (shape, facts) in _tried:
+        return
+    with torch.device("meta"):
+        network = build().eval()
+    try:
+        found = tuple(run(network).shape)
+    except Exception as error:  # the shapes of a config fail in any of a dozen ways
+        if "meta" not in str(error):
+            raise ValueError(f"its config does not fit together: {one_line(error, 160)}") from error
+        found = shape
+    if found != shape:
+        raise ValueError(f"its config does not fit: it gives {found} where {shape} is expected")
+    _tried.add((shape, facts))
 
 
 def load_scheduler(name: Any, config: dict[str, Any]) -> Any:

@@ -250,13 +250,17 @@ HUGE = [
     ("text_encoder", {"vocab_size": 10**12}),
     ("text_encoder", {"max_position_embeddings": 10**9}),
     ("unet", {"attention_head_dim": -1}),
+    ("unet", {"downsample_padding": [0, 0]}),
+    ("unet", {"downsample_padding": ["x", "y"]}),
+    ("unet", {"downsample_padding": [10**5, 10**5]}),
+    ("unet", {"dropout": float("nan")}),
     ("scheduler", {"num_train_timesteps": 10**10}),
 ]
 FILES = {"scheduler": "scheduler_config.json"}
 
 
 @pytest.mark.parametrize(("part", "change"), HUGE, ids=lambda value: str(value)[:60])
-def test_sizes_are_bounded_before_a_network_is_built(model, part, change):
+def test_sizes_are_checked_before_a_network_is_built(model, part, change):
     tiny.edit(model / part / FILES.get(part, "config.json"), **change)
     with pytest.raises(UserError) as refused:
         load_adapter(str(model))
