@@ -37,6 +37,8 @@ def check_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> None
         raise ValueError("its weights are quantised (quantization_config); give weights in float32, bf16 or fp16")
     layers, longest = 1, 1
     for key, value in config.items():
+        if key.startswith("_"):  # notes of diffusers
+            continue
         numbers, length = _numbers(value)
         if length > MAX_LAYERS:
             raise ValueError(f"{one_line(key, 60)} is a list of more than {MAX_LAYERS:,} entries")

@@ -288,6 +288,13 @@ def test_a_network_far_larger_than_its_files_is_not_built(model, part, change):
         read[part]()
 
 
+def test_a_merge_builds_no_endless_network(model, written, tmp_path):
+    """The network of a config is built in one place, whoever asks."""
+    tiny.edit(model / "unet" / "config.json", layers_per_block=10**7)
+    words = ["merge", "--base", str(model), "--negative", str(written["sd"]), "--output", str(tmp_path / "merged")]
+    assert_refused(*call(cli.main, words), "layers_per_block")
+
+
 def test_tensors_of_a_file_are_bounded(model):
     path = model / "unet" / "diffusion_pytorch_model.safetensors"
     for header in (
