@@ -92,8 +92,8 @@ class Adapter:
     def check(self, *, configs_only: bool = False) -> None:
         """UserError where a part of the model is missing, is not served or does not fit another.
 
-        Reads config files and names of files. With `configs_only` weights and tokenizers may be
-        missing.
+        Reads config files, and what there is of others. With `configs_only` the scheduler, the
+        tokenizers and all weights may be missing.
         """
         with loading(self.path, "the model"):
             self.denoiser_config  # noqa: B018
@@ -101,8 +101,10 @@ class Adapter:
             reason = self.why_unfit()
         if reason is not None:
             raise UserError(f"model.path: {self.path}: {reason}")
+        self.check_forward()
         if configs_only:
             return
+        self.schedule  # noqa: B018
         self.folder.check_weights(self.denoiser_name, DIFFUSERS_WEIGHTS, self._variant)
         for part in self.family.part_classes:
             if part.startswith("tokenizer"):
@@ -110,6 +112,20 @@ class Adapter:
             else:
                 stem = TRANSFORMERS_WEIGHTS if part.startswith("text_encoder") else DIFFUSERS_WEIGHTS
                 self.folder.check_weights(part, stem, self._variant)
+
+    def check_forward(self) -> None:
+        """UserError where a forward of a network fails in its shapes: one is tried without weights
+        and without numbers."""
+        shape, rows = self.latent_shape, self.conditioning_shapes
+
+        def run(denoiser: nn.Module) -> torch.Tensor:
+            x, t = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
+            cond = {name: torch.empty(2, *row, device="meta") for name, row in rows.items()}
+            return denoiser(x, t, **self.arguments(cond), return_dict=False)[0]
+
+        with loading(self.path, self.denoiser_name):
+            config = self.denoiser_config
+            parts.try_forward(lambda: self.family.new_denoiser(config), run, (2, *shape), repr((config, rows)))
 
     def why_unfit(self) -> str | None:
         """Why the parts of the model do not fit each other; None where they do. Reads config

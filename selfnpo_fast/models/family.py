@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.models.parts import check_config
 
 
 class SharedParts:
@@ -76,7 +77,12 @@ class Family:
         return getattr(importlib.import_module(self.library), name)
 
     def new_denoiser(self, config: dict) -> nn.Module:
-        """The denoiser of a config with random weights."""
+        """The denoiser of a config with random weights.
+
+        Raises ValueError for a config that asks for more than any network has, and any error for
+        one that is wrong.
+        """
+        check_config(config)
         return self.load_class(self.denoiser_class).from_config(config)
 
     def schedule(self, scheduler: Any) -> NoiseSchedule:

@@ -8,7 +8,8 @@ adapter turns into one line with the part's name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from torch import nn
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, ModelFolder, Weights
 from selfnpo_fast.runtime.errors import one_line, shortened
 from selfnpo_fast.runtime.limits import MAX_LAYERS, MAX_WIDTH
+
+COUNTS = ("channels", "dim", "groups", "heads", "layers", "size")
+"""What the names of counts in a network's config have in them."""
+NEEDED_OPTIONS = frozenset({"steps_offset", "timestep_spacing"})
+"""Options of schedulers that may not be null."""
+SPACINGS = ("linspace", "leading", "trailing")
+"""The values of timestep_spacing."""
 
 
 def check_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
@@ -29,12 +37,16 @@ def check_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> None
         raise ValueError("its weights are quantised (quantization_config); give weights in float32, bf16 or fp16")
     layers, longest = 1, 1
     for key, value in config.items():
+        if key.startswith("_"):  # notes of diffusers
+            continue
         numbers, length = _numbers(value)
         if length > MAX_LAYERS:
             raise ValueError(f"{one_line(key, 60)} is a list of more than {MAX_LAYERS:,} entries")
         longest = max(longest, length)
         if any(abs(number) > MAX_WIDTH for number in numbers):
             raise ValueError(f"{one_line(key, 60)} is {shortened(value)}; a network has at most {MAX_WIDTH:,}")
+        if any(number < 0 for number in numbers) and any(word in key for word in COUNTS):
+            raise ValueError(f"{one_line(key, 60)} is {shortened(value)}, which is below 0")
         if "layers" in key:
             layers *= max([1, *(int(number) for number in numbers)])
     if layers * longest > MAX_LAYERS:
@@ -86,6 +98,34 @@ def load_network(cls: Any, folder: ModelFolder, part: str, variant: str | None, 
     return network.eval()
 
 
+_tried: set[tuple] = set()
+"""What `try_forward` has seen succeed."""
+
+
+@torch.no_grad()
+def try_forward(
+    build: Callable[[], nn.Module], run: Callable[[nn.Module], torch.Tensor], shape: tuple[int, ...], facts: str
+) -> None:
+    """ValueError where a network's config does not fit together, or its output is not of `shape`.
+
+    The network is built and run without numbers, on the meta device, once in a process for each
+    shape and `facts`. A network that looks at numbers is passed over.
+    """
+    if (shape, facts) in _tried:
+        return
+    with torch.device("meta"):
+        network = build().eval()
+    try:
+        found = tuple(run(network).shape)
+    except Exception as error:  # the shapes of a config fail in any of a dozen ways
+        if "meta" not in str(error):
+            raise ValueError(f"its config does not fit together: {one_line(error, 160)}") from error
+        found = shape
+    if found != shape:
+        raise ValueError(f"its config does not fit: it gives {found} where {shape} is expected")
+    _tried.add((shape, facts))
+
+
 def load_scheduler(name: Any, config: dict[str, Any]) -> Any:
     """The scheduler of diffusers of this class name, with the config of its file."""
     import diffusers
@@ -94,7 +134,30 @@ def load_scheduler(name: Any, config: dict[str, Any]) -> Any:
     if not (inspect.isclass(named) and issubclass(named, diffusers.SchedulerMixin)):
         raise ValueError(f"it names an unknown scheduler: {shortened(name, 60)}")
     check_config(config)
+    _check_options(named, config)
     return named.from_config(config | {"_class_name": name})
+
+
+def _check_options(cls: Any, config: Mapping[str, Any]) -> None:
+    """ValueError where an option of a scheduler's config is of another type than its default.
+
+    Some schedulers look at an option for the first time in the middle of drawing a picture.
+    """
+    known = inspect.signature(cls.__init__).parameters
+    for name, value in config.items():
+        default = known[name].default if name in known else None
+        if isinstance(default, bool) or (value is None and name not in NEEDED_OPTIONS):
+            possible = value is None or isinstance(value, bool)
+        elif isinstance(default, int):
+            possible = isinstance(value, int) and not isinstance(value, bool)
+        elif isinstance(default, float):
+            possible = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        elif isinstance(default, str):
+            possible = isinstance(value, str) and (name != "timestep_spacing" or value in SPACINGS)
+        else:
+            possible = True
+        if not possible:
+            raise ValueError(f"its {name} is {shortened(value, 60)}; expected a value such as {default!r}")
 
 
 def refuse_nan(module: nn.Module) -> None:

@@ -55,6 +55,23 @@ class StableDiffusionAdapter(UNetAdapter):
                 )
         return None
 
+    def check_forward(self) -> None:
+        """As in the base; and a picture to latents and back."""
+        super().check_forward()
+        from diffusers import AutoencoderKL
+
+        latent, config = self.latent_shape, self._vae_config
+        picture = (1, 3, *(side * self.vae_scale for side in latent[1:]))
+
+        def run(vae: AutoencoderKL) -> torch.Tensor:
+            mean = vae.encode(torch.empty(picture, device="meta")).latent_dist.mean
+            if tuple(mean.shape) != (1, *latent):
+                raise ValueError(f"it makes {tuple(mean.shape[1:])} of a picture, and {latent} is expected")
+            return vae.decode(mean).sample
+
+        with loading(self.path, "vae"):
+            parts.try_forward(lambda: AutoencoderKL.from_config(config), run, picture, repr(config))
+
     # Text
 
     @property

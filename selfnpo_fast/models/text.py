@@ -117,15 +117,15 @@ def token_limit(stated: Any, positions: int, where: str) -> int:
 
     `stated` is a tokenizer's model_max_length. Where that is missing or transformers' number for
     unknown, the encoder's positions are taken, and a line that begins with `where` says so once.
-    Raises ValueError for other values.
+    Raises ValueError for other values; two tokens are start and end.
     """
     if stated is None or (isinstance(stated, int | float) and stated >= UNKNOWN_LENGTH):
         say_once(f"{where}: the tokenizer names no model_max_length; the encoder's {positions} tokens are its limit")
         stated = positions
     most = min(positions, MAX_TOKENS)
-    if isinstance(stated, bool) or not isinstance(stated, int) or not 1 <= stated <= most:
+    if isinstance(stated, bool) or not isinstance(stated, int) or not 2 <= stated <= most:
         raise ValueError(
-            f"the tokenizer's model_max_length is {shortened(stated)}; expected 1 to {most}, the encoder's positions"
+            f"the tokenizer's model_max_length is {shortened(stated)}; expected 2 to {most}, the encoder's positions"
         )
     return stated
 

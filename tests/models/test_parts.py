@@ -99,6 +99,22 @@ def test_what_is_loaded_is_what_diffusers_loads(written, place, family):
     assert load_adapter(path).folder.commit == (SHA if path == "org/name" else None)
 
 
+def test_a_revision_is_the_commit_that_it_names(written, tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision, sha, family in (("main", SHA, "sd"), ("v2", SHA[::-1], "sdxl")):
+        (repository / "refs" / revision).write_text(sha)
+        shutil.copytree(written[family], repository / "snapshots" / sha)
+    assert load_adapter("org/name").folder.commit == SHA
+    other = load_adapter("org/name", revision="v2")
+    assert other.folder.commit == SHA[::-1]
+    assert "text_embeds" in other.conditioning_shapes
+    for missing in (("org/name", "v3"), ("org/nothing", None)):
+        with pytest.raises(UserError, match=rf"^model.path: {missing[0]} was not found on the Hub"):
+            load_adapter(missing[0], revision=missing[1])
+
+
 @pytest.mark.parametrize("file", [UNET, VAE, TEXT, TEXT_2])
 @pytest.mark.parametrize("damage", ["lacks one", "another prefix", "another shape"])
 def test_missing_keys_are_named(written, place, file, damage):
@@ -266,7 +282,7 @@ def test_pipes_are_not_waited_for(written, tmp_path, name):
     (tmp_path / "model" / name).unlink()
     os.mkfifo(tmp_path / "model" / name)
     with pytest.raises(UserError, match="no regular file"):
-        load_adapter(str(tmp_path / "model")).schedule  # noqa: B018
+        load_adapter(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(

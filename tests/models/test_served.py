@@ -249,16 +249,21 @@ HUGE = [
     ("text_encoder", {"num_hidden_layers": 10**7}),
     ("text_encoder", {"vocab_size": 10**12}),
     ("text_encoder", {"max_position_embeddings": 10**9}),
+    ("unet", {"attention_head_dim": -1}),
+    ("unet", {"downsample_padding": [0, 0]}),
+    ("unet", {"downsample_padding": ["x", "y"]}),
+    ("unet", {"downsample_padding": [10**5, 10**5]}),
+    ("unet", {"dropout": float("nan")}),
     ("scheduler", {"num_train_timesteps": 10**10}),
 ]
 FILES = {"scheduler": "scheduler_config.json"}
 
 
 @pytest.mark.parametrize(("part", "change"), HUGE, ids=lambda value: str(value)[:60])
-def test_sizes_are_bounded_before_a_network_is_built(model, part, change):
+def test_sizes_are_checked_before_a_network_is_built(model, part, change):
     tiny.edit(model / part / FILES.get(part, "config.json"), **change)
     with pytest.raises(UserError) as refused:
-        load_adapter(str(model)).schedule  # noqa: B018
+        load_adapter(str(model))
     assert_one_line(str(refused.value), "model.path", str(model))
 
 
@@ -283,6 +288,13 @@ def test_a_network_far_larger_than_its_files_is_not_built(model, part, change):
         read[part]()
 
 
+def test_a_merge_builds_no_endless_network(model, written, tmp_path):
+    """The network of a config is built in one place, whoever asks."""
+    tiny.edit(model / "unet" / "config.json", layers_per_block=10**7)
+    words = ["merge", "--base", str(model), "--negative", str(written["sd"]), "--output", str(tmp_path / "merged")]
+    assert_refused(*call(cli.main, words), "layers_per_block")
+
+
 def test_tensors_of_a_file_are_bounded(model):
     path = model / "unet" / "diffusion_pytorch_model.safetensors"
     for header in (
@@ -304,3 +316,34 @@ def test_deep_json_is_refused(model):
         assert_one_line(str(refused.value), name.rpartition("/")[2])
         (model / name).write_bytes(content)
     load_adapter(str(model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps_offset": None},
+        {"steps_offset": 0.5},
+        {"timestep_spacing": "x"},
+        {"timestep_spacing": None},
+        {"clip_sample": "no"},
+        {"beta_end": "0.012"},
+        {"beta_start": float("nan")},
+        {"beta_schedule": "x"},
+        {"trained_betas": "x"},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": -1000},
+    ],
+)
+def test_a_scheduler_s_options_are_checked_before_work(model, change):
+    """DDIM looks at some of them for the first time when it draws."""
+    tiny.edit(model / "scheduler" / "scheduler_config.json", **change)
+    with pytest.raises(UserError) as refused:
+        load_adapter(str(model))
+    assert_one_line(str(refused.value), "model.path", "scheduler", str(model))
+
+
+def test_the_index_names_the_scheduler(model):
+    """As in diffusers, where the class of the config may be another."""
+    tiny.edit(model / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    assert load_adapter(str(model)).scheduler_config["_class_name"] == type(pipe.scheduler).__name__

@@ -92,14 +92,14 @@ def test_commands_say_what_is_cut(written, tmp_path, monkeypatch):
 # Limits
 
 
-@pytest.mark.parametrize("length", [10**12, 10**9, 13, 0, -1, 1.5, "12", [12]])
+@pytest.mark.parametrize("length", [10**12, 10**9, 13, 1, 0, -1, 1.5, "12", [12]])
 def test_a_tokenizer_s_limit_has_to_be_possible(written, tmp_path, length):
     """10^12 ends the process inside of transformers, without a word."""
     shutil.copytree(written["sd"], tmp_path / "model")
     tiny.edit(tmp_path / "model" / "tokenizer" / "tokenizer_config.json", model_max_length=length)
     with pytest.raises(UserError) as refused:
         load_adapter(str(tmp_path / "model"))
-    assert_one_line(str(refused.value), "model_max_length", "expected 1 to 12, the encoder's positions")
+    assert_one_line(str(refused.value), "model_max_length", "expected 2 to 12, the encoder's positions")
 
 
 @pytest.mark.parametrize("length", [int(1e30), 1e30, None])
