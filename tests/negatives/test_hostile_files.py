@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from diffusers import StableDiffusionPipeline
 from fuzzing import assert_one_line, assert_refused, call, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny_negatives import moved, save_with_diffusers, with_lora
 from torch import nn
 
-from selfnpo_fast import cli
+from selfnpo_fast import attach_negative, cli
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.negatives import sources
 from selfnpo_fast.negatives.load import load_negative
@@ -46,6 +47,11 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def network(base) -> nn.Module:
     return load_adapter(str(base)).load_denoiser(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipe(base) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +324,7 @@ def test_values_of_other_kinds(network, whole, tmp_path_factory, name, data):
 
 @fuzz(40)
 @given(data=st.data())
-def test_flipped_and_cut_files(base, network, whole, tmp_path_factory, data):
+def test_flipped_and_cut_files(base, network, pipe, whole, tmp_path_factory, data):
     """Any bytes of any file: loading and merging give the same kind of answer."""
     folder = tmp_path_factory.mktemp("bytes")
     shutil.copytree(whole, folder / "copy")
@@ -336,6 +342,7 @@ def test_flipped_and_cut_files(base, network, whole, tmp_path_factory, data):
     for door in (
         lambda: load_negative(network, folder / "copy" / part),
         lambda: merge(base, folder / "copy" / part, folder / "merged"),
+        lambda: attach_negative(pipe, folder / "copy" / part).detach(),
     ):
         try:
             door()
