@@ -39,6 +39,7 @@ from selfnpo_fast.negatives.weights import (
     plain_state,
 )
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import with_arithmetic
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 
 
@@ -338,7 +339,7 @@ def _scaled(deltas: Deltas, beta: float, positive: nn.Module, source: str) -> De
         like: torch.Tensor = positive.get_submodule(path).weight  # type: ignore[assignment]
         device = torch.device("cpu") if like.is_meta else like.device
         down, up = (factor.to(device, like.dtype) for factor in (delta.down, delta.up))
-        if not (down.isfinite().all() and up.isfinite().all()):
+        if not all(with_arithmetic(factor).isfinite().all() for factor in (down, up)):
             raise UserError(f"negative: {source}: the update of {path} is too large for {like.dtype}")
         scaled[path] = dataclasses.replace(delta, down=down, up=up, scale=delta.scale * beta)
     return scaled
@@ -365,10 +366,11 @@ def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
     differs = has_adapters(positive)
     positive_state = plain_state(positive)
     for name, value in network.state_dict().items():
+        value = with_arithmetic(value)
         if not value.isfinite().all():
             raise UserError(f"negative: the given {type(network).__name__} is damaged: {name} is not finite")
         like = positive_state[name]
-        differs = differs or like.is_meta or not torch.equal(value.to(like), like)
+        differs = differs or like.is_meta or not torch.equal(*map(with_arithmetic, (value.to(like), like)))
     if not differs:
         raise UserError("negative: the given module equals the positive model: guidance would have no effect")
     first = next(positive.parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from selfnpo_fast.runtime.dtypes import with_arithmetic
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.limits import MAX_HEADER_BYTES, MAX_NAME_CHARACTERS, MAX_TENSORS
@@ -42,22 +43,14 @@ class TensorFile:
         try:
             with safe_open(self.path, "pt") as file:
                 for name in names:
-                    tensors[name] = _with_arithmetic(file.get_tensor(name))
+                    stored = file.get_tensor(name)
+                    value = with_arithmetic(stored)
+                    tensors[name] = value.clone() if value is stored else value
                     if tuple(tensors[name].shape) != self.shapes[name]:
                         raise SafetensorError(f"{name} has changed its shape")
         except _UNREADABLE as error:
             raise UserError(f"{self.field}: cannot load {self.path}: {one_line(error)}") from error
         return tensors
-
-
-def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of the tensor, which shares no memory with a file: float8 becomes float32.
-
-    float32 holds all values of float8, and most operations do not exist for float8.
-    """
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-        return tensor.float()
-    return tensor.clone()
 
 
 def open_tensors(path: str | Path, field: str) -> TensorFile:

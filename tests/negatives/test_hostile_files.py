@@ -208,6 +208,16 @@ def test_odd_letters_in_names(network, whole, tmp_path, letter):
     key = f"unet.conv{letter}in.lora_A.weight"
     save_file(state | {key: torch.ones(2, 2)}, tmp_path / "x.safetensors")
     refused(network, tmp_path / "x.safetensors", "does not fit the model")
+    state = moved(network, 1, 0.05).state_dict()
+    save_file(state | {f"a{letter}b" + "c" * 500: torch.ones(2)}, tmp_path / "y.safetensors")
+    refused(network, tmp_path / "y.safetensors", "does not fit the model")
+
+
+def test_a_weight_in_two_shards(network, copy):
+    first, second = sorted((copy / "full" / "unet").glob("*-of-*"))[:2]
+    name = min(load_file(first))
+    save_file(load_file(second) | {name: torch.ones(1)}, second)
+    refused(network, copy / "full", f"holds {name} in two files")
 
 
 def test_a_sparse_file_is_not_read(network, tmp_path):
@@ -222,7 +232,7 @@ def test_a_sparse_file_is_not_read(network, tmp_path):
         end += 64 * rank
     path = write_header(tmp_path / "x.safetensors", header)
     os.truncate(path, path.stat().st_size + end)
-    refused(network, path, f"its LoRA (16, {rank}) by ({rank}, 16)")
+    refused(network, path, f"has rank {rank:,}; expected at most {MAX_RANK:,}")
 
 
 # JSON next to the weights, and in them

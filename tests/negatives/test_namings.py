@@ -185,7 +185,7 @@ def test_dtypes_of_files(dtype, tmp_path):
     state = {key: value.to(dtype) if "alpha" not in key else value for key, value in named(network, "kohya").items()}
     path = tmp_path / "lora.safetensors"
     save_file(state, path)
-    for found in (read_lora(path, network), load_negative(network, path).deltas):
+    for found in (read_lora(path, network), read_lora(state, network), load_negative(network, path).deltas):
         for layer, (down, up) in updates(network).items():
             assert torch.equal(found[layer].down.float(), down.to(dtype).float())
             assert torch.equal(found[layer].up.float(), up.to(dtype).float())
@@ -197,6 +197,21 @@ def test_full_weights_in_float8(dtype, tmp_path):
     save_file(state, tmp_path / "n.safetensors")
     found = load_negative(small("sd"), tmp_path / "n.safetensors").network.state_dict()
     assert all(torch.equal(found[name], value.float()) for name, value in state.items())
+
+
+def test_a_positive_that_is_cast_to_float8(tmp_path):
+    """No operation that float8 lacks is asked of it."""
+    positive = small("sd").to(torch.float8_e4m3fn)
+    state = {name: value.float() * 2 for name, value in positive.state_dict().items()}
+    save_file(state, tmp_path / "n.safetensors")
+    found = load_negative(positive, tmp_path / "n.safetensors").network.state_dict()
+    assert all(torch.equal(found[name].float(), value) for name, value in state.items())
+    other = tiny.unet()
+    other.load_state_dict(state)
+    assert load_negative(positive, other).network is other
+    save_file({name: value.float() for name, value in positive.state_dict().items()}, tmp_path / "same.safetensors")
+    with pytest.raises(UserError, match="equals the positive model"):
+        load_negative(positive, tmp_path / "same.safetensors")
 
 
 # Full weights
