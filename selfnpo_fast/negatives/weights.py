@@ -194,8 +194,8 @@ def check_shapes(weights: WeightReader, expected: dict[str, tuple[int, ...]], fi
         shape, wanted = weights.shapes.get(name), expected.get(name)
         if shape != wanted:
             raise UserError(
-                f"{field}: {weights.source} does not fit the model: {one_line(name, 120)} has shape {shortened(shape)}, "
-                f"the model has {wanted}; train it from this model"
+                f"{field}: {weights.source} does not fit the model: {one_line(name, 120)} has shape "
+                f"{shortened(shape)}, the model has {wanted}; train it from this model"
             )
 
 
