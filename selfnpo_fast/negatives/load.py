@@ -11,6 +11,7 @@ Where no base is given, the positive is the base, and eta is zero.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,11 +181,11 @@ def _load(
         check_class({**config_of(source), "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
         return LoadedModel(name, weights)
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | os.PathLike):
         raise UserError(
             f"negative: a {type(source).__name__} is not possible; expected a folder, a file, a Hub id or a module"
         )
-    files = locate(source, [family_of(positive).denoiser_name], "negative", revision, variant)
+    files = locate(os.fspath(source), [family_of(positive).denoiser_name], "negative", revision, variant)
     return read_files(files, positive, "negative")
 
 

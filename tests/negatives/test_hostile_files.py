@@ -288,7 +288,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, "metadata", "record"])
-@fuzz(25)
+@fuzz(15)
 @given(data=st.data())
 def test_values_of_other_kinds(network, whole, tmp_path_factory, name, data):
     """One value is replaced, or one is added, at any depth: the negative loads or one line refuses
@@ -332,7 +332,7 @@ def test_values_of_other_kinds(network, whole, tmp_path_factory, name, data):
         assert_one_line(str(error))
 
 
-@fuzz(40)
+@fuzz(25)
 @given(data=st.data())
 def test_flipped_and_cut_files(base, network, pipe, whole, tmp_path_factory, data):
     """Any bytes of any file: loading and merging give the same kind of answer."""

@@ -357,6 +357,21 @@ def test_a_quantised_network_is_refused_by_name(kind, which, tmp_path):
             load_negative(small("sd"), quantised)
 
 
+@pytest.mark.parametrize(
+    ("module", "form"),
+    [("torchao.dtypes.affine", "torchao"), ("diffusers.quantizers.gguf.utils", "GGUF"), ("optimum.quanto.q", "quanto")],
+)
+def test_other_libraries_tensors_are_known_by_their_module(module, form, tmp_path):
+    """torchao, gguf and quanto are not installed here: a class stands in for their tensors'."""
+    quantised = small("sd")
+    kind = type("Tensor", (nn.Parameter,), {"__module__": module})
+    layer = quantised.time_embedding.linear_1
+    layer.weight = kind(layer.weight.detach())
+    save_file(named(small("sd"), "kohya"), tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=rf"^model: the UNet2DConditionModel is quantised \({form}\)"):
+        load_negative(quantised, tmp_path / "lora.safetensors")
+
+
 def test_a_lora_of_whole_numbers_is_quantised(tmp_path):
     state = named(small("sd"), "kohya")
     key = f"{FOLDED}.lora_down.weight"
