@@ -215,8 +215,7 @@ class GuidedSampler:
         solver = solver_of_scheduler.get(type(pipe.scheduler).__name__, "dpm++")
         loaded = None
         if negative is not None:
-            schedule = ScheduleFacts.of(adapter.schedule, "the pipeline")
-            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, schedule=schedule)
+            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
         return cls(adapter, denoiser, loaded, **({"solver": solver} | options))
 
     def __call__(

@@ -144,7 +144,7 @@ def load_negative(
 def check_strengths(alpha: float, beta: float) -> None:
     """Raise UserError where alpha or beta is outside the range of Eq. 7, 0 to 1."""
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise UserError(
                 f"{name}: {shortened(value)} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta"
             )

@@ -28,7 +28,7 @@ from selfnpo_fast import attach_negative, cli, train
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.guidance.correlation import correlation
 from selfnpo_fast.guidance.sampler import GuidedSampler
-from selfnpo_fast.models import DIGITS, load_adapter
+from selfnpo_fast.models import load_adapter
 from selfnpo_fast.negatives.load import load_negative
 from selfnpo_fast.negatives.merge import merge
 from selfnpo_fast.negatives.sources import LORA_FILE, RECORD
@@ -145,7 +145,7 @@ def test_commands_refuse_another_prediction_type(base, negatives, command, tmp_p
 
 def test_evaluate_refuses_another_prediction_type(tmp_path):
     """It draws with the embedded digits model, an epsilon model."""
-    shutil.copytree(DIGITS / "unet", tmp_path / "n" / "unet")
+    moved(load_adapter("digits").load_denoiser(torch.float32), 1, 0.01).save_pretrained(tmp_path / "n" / "unet")
     tiny.scheduler("v_prediction").save_pretrained(tmp_path / "n" / "scheduler")
     output = tmp_path / "output"
     code, error = call(cli.main, ["evaluate", "--negative", str(tmp_path / "n"), "--output", str(output)])
