@@ -79,6 +79,7 @@ def sample(options: SampleOptions) -> None:
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
+    from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
     from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.load import load_negative
@@ -111,6 +112,7 @@ def sample(options: SampleOptions) -> None:
     if options.negative is not None:
         negative = load_negative(
             denoiser, options.negative, alpha=options.alpha, beta=options.beta, base=options.base,
+            schedule=ScheduleFacts.of(adapter.schedule, options.model),
         )  # fmt: skip
     # Conditioning and noise, and checks that need the model.
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
