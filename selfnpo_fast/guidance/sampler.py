@@ -215,7 +215,8 @@ class GuidedSampler:
         solver = solver_of_scheduler.get(type(pipe.scheduler).__name__, "dpm++")
         loaded = None
         if negative is not None:
-            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
+            schedule = ScheduleFacts.of(adapter.schedule, "the pipeline")
+            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, schedule=schedule)
         return cls(adapter, denoiser, loaded, **({"solver": solver} | options))
 
     def __call__(

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from selfnpo_fast.runtime.dtypes import with_arithmetic
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.limits import MAX_HEADER_BYTES, MAX_NAME_CHARACTERS, MAX_TENSORS
@@ -51,6 +50,14 @@ class TensorFile:
         except _UNREADABLE as error:
             raise UserError(f"{self.field}: cannot load {self.path}: {one_line(error)}") from error
         return tensors
+
+
+def with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a float32 copy of a float8 one, for which most operations do not exist.
+
+    float32 holds all values of float8.
+    """
+    return tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 else tensor
 
 
 def open_tensors(path: str | Path, field: str) -> TensorFile:

@@ -1,4 +1,4 @@
-"""The names of floating point precisions, and float8."""
+"""The names of floating point precisions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,3 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of torch for each name that configs and options use."""
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The name of each dtype in the header of a safetensors file."""
-
-
-def with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a float32 copy of a float8 one, for which most operations do not exist.
-
-    float32 holds all values of float8.
-    """
-    return tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 else tensor
