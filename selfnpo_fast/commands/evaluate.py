@@ -157,12 +157,10 @@ def _load_arms(options: EvaluateOptions, adapter: Adapter, device: torch.device)
 
 
 def _negative_sampler(path: str, adapter: Adapter, denoiser: nn.Module) -> GuidedSampler:
-    from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
     from selfnpo_fast.guidance.sampler import GuidedSampler
     from selfnpo_fast.negatives.load import load_negative
 
-    schedule = ScheduleFacts.of(adapter.schedule, adapter.path)
-    return GuidedSampler(adapter, denoiser, load_negative(denoiser, path, schedule=schedule))
+    return GuidedSampler(adapter, denoiser, load_negative(denoiser, path))
 
 
 class _Drawing:

@@ -11,6 +11,7 @@ Where no base is given, the positive is the base, and eta is zero.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from selfnpo_fast.negatives.formats import quantisation_of_module
 from selfnpo_fast.negatives.lora_files import read_lora, read_record
 from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.sources import LORA_FILE, ModelFiles, locate
-from selfnpo_fast.negatives.tensor_files import open_tensors
+from selfnpo_fast.negatives.tensor_files import open_tensors, with_arithmetic
 from selfnpo_fast.negatives.weights import (
     WeightReader,
     check_class,
@@ -143,7 +144,7 @@ def load_negative(
 def check_strengths(alpha: float, beta: float) -> None:
     """Raise UserError where alpha or beta is outside the range of Eq. 7, 0 to 1."""
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise UserError(
                 f"{name}: {shortened(value)} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta"
             )
@@ -180,11 +181,11 @@ def _load(
         check_class({**config_of(source), "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
         return LoadedModel(name, weights)
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | os.PathLike):
         raise UserError(
             f"negative: a {type(source).__name__} is not possible; expected a folder, a file, a Hub id or a module"
         )
-    files = locate(source, [family_of(positive).denoiser_name], "negative", revision, variant)
+    files = locate(os.fspath(source), [family_of(positive).denoiser_name], "negative", revision, variant)
     return read_files(files, positive, "negative")
 
 
@@ -339,7 +340,7 @@ def _scaled(deltas: Deltas, beta: float, positive: nn.Module, source: str) -> De
         like: torch.Tensor = positive.get_submodule(path).weight  # type: ignore[assignment]
         device = torch.device("cpu") if like.is_meta else like.device
         down, up = (factor.to(device, like.dtype) for factor in (delta.down, delta.up))
-        if not (down.isfinite().all() and up.isfinite().all()):
+        if not all(with_arithmetic(factor).isfinite().all() for factor in (down, up)):
             raise UserError(f"negative: {source}: the update of {path} is too large for {like.dtype}")
         scaled[path] = dataclasses.replace(delta, down=down, up=up, scale=delta.scale * beta)
     return scaled
@@ -366,10 +367,11 @@ def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
     differs = has_adapters(positive)
     positive_state = plain_state(positive)
     for name, value in network.state_dict().items():
+        value = with_arithmetic(value)
         if not value.isfinite().all():
             raise UserError(f"negative: the given {type(network).__name__} is damaged: {name} is not finite")
         like = positive_state[name]
-        differs = differs or like.is_meta or not torch.equal(value.to(like), like)
+        differs = differs or like.is_meta or not torch.equal(*map(with_arithmetic, (value.to(like), like)))
     if not differs:
         raise UserError("negative: the given module equals the positive model: guidance would have no effect")
     match_placement(network, positive)

@@ -22,7 +22,7 @@ from selfnpo_fast.negatives.lora_scaling import Scaling
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes
 from selfnpo_fast.negatives.names import Factor, factor_of, layer_paths, unwrapped
 from selfnpo_fast.negatives.sources import PEFT_CONFIG, read_object, refuse_pickle
-from selfnpo_fast.negatives.tensor_files import open_tensors, quantised_as, text_object
+from selfnpo_fast.negatives.tensor_files import open_tensors, quantised_as, text_object, with_arithmetic
 from selfnpo_fast.negatives.weights import without_adapter
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line
@@ -78,7 +78,7 @@ def _of_state(state: StateDict) -> _Content:
     """The content of a state dict."""
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     dtypes = {key: "F32" if value.is_floating_point() else str(value.dtype) for key, value in state.items()}
-    return _Content(shapes, dtypes, {}, None, lambda keys: {key: state[key] for key in keys})
+    return _Content(shapes, dtypes, {}, None, lambda keys: {key: with_arithmetic(state[key]) for key in keys})
 
 
 def _of_file(path: Path, field: str) -> _Content:
@@ -184,7 +184,9 @@ def _check_layer(path: str, layer: nn.Module, key_of: dict[Factor, str], content
         raise ValueError(f"does not fit the model: {path} is a {type(layer).__name__}, whose updates are not supported")
     down, up = content.shapes[key_of["down"]], content.shapes[key_of["up"]]
     rank, shape = down[0] if down else 0, tuple(layer.weight.shape)
-    if not 1 <= rank <= MAX_RANK or (down, up) != factor_shapes(shape, rank):
+    if rank > MAX_RANK:
+        raise ValueError(f"does not fit the model: its LoRA of {path} has rank {rank:,}; expected at most {MAX_RANK:,}")
+    if rank < 1 or (down, up) != factor_shapes(shape, rank):
         raise ValueError(f"does not fit the model: {path} has shape {shape}, its LoRA {up} by {down}")
     for key in (key_of["down"], key_of["up"]):
         if quantised_as(content.dtypes[key]):

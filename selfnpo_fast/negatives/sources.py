@@ -7,6 +7,7 @@ fetches one of the files. No pickle is read.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def locate(
     if os.path.isdir(path):  # Path.is_dir raises for very long names
         return _choose(_folder(name, Path(path), denoiser_names, field), denoiser_names, variant)
     if os.path.exists(path):
-        return _file(name, Path(path), field)
+        return _file(name, Path(path), field, denoiser_names)
     hub_id = _HUB_ID.fullmatch(name)
     if not hub_id or name.startswith((".", "~")):
         raise UserError(
@@ -121,7 +122,7 @@ def locate(
         listing = _repository(repository, "", field, revision)
         if subfolder not in listing.files:
             raise listing.error(f"{repository} on the Hub has no file {subfolder}")
-        return _file(name, listing.fetch(subfolder), field)
+        return _file(name, listing.fetch(subfolder), field, denoiser_names)
     return _choose(_repository(repository, subfolder, field, revision), denoiser_names, variant)
 
 
@@ -199,12 +200,16 @@ def _repository(repository: str, subfolder: str, field: str, revision: str | Non
     def fetch(file: str) -> Path:
         """Download one file of the folder. Raises UserError."""
         try:
-            return Path(hf_hub_download(repository, f"{subfolder}/{file}".lstrip("/"), revision=revision))
+            path = posixpath.normpath(f"{subfolder}/{file}".lstrip("/"))
+            return Path(hf_hub_download(repository, path, revision=revision))
         except Exception as error:  # a lost connection surfaces as any of a dozen types
             raise UserError(f"{field}: cannot download {file} of {name}: {one_line(error, 200)}") from error
 
     prefix = f"{subfolder}/" if subfolder else ""
-    return _Listing(name, field, frozenset(f.removeprefix(prefix) for f in files if f.startswith(prefix)), fetch)
+    inside = {file.removeprefix(prefix) for file in files if file.startswith(prefix)}
+    beside = {file: posixpath.normpath(f"{subfolder}/../{file}") for file in (RECORD, SCHEDULER)}
+    inside |= {f"../{file}" for file, path in beside.items() if subfolder and path in files}
+    return _Listing(name, field, frozenset(inside), fetch)
 
 
 def _choose(listing: _Listing, denoiser_names: Sequence[str], variant: str | None) -> ModelFiles:
@@ -226,7 +231,7 @@ def _choose(listing: _Listing, denoiser_names: Sequence[str], variant: str | Non
         return _full(listing, "", variant, "../")
     top_level = sorted(name for name in listing.files if "/" not in name and name.endswith(".safetensors"))
     if len(top_level) == 1:
-        return _file(listing.name, listing.fetch(top_level[0]), listing.field)
+        return _file(listing.name, listing.fetch(top_level[0]), listing.field, denoiser_names)
     hint = ""
     if top_level:
         shown = ", ".join(shortened(name) for name in top_level[:5])
@@ -286,6 +291,14 @@ def _full(listing: _Listing, part: str, variant: str | None, beside: str) -> Mod
     return ModelFiles(listing.name, tuple(listing.fetch(part + name) for name in shards), False, config, **facts)
 
 
-def _file(name: str, path: Path, field: str) -> ModelFiles:
-    """A single safetensors file, whose keys tell a LoRA from full weights."""
-    return ModelFiles(name, (path,), is_lora=any(is_adapter(key) for key in open_tensors(path, field).shapes))
+def _file(name: str, path: Path, field: str, denoiser_names: Sequence[str]) -> ModelFiles:
+    """A single safetensors file, whose keys tell a LoRA from full weights.
+
+    The record and the scheduler's config count where the file lies in a pipeline's denoiser.
+    """
+    is_lora = any(is_adapter(key) for key in open_tensors(path, field).shapes)
+    beside = [path.parent.parent / file for file in (RECORD, SCHEDULER)]
+    if is_lora or path.parent.name not in denoiser_names:
+        return ModelFiles(name, (path,), is_lora)
+    record, scheduler = (read_object(file, name, field) if os.path.isfile(file) else None for file in beside)
+    return ModelFiles(name, (path,), is_lora, record=record, scheduler=scheduler)

@@ -42,7 +42,9 @@ class TensorFile:
         try:
             with safe_open(self.path, "pt") as file:
                 for name in names:
-                    tensors[name] = _with_arithmetic(file.get_tensor(name))
+                    stored = file.get_tensor(name)
+                    value = with_arithmetic(stored)
+                    tensors[name] = value.clone() if value is stored else value
                     if tuple(tensors[name].shape) != self.shapes[name]:
                         raise SafetensorError(f"{name} has changed its shape")
         except _UNREADABLE as error:
@@ -50,14 +52,12 @@ class TensorFile:
         return tensors
 
 
-def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of the tensor, which shares no memory with a file: float8 becomes float32.
+def with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a float32 copy of a float8 one, for which most operations do not exist.
 
-    float32 holds all values of float8, and most operations do not exist for float8.
+    float32 holds all values of float8.
     """
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-        return tensor.float()
-    return tensor.clone()
+    return tensor.float() if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1 else tensor
 
 
 def open_tensors(path: str | Path, field: str) -> TensorFile:

@@ -15,8 +15,8 @@ from selfnpo_fast.negatives.formats import quantisation_of
 from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.names import WHOLE_MODEL, unwrapped, weight_names
 from selfnpo_fast.negatives.sources import ModelFiles
-from selfnpo_fast.negatives.tensor_files import open_tensors, quantised_as
-from selfnpo_fast.runtime.errors import UserError, shortened
+from selfnpo_fast.negatives.tensor_files import TensorFile, open_tensors, quantised_as, with_arithmetic
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,12 @@ def file_weights(source: ModelFiles, model: nn.Module, field: str) -> WeightRead
     Raises UserError where a file is truncated, is no safetensors file, or holds quantised weights.
     """
     files = [open_tensors(path, field) for path in source.files]
-    file_of_key = {key: file for file in files for key in file.shapes}
+    file_of_key: dict[str, TensorFile] = {}
+    for file in files:
+        twice = min(file_of_key.keys() & file.shapes.keys(), default=None)
+        if twice is not None:
+            raise UserError(f"{field}: {source.name} holds {one_line(twice, 120)} in two files")
+        file_of_key |= dict.fromkeys(file.shapes, file)
     form = quantisation_of(file_of_key, source.config)
     if form is not None:
         raise UserError(f"{field}: {source.name} is quantised ({form}); give weights in fp32, bf16 or fp16")
@@ -117,11 +122,12 @@ def file_weights(source: ModelFiles, model: nn.Module, field: str) -> WeightRead
     key_of_name: dict[str, str] = {}
     for key, name in _names(list(file_of_key), model).items():
         if name in key_of_name:
-            raise UserError(f"{field}: {source.name} holds {name} twice, as {key_of_name[name]} and as {key}")
+            first, second = one_line(key_of_name[name], 120), one_line(key, 120)
+            raise UserError(f"{field}: {source.name} holds {one_line(name, 120)} twice, as {first} and as {second}")
         if quantised_as(file_of_key[key].dtypes[key]):
             raise UserError(
-                f"{field}: {source.name} is quantised: {name} is stored as {file_of_key[key].dtypes[key]}; "
-                "give weights in fp32, bf16 or fp16"
+                f"{field}: {source.name} is quantised: {one_line(name, 120)} is stored as "
+                f"{file_of_key[key].dtypes[key]}; give weights in fp32, bf16 or fp16"
             )
         key_of_name[name] = key
     shapes = {name: file_of_key[key].shapes[key] for name, key in key_of_name.items()}
@@ -187,8 +193,8 @@ def check_shapes(weights: WeightReader, expected: dict[str, tuple[int, ...]], fi
         shape, wanted = weights.shapes.get(name), expected.get(name)
         if shape != wanted:
             raise UserError(
-                f"{field}: {weights.source} does not fit the model: {name} has shape {shape}, "
-                f"the model has {wanted}; train it from this model"
+                f"{field}: {weights.source} does not fit the model: {one_line(name, 120)} has shape "
+                f"{shortened(shape)}, the model has {wanted}; train it from this model"
             )
 
 
@@ -207,11 +213,11 @@ def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Modul
     for name, like in plain_state(model).items():
         device = torch.device("cpu") if like.is_meta else like.device
         state[name] = value = weights.read(name).to(device, like.dtype, copy=True)
-        if not value.isfinite().all():
+        if not with_arithmetic(value).isfinite().all():
             raise UserError(
                 f"{field}: {weights.source} is damaged, or too large for {like.dtype}: {name} is not finite"
             )
-        differs = differs or like.is_meta or not torch.equal(value, like)
+        differs = differs or like.is_meta or not torch.equal(with_arithmetic(value), with_arithmetic(like))
     if not differs:
         raise UserError(f"{field}: {weights.source} equals the positive model: guidance would have no effect")
     with init_empty_weights():

@@ -185,7 +185,7 @@ def test_dtypes_of_files(dtype, tmp_path):
     state = {key: value.to(dtype) if "alpha" not in key else value for key, value in named(network, "kohya").items()}
     path = tmp_path / "lora.safetensors"
     save_file(state, path)
-    for found in (read_lora(path, network), load_negative(network, path).deltas):
+    for found in (read_lora(path, network), read_lora(state, network), load_negative(network, path).deltas):
         for layer, (down, up) in updates(network).items():
             assert torch.equal(found[layer].down.float(), down.to(dtype).float())
             assert torch.equal(found[layer].up.float(), up.to(dtype).float())
@@ -197,6 +197,21 @@ def test_full_weights_in_float8(dtype, tmp_path):
     save_file(state, tmp_path / "n.safetensors")
     found = load_negative(small("sd"), tmp_path / "n.safetensors").network.state_dict()
     assert all(torch.equal(found[name], value.float()) for name, value in state.items())
+
+
+def test_a_positive_that_is_cast_to_float8(tmp_path):
+    """No operation that float8 lacks is asked of it."""
+    positive = small("sd").to(torch.float8_e4m3fn)
+    state = {name: value.float() * 2 for name, value in positive.state_dict().items()}
+    save_file(state, tmp_path / "n.safetensors")
+    found = load_negative(positive, tmp_path / "n.safetensors").network.state_dict()
+    assert all(torch.equal(found[name].float(), value) for name, value in state.items())
+    other = tiny.unet()
+    other.load_state_dict(state)
+    assert load_negative(positive, other).network is other
+    save_file({name: value.float() for name, value in positive.state_dict().items()}, tmp_path / "same.safetensors")
+    with pytest.raises(UserError, match="equals the positive model"):
+        load_negative(positive, tmp_path / "same.safetensors")
 
 
 # Full weights
@@ -340,6 +355,21 @@ def test_a_quantised_network_is_refused_by_name(kind, which, tmp_path):
     else:
         with pytest.raises(UserError, match=r"^negative: the UNet2DConditionModel is quantised \(bitsandbytes\)"):
             load_negative(small("sd"), quantised)
+
+
+@pytest.mark.parametrize(
+    ("module", "form"),
+    [("torchao.dtypes.affine", "torchao"), ("diffusers.quantizers.gguf.utils", "GGUF"), ("optimum.quanto.q", "quanto")],
+)
+def test_other_libraries_tensors_are_known_by_their_module(module, form, tmp_path):
+    """torchao, gguf and quanto are not installed here: a class stands in for their tensors'."""
+    quantised = small("sd")
+    kind = type("Tensor", (nn.Parameter,), {"__module__": module})
+    layer = quantised.time_embedding.linear_1
+    layer.weight = kind(layer.weight.detach())
+    save_file(named(small("sd"), "kohya"), tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match=rf"^model: the UNet2DConditionModel is quantised \({form}\)"):
+        load_negative(quantised, tmp_path / "lora.safetensors")
 
 
 def test_a_lora_of_whole_numbers_is_quantised(tmp_path):

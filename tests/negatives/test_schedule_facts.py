@@ -28,7 +28,7 @@ from selfnpo_fast import attach_negative, cli, train
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.guidance.correlation import correlation
 from selfnpo_fast.guidance.sampler import GuidedSampler
-from selfnpo_fast.models import DIGITS, load_adapter
+from selfnpo_fast.models import load_adapter
 from selfnpo_fast.negatives.load import load_negative
 from selfnpo_fast.negatives.merge import merge
 from selfnpo_fast.negatives.sources import LORA_FILE, RECORD
@@ -55,10 +55,11 @@ def negatives(base, network, tmp_path_factory) -> dict[str, Path]:
     it."""
     folder = tmp_path_factory.mktemp("negatives")
     other = moved(network, 3, 0.05)
-    paths = {name: folder / name for name in ("pipeline", "denoiser", "record", "file", "lora", "kohya", "marked")}
+    paths = {name: folder / name for name in ("pipeline", "record", "file", "lora", "kohya", "marked")}
     other.save_pretrained(paths["pipeline"] / "unet")
     tiny.scheduler("v_prediction").save_pretrained(paths["pipeline"] / "scheduler")
     paths["denoiser"] = paths["pipeline"] / "unet"
+    paths["in denoiser"] = paths["denoiser"] / "diffusion_pytorch_model.safetensors"
     other.save_pretrained(paths["record"] / "unet")
     facts = ScheduleFacts.of_scheduler(tiny.scheduler("v_prediction"), "x")
     (paths["record"] / RECORD).write_text(
@@ -83,22 +84,31 @@ def negatives(base, network, tmp_path_factory) -> dict[str, Path]:
     return paths
 
 
-PLACES = ["pipeline", "denoiser", "record", "file", "marked", "lora", "kohya"]
+PLACES = ["pipeline", "denoiser", "in denoiser", "record", "file", "marked", "lora", "kohya"]
 
 
-def pipeline(folder: Path, scheduler=None) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    if scheduler is not None:
-        pipe.scheduler = scheduler
-    return pipe
+@pytest.fixture(scope="module")
+def shared(base) -> StableDiffusionPipeline:
+    """The pipeline of the epsilon model."""
+    return pipeline(base)
+
+
+@pytest.fixture
+def pipe(shared) -> StableDiffusionPipeline:
+    """The same with its own scheduler, and without a negative."""
+    shared.scheduler = tiny.scheduler()
+    return shared
+
+
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_every_door_refuses_another_prediction_type(base, network, negatives, place, tmp_path):
+def test_every_door_refuses_another_prediction_type(base, network, negatives, pipe, place, tmp_path):
     """The same file is taken by a v-prediction pipeline of the same weights."""
     path = str(negatives[place])
-    adapter, pipe = load_adapter(str(base)), pipeline(base)
+    adapter = load_adapter(str(base))
     loaded = load_negative(network, path)
     rows = adapter.encode_prompts(["a cat"], CPU)
     doors = {
@@ -135,7 +145,7 @@ def test_commands_refuse_another_prediction_type(base, negatives, command, tmp_p
 
 def test_evaluate_refuses_another_prediction_type(tmp_path):
     """It draws with the embedded digits model, an epsilon model."""
-    shutil.copytree(DIGITS / "unet", tmp_path / "n" / "unet")
+    moved(load_adapter("digits").load_denoiser(torch.float32), 1, 0.01).save_pretrained(tmp_path / "n" / "unet")
     tiny.scheduler("v_prediction").save_pretrained(tmp_path / "n" / "scheduler")
     output = tmp_path / "output"
     code, error = call(cli.main, ["evaluate", "--negative", str(tmp_path / "n"), "--output", str(output)])
@@ -158,24 +168,25 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_another_solver_of_the_same_schedule_is_taken(base, network, name, tmp_path):
+def test_another_solver_of_the_same_schedule_is_taken(pipe, network, name, tmp_path):
     """Full weights beside a scheduler of one class, a pipeline with one of another."""
     moved(network, 4, 0.05).save_pretrained(tmp_path / "unet")
     tiny.scheduler().save_pretrained(tmp_path / "scheduler")
-    attach_negative(pipeline(base, SAMPLERS[name]()), tmp_path).detach()
+    pipe.scheduler = SAMPLERS[name]()
+    attach_negative(pipe, tmp_path).detach()
     SAMPLERS[name]().save_pretrained(tmp_path / "scheduler")
-    attach_negative(pipeline(base), tmp_path).detach()
+    pipe.scheduler = tiny.scheduler()
+    attach_negative(pipe, tmp_path).detach()
 
 
 @pytest.mark.parametrize("rescaled", ["negative", "pipeline", "both"])
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
-def test_zero_terminal_snr_of_one_only(network, tmp_path, rescaled, kind):
+def test_zero_terminal_snr_of_one_only(network, pipe, tmp_path, rescaled, kind):
     """The classes write the last level as 0 or as 2^-24."""
-    model = tiny.write_sd(tmp_path / "v", "v_prediction")
     moved(network, 4, 0.05).save_pretrained(tmp_path / "n" / "unet")
     options = {**BETAS, "prediction_type": "v_prediction"}
     DDIMScheduler(**options, rescale_betas_zero_snr=rescaled != "pipeline").save_pretrained(tmp_path / "n/scheduler")
-    pipe = pipeline(model, kind(**options, rescale_betas_zero_snr=rescaled != "negative"))
+    pipe.scheduler = kind(**options, rescale_betas_zero_snr=rescaled != "negative")
     if rescaled == "both":
         attach_negative(pipe, tmp_path / "n").detach()
         return
@@ -184,16 +195,16 @@ def test_zero_terminal_snr_of_one_only(network, tmp_path, rescaled, kind):
         attach_negative(pipe, tmp_path / "n")
 
 
-def test_other_betas(base, network, tmp_path):
+def test_other_betas(pipe, network, tmp_path):
     moved(network, 4, 0.05).save_pretrained(tmp_path / "unet")
     DDIMScheduler(**BETAS | {"beta_schedule": "linear"}).save_pretrained(tmp_path / "scheduler")
     with pytest.raises(
         UserError, match=rf"^negative: the noise schedule of {tmp_path} .*alphas_cumprod at timestep \d+"
     ):
-        attach_negative(pipeline(base), tmp_path)
+        attach_negative(pipe, tmp_path)
     DDIMScheduler(**BETAS, num_train_timesteps=100).save_pretrained(tmp_path / "scheduler")
     with pytest.raises(UserError, match=rf"^negative: {tmp_path} has 100 timesteps, the pipeline 1000"):
-        attach_negative(pipeline(base), tmp_path)
+        attach_negative(pipe, tmp_path)
 
 
 def test_facts_are_read_at_the_right_timesteps():
@@ -218,17 +229,19 @@ def test_runs_record_the_schedule(tmp_path, rank):
         record = json.loads((negative / RECORD).read_text())
     expected = ScheduleFacts.of_scheduler(tiny.scheduler("v_prediction"), "x").record()
     assert record["schedule"] == expected
-    attach_negative(pipeline(model), negative).detach()
+    v_pipe = pipeline(model)
+    attach_negative(v_pipe, negative).detach()
+    v_pipe.scheduler = tiny.scheduler()
     with pytest.raises(UserError, match="prediction type v_prediction"):
-        attach_negative(pipeline(model, tiny.scheduler()), negative)
+        attach_negative(v_pipe, negative)
 
 
-def test_a_merge_records_the_schedule(base, network, negatives, tmp_path):
+def test_a_merge_records_the_schedule(base, pipe, negatives, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     tiny.scheduler("v_prediction").save_pretrained(tmp_path / "base" / "scheduler")
     folder = merge(tmp_path / "base", negatives["kohya"], tmp_path / "merged")
     with pytest.raises(UserError, match=rf"prediction type v_prediction of {folder} does not go with epsilon"):
-        attach_negative(pipeline(base), folder)
+        attach_negative(pipe, folder)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +260,15 @@ def test_metadata_of_other_programs(metadata, expected):
     assert (facts.prediction_type, facts.zero_snr) == expected
 
 
-def test_nothing_is_compared_that_nothing_says(base, network, tmp_path):
+def test_nothing_is_compared_that_nothing_says(pipe, network, tmp_path):
     """Files of before load as they did, and schedulers without alphas_cumprod stay possible."""
     epsilon = ScheduleFacts.of_scheduler(tiny.scheduler(), "x")
     check_same_schedule(ScheduleFacts("y"), epsilon)
     check_same_schedule(None, epsilon)
     check_same_schedule(ScheduleFacts.of_scheduler(object(), "y"), epsilon)
     moved(network, 4, 0.05).save_pretrained(tmp_path / "unet")
-    attach_negative(pipeline(base, tiny.scheduler("v_prediction")), tmp_path).detach()
+    pipe.scheduler = tiny.scheduler("v_prediction")
+    attach_negative(pipe, tmp_path).detach()
 
 
 @pytest.mark.parametrize(
