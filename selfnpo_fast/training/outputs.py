@@ -13,9 +13,7 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import one_line
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.folders import write_file
-
-MAX_ROW_BYTES = 1 << 16
-"""Bytes of one row of metrics.jsonl; ours have some 500."""
+from selfnpo_fast.runtime.limits import MAX_ROW_BYTES
 
 
 def json_row(row: dict) -> dict:
