@@ -14,6 +14,8 @@ MAX_NAME_CHARACTERS = 512
 """Characters of a tensor's or layer's name: regular expressions of files run on no longer ones."""
 MAX_JSON_BYTES = 64 << 20
 """Bytes of a JSON file."""
+MAX_SAMPLE_ID = 1 << 62
+"""The id of a sample; a run never comes near it."""
 MAX_ROW_BYTES = 1 << 16
 """Bytes of a row of metrics.jsonl; ours have some 500."""
 MAX_TENSORS = 50_000

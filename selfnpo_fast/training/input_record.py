@@ -67,13 +67,13 @@ def _alike(saved: dict, now: dict, rows: WeightReader) -> bool:
 
 
 def _noise(schedule: NoiseSchedule) -> dict:
-    """Prediction type, and alphas_cumprod at evenly spaced timesteps."""
-    alphas = schedule.alphas_cumprod
-    chosen = alphas[torch.arange(_LEVELS) * (len(alphas) - 1) // (_LEVELS - 1)].tolist()
+    """Prediction type, and alpha and sigma at evenly spaced timesteps."""
+    last = schedule.num_train_timesteps - 1
+    alpha, sigma = schedule.alpha_sigma(torch.arange(_LEVELS) * last // (_LEVELS - 1))
     return {
         "prediction_type": schedule.prediction_type,
-        "timesteps": len(alphas),
-        "alphas_cumprod": chosen,
+        "timesteps": last + 1,
+        "levels": [*alpha.tolist(), *sigma.tolist()],
     }
 
 
@@ -89,7 +89,7 @@ def _rows(tensors: dict[str, torch.Tensor]) -> WeightReader:
 
 def _equal(one: float, other: float) -> bool:
     """Whether two noise levels are the same, however they were rounded."""
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
 
 
 class InputRecord:
@@ -182,11 +182,11 @@ class InputRecord:
         if now["sha256"] != then["sha256"]:
             commits = f" (commit {one_line(then['commit'], 40)} before, {now['commit']} now)" if then["commit"] else ""
             return f"model.path: the base's weights have changed{commits}"
-        schedule, levels = self.values["schedule"], saved["schedule"]["alphas_cumprod"]
-        if schedule["prediction_type"] != saved["schedule"]["prediction_type"]:
+        now, then = self.values["schedule"], saved["schedule"]
+        if now["prediction_type"] != then["prediction_type"]:
             return "model.path: the base's prediction_type has changed"
-        same = schedule["timesteps"] == saved["schedule"]["timesteps"] and len(levels) == _LEVELS
-        if not same or not all(map(_equal, schedule["alphas_cumprod"], levels)):
+        same_count = now["timesteps"] == then["timesteps"] and len(now["levels"]) == len(then["levels"])
+        if not same_count or not all(map(_equal, now["levels"], then["levels"])):
             return "model.path: the base's noise levels have changed"
         return None
 

@@ -40,7 +40,7 @@ class Inputs:
     """The base model's denoiser on this rank's device, in the precision of training."""
     base: dict
     """The record of the base for the negative model's files (`negatives.fingerprint`)."""
-    record: InputRecord | None
+    record: InputRecord | None = None
     """What checkpoints record of all this; on rank 0 alone, which writes it."""
 
     def refuse_changed(self, checkpoint: Path, world: World) -> None:
