@@ -332,7 +332,7 @@ class LogConfig:
     """Number of newest checkpoints to keep."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """If a checkpoint cannot be written, as on a full disk: warn and try again at the next one, or
-    stop."""
+    stop. A state that is not finite stops the run always."""
     spike: float = 5.0
     """Report an update whose loss is this many times the median of the last 100; 0 for none."""
 

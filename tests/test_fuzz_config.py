@@ -209,6 +209,22 @@ def refuse(base: Path, content: str | bytes, *expected: str, words: tuple[str, .
     path.unlink()
 
 
+@pytest.mark.parametrize("value", [10**9 + 1, 2**62])
+def test_counts_that_nothing_can_need_are_refused(value):
+    """Tables of `log.every` rows, and grids of `log.sample_prompts` pictures, would eat the memory."""
+    bounded = [("log", f"{name}every") for name in ("", "sample_", "checkpoint_")]
+    bounded += [("log", "keep"), ("log", "sample_prompts"), ("log", "sample_steps"), ("rollout", "grid_steps")]
+    bounded += [("rollout", "pool"), ("reference", "every"), ("optimizer", "warmup"), ("optimizer", "max_skipped")]
+    bounded += [("engine", "batch_size"), ("engine", "accumulation"), ("lora", "rank")]
+    for section, name in bounded:
+        with pytest.raises(UserError, match=rf"^{section}\.{name}: {value} is not possible; expected "):
+            SECTIONS[section](**{name: value})
+    with pytest.raises(UserError, match=rf"^updates: {value} is not possible; expected an integer from 1 to 1,000,000"):
+        TrainConfig(updates=value)
+    with pytest.raises(UserError, match=r"^log.sample_guidance_scale: 1e.38 is not possible"):
+        SECTIONS["log"](sample_guidance_scale=1e38)
+
+
 def broken_values(kind: Any) -> list:
     """Values that no field of a type takes."""
     kinds = get_args(kind) if get_origin(kind) is not Literal else ()

@@ -18,6 +18,7 @@ from selfnpo_fast.rollout.pairs import PairMaker, Pairs
 from selfnpo_fast.runtime.capture import Capture, Step, no_capture
 from selfnpo_fast.runtime.compiling import compiled
 from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
+from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
 from selfnpo_kernels import Draw, TdftTables, affine_noise, normal, randint, tdft_step
 
 _COLUMNS = ("index", "ids", "left", "rows")
@@ -199,9 +200,9 @@ class ContinuousRollout:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state_dict()`. Raises ValueError where it is none of this rollout's."""
         check_layout(layout_of(state.items()), layout_of(self.state_dict().items()))
-        maker, most = self.maker, 2**62
+        maker = self.maker
         check_range("index", state["index"], -1, maker.config.grid_steps - 1)
-        check_range("ids", state["ids"], 0, most)
+        check_range("ids", state["ids"], 0, MAX_SAMPLE_ID)
         check_range("left", state["left"], 0, maker.config.grid_steps)
         check_range("rows", state["rows"], 0, maker.num_prompts)
         check_range("cursor", state["cursor"], 0, self.groups - 1)

@@ -13,6 +13,7 @@ import torch
 from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.rollout.pairs import GuidedPredictor, PairMaker, Pairs
 from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
+from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
 from selfnpo_kernels import Draw, NoiseKey, affine_noise, guided_step, normal, randint
 
 
@@ -178,6 +179,6 @@ class LockstepRollout:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state_dict()`. Raises ValueError where it is none of this rollout's."""
         check_layout(layout_of(state.items()), layout_of(self.state_dict().items()))
-        check_range("next_id", state["next_id"], 0, 2**62)
+        check_range("next_id", state["next_id"], 0, MAX_SAMPLE_ID)
         self.next_id = int(state["next_id"]) + self.offset
         self.maker.predictor.load_state_dict(state)

@@ -50,7 +50,8 @@ class Producer:
     def __init__(self, rollout, predictor: GuidedPredictor, accumulation: int, version: Callable[[], int]) -> None:
         """A producer over a rollout.
 
-        rollout         has next_pairs, fill, state_dict and load_state_dict, as LockstepRollout
+        rollout         has next_pairs, fill, state_dict, load_state_dict, batch and maker, as
+                        LockstepRollout
         predictor       has forwards: the samples that the rollout's reference has forwarded
         accumulation    micro-batches of an update
         version         returns how often the reference has moved
@@ -225,16 +226,12 @@ class OverlappedProducer(Producer):
 
     def _check_pending(self, pending: State) -> None:
         """ValueError where tensors by their names in a state are no pairs of this producer."""
-        rollout = self.rollout
-        lead, maker = (self.accumulation, rollout.batch), rollout.maker
-        expected = {f"{_PENDING}{name}": (torch.int64, lead) for name in ("s", "t", "rows", "sample_ids")}
-        expected |= {f"{_PENDING}{name}": (torch.float32, (*lead, *maker.latent_shape)) for name in ("x_s", "target")}
-        expected |= {f"{_PENDING}{name}": (torch.int64, ()) for name in ("version", "forwards")}
-        check_layout(layout_of(pending.items()), expected | {f"{_PENDING}weight": (torch.float32, lead)})
-        last = maker.grid.schedule.num_train_timesteps - 1
-        bounds = {"s": last, "t": last, "rows": maker.num_prompts, "sample_ids": 2**62}
-        for name, most in (bounds | {"version": 2**53, "forwards": 2**53}).items():
-            check_range(f"{_PENDING}{name}", pending[f"{_PENDING}{name}"], 0, most)
+        pairs = {name.removeprefix(_PENDING): value for name, value in pending.items()}
+        counters = {name: pairs.pop(name, torch.empty(0)) for name in ("version", "forwards")}
+        check_layout(layout_of(counters.items()), dict.fromkeys(counters, (torch.int64, ())))
+        for name, value in counters.items():
+            check_range(name, value, 0, 2**53)
+        self.rollout.maker.check_pairs(pairs, (self.accumulation, self.rollout.batch))
 
     def close(self) -> None:
         """Waits until the pairs in flight are made, or their making has failed."""

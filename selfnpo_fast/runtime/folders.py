@@ -27,7 +27,8 @@ RUN_ENTRIES = frozenset(
 ASIDE, DOOMED = ".writing-", ".deleting-"
 """Prefixes of the names of folders that are being written or deleted."""
 REPLACED = ".replaced-"
-"""Prefix of a whole folder that has made room for its successor, where names cannot be exchanged."""
+"""Prefix of a whole folder that has made room for its successor, where names cannot be
+exchanged."""
 _PROCESS = re.compile(r"[^.].*\.([A-Za-z0-9-]+)-(\d+)$")
 """What follows the prefix: the name, the host and the process."""
 MANIFEST = "manifest.json"
@@ -137,7 +138,7 @@ def begin_aside(target: Path) -> Path:
 
 
 def put_back(parent: Path) -> None:
-    """Give folders in `parent` their names back that were replaced by a run that was then killed."""
+    """Give those folders in `parent` their names back whose replacement was cut off by a kill."""
     for replaced in parent.glob(f"{REPLACED}*"):
         name = parent / replaced.name.removeprefix(REPLACED)
         remove(replaced) if name.exists() else replaced.rename(name)

@@ -28,6 +28,10 @@ MAX_FOLDER_ENTRIES = 100_000
 """Entries of a folder in which a model is looked for."""
 MAX_RANK = 4_096
 """Rank of a LoRA that is read."""
+MAX_SAMPLE_ID = 1 << 62
+"""The id of a sample; a run never comes near it."""
+MAX_ROW_BYTES = 1 << 16
+"""Bytes of a row of metrics.jsonl; ours have some 500."""
 MAX_TENSORS = 50_000
 """Tensors of one weights file; the largest models here have some 3,000."""
 MAX_HEADER_BYTES = 16 << 20

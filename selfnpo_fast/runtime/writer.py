@@ -45,7 +45,7 @@ class Writer:
             self.error = f"{name}: {one_line(error)}"
 
     def look(self, name: str, tensors: Tensors) -> None:
-        """Look whether tensors of the file `name` are finite; if not, `finish` raises NotFiniteError.
+        """Look whether tensors of the file `name` are finite; else `finish` raises NotFiniteError.
 
         From then on this rank writes nothing more.
         """

@@ -145,9 +145,9 @@ def save_checkpoint(
     """Write the checkpoint `folder/update-NNNNNNN`, and delete all but the newest `log.keep`.
 
     `inputs` is the record of what the run reads (`training.input_record`), on rank 0. All ranks
-    take part. Returns the checkpoint's folder. Raises RunError on all ranks where it could not be written, and
-    NotFiniteError where weights, moments or reference are not finite; older checkpoints are
-    untouched then.
+    take part. Returns the checkpoint's folder. Raises RunError on all ranks where it could not be
+    written, and NotFiniteError where weights, moments or reference are not finite; older
+    checkpoints are untouched then.
     """
     writer = Writer(folder / f"update-{update:07d}", world)
     main = world.is_main
@@ -235,20 +235,24 @@ def _load_rank_parts(checkpoint: Path, parts: Mapping[str, RankPart], size: int,
     saved = [_read_parts(path, parts) for path in paths]
     for name, part in parts.items():
         states = [parts_of_rank[name] for parts_of_rank in saved]
-        with _refusing(paths[0], name):
+        with _refusing(paths[0], name, RuntimeError):
             of_rank = states[0] if same_ranks else part.reshard(states, world)
             if of_rank is not None:
                 part.load_state_dict(of_rank)
 
 
 @contextmanager
-def _refusing(path: Path, part: str) -> Iterator[None]:
-    """Turn what loading a part throws over a state of another run into one line."""
+def _refusing(path: Path, part: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn what loading a part throws over a state of another run into one line.
+
+    `more` are further errors that mean the same; a RuntimeError of a part that ranks load together
+    may as well be a lost rank.
+    """
     try:
         yield
     except (UserError, RunError, torch.OutOfMemoryError):
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, *more) as error:
         raise UserError(f"{path} does not fit this run: {part}: {one_line(error)}; delete its folder") from error
 
 
@@ -259,7 +263,7 @@ def _read(path: Path) -> Tensors:
 
 
 def _read_parts(path: Path, parts: Iterable[str]) -> dict[str, Tensors]:
-    """The tensors of each part of a rank, which the file names `<part>.<name>`. Raises UserError."""
+    """The tensors of each part of a rank, named `<part>.<name>` in the file. Raises UserError."""
     of_part: dict[str, Tensors] = {part: {} for part in parts}
     for full_name, tensor in _read(path).items():
         part, _, name = full_name.partition(".")

@@ -173,7 +173,8 @@ class NativeMoments:
         if moment_names(self.engine):
             raise ValueError("8-bit moments are there, but this run's optimiser has none")
         optimizer, params = self.engine.engine.basic_optimizer, _native_params(self.engine)
-        # Make the state that the optimiser's first step would make: the saved one has to look alike.
+        # Make the state that the optimiser's first step would make; the saved one has to look like
+        # it.
         for p in params:
             optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
         check_layout(layout_of(state.items()), layout_of(self.state_dict().items()))

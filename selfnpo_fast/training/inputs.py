@@ -43,7 +43,7 @@ class Inputs:
     """The base model's denoiser on this rank's device, in the precision of training."""
     base: dict
     """The record of the base for the negative model's files (`negatives.fingerprint`)."""
-    record: InputRecord | None
+    record: InputRecord | None = None
     """What checkpoints record of all this; on rank 0 alone, which writes it."""
 
     def refuse_changed(self, checkpoint: Path, world: World) -> None:
@@ -76,7 +76,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     if world.is_main:
         named = ((name, weights.read(name)) for name in weights.shapes)
         commit = hub_commit(adapter.path, model.revision)
-        record = InputRecord(inputs, table, adapter.schedule, named, commit=commit)
+        record = InputRecord(inputs, table, schedule, named, commit=commit)
     return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
 
 

@@ -18,10 +18,8 @@ from selfnpo_fast.runtime.console import logger, say_once
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.folders import write_file
+from selfnpo_fast.runtime.limits import MAX_ROW_BYTES
 from selfnpo_fast.runtime.screen import progress_bar
-
-MAX_ROW_BYTES = 1 << 16
-"""Bytes of one row of metrics.jsonl; ours have some 500."""
 
 
 def json_row(row: dict) -> dict:

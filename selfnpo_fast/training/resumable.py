@@ -114,7 +114,7 @@ def newest_good(folder: Path, before: int | None = None) -> Path | None:
 
 
 def _why_not_finite(checkpoint: Path) -> str | None:
-    """The first tensor of weights, moments and reference that is not finite; None if there is none."""
+    """The first tensor of weights, moments and reference that is not finite, or None."""
     for path in sorted(checkpoint.glob("*.safetensors")):
         of_rank = path.name.startswith("rank")
         with open_tensors(path) as file:
@@ -175,6 +175,8 @@ def _check_files(checkpoint: Path, state: dict) -> None:
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise ValueError(f"its files are {shortened(files)}")
     listed = read_json(checkpoint / MANIFEST, str(checkpoint))
+    if not isinstance(listed, dict):
+        raise ValueError(f"its manifest is {shortened(listed)}")
     for name in files:
         if name not in listed:
             raise ValueError(f"{one_line(name, 80)} belongs to it, and the manifest does not list it")

@@ -312,14 +312,8 @@ class Trainer:
         saved, folder = self.saved, self.output / "checkpoints"
         if saved and update_of(saved) == self.update and self.world.on_main(saved.is_dir):
             return saved
-        self.saved = save_checkpoint(
-            folder,
-            self.update,
-            self._parts(recorder),
-            self.config,
-            self.world,
-            inputs=self.record and self.record.values,
-        )
+        parts, inputs = self._parts(recorder), self.record and self.record.values
+        self.saved = save_checkpoint(folder, self.update, parts, self.config, self.world, inputs)
         recorder.restart_clock()
         return self.saved
 

@@ -148,18 +148,28 @@ def integers(path: Path) -> list[str]:
     return list(kinds.values())
 
 
-@pytest.mark.parametrize("value", [-2, 1000, 2**63 - 1])
+@pytest.mark.parametrize("value", [-2, 2**63 - 1])
 def test_indices_out_of_range_are_refused(value, saved):
-    """On a GPU such an index reads foreign memory. Where one is in range, an update can be made."""
+    """On a GPU such an index reads foreign memory."""
     for path in (saved.whole / "rank0.safetensors", saved.whole / "reference.safetensors"):
         for name in integers(path):
             folder, tensors = saved.copy(), load_file(path)
             tensors[name].view(-1)[:1] = value
             save_file(tensors, folder / path.name)
-            if saved.loads(folder, changed=path.name):
-                assert value == 1000, name
-                saved.trainer.train_update(saved.recorder)
-                saved.recorder.discard()
+            assert not saved.loads(folder, changed=path.name), name
+
+
+@pytest.mark.parametrize("value", [0, 1, 7, 1000])
+def test_an_index_that_is_let_in_makes_an_update(value, plain):
+    """What the ranges above allow, the kernels and tables take."""
+    path = plain.whole / "rank0.safetensors"
+    for name in integers(path):
+        folder, tensors = plain.copy(), load_file(path)
+        tensors[name].view(-1)[:1] = value
+        save_file(tensors, folder / path.name)
+        if plain.loads(folder, changed=path.name):
+            plain.trainer.train_update(plain.recorder)
+            plain.recorder.discard()
 
 
 def test_a_state_of_a_random_generator_is_looked_at(plain):
@@ -208,7 +218,7 @@ def places(value: object, path: tuple = ()) -> Iterator[tuple]:
                 yield from places(inner, (*path, key))
 
 
-@fuzz(60)
+@fuzz(40)
 @given(data=st.data())
 def test_a_state_with_other_values(plain, data):
     state = json.loads((plain.whole / "state.json").read_text())

@@ -213,7 +213,7 @@ def test_other_captions_and_other_pictures_are_refused(pictures, capfd):
     Path("images/1.txt").write_text(PROMPTS[1])
     Image.new("RGB", (64, 64), (255, 0, 0)).save("images/2.png")
     error = refusal(capfd, *FROM_DATA, "--resume")
-    assert error.startswith("error: data.source: its pictures have changed (4 latents before, 4 now) since")
+    assert error.startswith("error: data.source: 1 of its 4 pictures have changed since")
 
 
 def test_latents_that_were_rounded_otherwise_go_on_and_say_so(pictures, capfd):
@@ -228,7 +228,7 @@ def test_latents_that_were_rounded_otherwise_go_on_and_say_so(pictures, capfd):
     write_manifest(store)
     capfd.readouterr()
     assert run(*FROM_DATA, "--updates", "3", "--resume") == 0
-    assert "the latents are not those of the checkpoint in every bit" in capfd.readouterr().err
+    assert "the latents are those of the checkpoint but for their rounding" in capfd.readouterr().err
 
 
 # The hashes
@@ -250,3 +250,24 @@ def test_the_hash_of_weights_sees_every_bit(dtype):
     ), "the order in memory does not count"
     assert input_record.weights_sha256([("a", weights["a"])]) != input_record.weights_sha256([("b", weights["a"])])
     assert input_record.weights_sha256([("a", weights["a"])]) != input_record.weights_sha256([("a", weights["a"].T)])
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 8), (1, 4, 4), (16, 32, 32)])
+def test_codes_of_latents_tell_every_picture_and_no_rounding(shape):
+    torch.manual_seed(0)
+    latents = torch.randn(300, *shape)
+    codes = input_record.latent_codes(latents)
+    rounded = latents.bfloat16().float() * (1 + 1e-3 * torch.randn_like(latents))
+    assert input_record.changed_latents(codes, input_record.latent_codes(rounded)) == 0
+    changed = latents.clone()
+    changed[[0, 17, 299]] = torch.randn(3, *shape)
+    assert input_record.changed_latents(codes, input_record.latent_codes(changed)) == 3
+    assert input_record.changed_latents(codes, input_record.latent_codes(latents.flip(0))) == 300
+    with pytest.raises(ValueError, match="codes of 300 and 299 latents"):
+        input_record.changed_latents(codes, input_record.latent_codes(latents[1:]))
+
+
+@pytest.mark.parametrize("codes", ["", "x", "AAAA", 3, "*" * 3200])
+def test_codes_that_are_none_are_refused(codes):
+    with pytest.raises((ValueError, TypeError)):
+        input_record.changed_latents(codes, input_record.latent_codes(torch.ones(300, 2)))
