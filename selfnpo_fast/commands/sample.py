@@ -8,6 +8,7 @@ from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import check_writable, writing
+from selfnpo_fast.runtime.limits import MAX_COUNT, check_count
 from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
 from selfnpo_fast.runtime.screen import progress_bar, show
@@ -97,8 +98,8 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     # Checks that need no model.
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
-    if options.images_per_prompt < 1:
-        raise UserError(f"images_per_prompt: {options.images_per_prompt} is not possible; expected at least 1")
+    for name in ("limit", "images_per_prompt", "steps", "batch_size"):
+        check_count(name, getattr(options, name))
     settings = SamplerConfig(
         steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -109,6 +110,7 @@ def _sample(options: SampleOptions, folder: Path) -> None:
         guidance_rescale=options.guidance_rescale,
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
+    check_count("images_per_prompt", options.images_per_prompt, most=MAX_COUNT // len(texts))
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
     # The model, and the negative model if there is one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,12 +129,19 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     adapter.check_steps(settings.steps)
     adapter.check_size()
     # Pictures, one file for each, and a grid with the pictures of one prompt in a row.
+    sampler, parts = GuidedSampler(adapter, denoiser, negative), []
     with progress_bar(len(seeds), "image") as bar:
-        sampler = GuidedSampler(adapter, denoiser, negative)
-        images = sampler.images(rows, empty, seeds, settings, lambda count: bar.update(count - bar.n))
+        # What is drawn is written at once, so that it is there whatever becomes of the rest.
+        for start in range(0, len(seeds), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            own = {name: value[part] for name, value in rows.items()}
+            done = lambda count, before=start: bar.update(before + count - bar.n)  # noqa: E731
+            parts.append(sampler.images(own, empty, seeds[part], settings, done))
+            with writing(folder):
+                for i, picture in enumerate(to_pil(parts[-1], least_side=0), start):
+                    picture.save(folder / f"{i:04d}-seed{seeds[i]}.png")
+    images = torch.cat(parts)
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
     with writing(folder):
-        for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
-            picture.save(folder / f"{i:04d}-seed{seed}.png")
         image_grid(images, columns).save(folder / "grid.png")
     show(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")

@@ -20,6 +20,8 @@ MAX_TOKENS = 8_192
 """Tokens of one prompt that a tokenizer may ask for."""
 MAX_COUNT = 1_000_000
 """Intervals, pictures per prompt, steps and other small counts of a config or command line."""
+MAX_ARMS = 1_000
+"""Guidance scales, and negatives, of one evaluation."""
 
 
 def check_count(field: str, value: int, least: int = 1, most: int = MAX_COUNT) -> None:

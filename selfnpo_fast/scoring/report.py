@@ -37,8 +37,8 @@ def write_report(results: Results, folder: Path, config: Mapping[str, Any]) -> d
     if not results.has_frontier:
         names.remove("frontier.png")
     paths = {name: folder / name for name in names}
-    paths["report.json"].write_text(json.dumps(as_json(results, config), indent=1, allow_nan=False) + "\n")
-    paths["report.md"].write_text(markdown(results, config))
+    paths["report.json"].write_text(json.dumps(as_json(results, config), indent=1, allow_nan=False) + "\n", "utf-8")
+    paths["report.md"].write_text(markdown(results, config), "utf-8")
     if results.has_frontier:
         plot_frontier(results).savefig(paths["frontier.png"])
     plot_accuracy(results).savefig(paths["accuracy.png"])
