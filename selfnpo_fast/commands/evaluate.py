@@ -138,9 +138,11 @@ def _evaluate(options: EvaluateOptions, folder: Path) -> None:
 def _check_sampling(options: EvaluateOptions) -> None:
     """Raises UserError for counts that are not possible, and for scales that a sampler refuses."""
     from selfnpo_fast.guidance.sampler import SamplerConfig
+    from selfnpo_fast.scoring.digits.cases import SEEDS_PER_RUN
 
     for name in ("images", "steps", "batch_size"):
         check_count(name, getattr(options, name))
+    check_count("seed", options.seed, least=0, most=2**63 // SEEDS_PER_RUN - 1)
     for name in ("guidance_scales", "negative"):
         if len(getattr(options, name)) > MAX_ARMS:
             raise UserError(f"{name}: {len(getattr(options, name)):,} are too many; give at most {MAX_ARMS}")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import check_writable, writing
-from selfnpo_fast.runtime.limits import MAX_COUNT, check_count
+from selfnpo_fast.runtime.limits import MAX_COUNT, MAX_PROMPT_CHARACTERS, check_count, check_seeds
 from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
 from selfnpo_fast.runtime.screen import progress_bar, show
@@ -67,12 +67,6 @@ def run(argv: list[str]) -> None:
     sample(parse_options(SampleOptions, argv, "selfnpo sample"))
 
 
-def check_seeds(seeds: list[int]) -> None:
-    """Raise UserError where one of the consecutive `seeds` is not in 0 to 2^63 - 1."""
-    if seeds[0] < 0 or seeds[-1] >= 2**63:
-        raise UserError(f"seed: {seeds[0]} is not possible; expected 0 to 2^63 - {len(seeds)}")
-
-
 def sample(options: SampleOptions) -> None:
     """Draw pictures and write one PNG per picture and grid.png.
 
@@ -100,6 +94,10 @@ def _sample(options: SampleOptions, folder: Path) -> None:
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
     for name in ("limit", "images_per_prompt", "steps", "batch_size"):
         check_count(name, getattr(options, name))
+    if options.prompt is not None and len(options.prompt) > MAX_PROMPT_CHARACTERS:
+        raise UserError(
+            f"prompt: {len(options.prompt):,} characters are too many; give {MAX_PROMPT_CHARACTERS:,} at most"
+        )
     settings = SamplerConfig(
         steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -111,6 +109,7 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
     check_count("images_per_prompt", options.images_per_prompt, most=MAX_COUNT // len(texts))
+    check_seeds(options.seed, len(texts) * options.images_per_prompt)
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
     # The model, and the negative model if there is one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,7 +124,6 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     # Conditioning and noise, and checks that need the model.
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
-    check_seeds(seeds)
     adapter.check_steps(settings.steps)
     adapter.check_size()
     # Pictures, one file for each, and a grid with the pictures of one prompt in a row.

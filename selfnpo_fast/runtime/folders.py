@@ -35,6 +35,8 @@ def check_writable(path: str) -> Path:
 
     Nothing is changed. Raises UserError where the folder cannot be written or created.
     """
+    if not path.strip():
+        raise UserError("output: no name is given; name a folder")
     folder = Path(os.path.expanduser(path))
     if path.startswith("~") and str(folder).startswith("~"):
         raise UserError(f"output: {path} names nobody's home; name another folder, or ./{path}")

@@ -210,6 +210,7 @@ MISTAKES = {
     "scale nan": ([*DRAW, "--guidance_scale", "nan"], ".*guidance_scale.*nan"),
     "no images": ([*DRAW, "--images_per_prompt", "0"], "images_per_prompt: 0 is not possible"),
     "huge seed": ([*DRAW, "--seed", str(2**63)], "seed: "),
+    "long prompt": (["sample", "--prompt", "x" * 10_001], "prompt: 10,001 characters are too many"),
     "resolution no multiple": ([*DRAW, "--resolution", "30"], "model.resolution: 30 is no multiple of 4"),
     "resolution 0": ([*DRAW, "--resolution", "0"], "model.resolution: 0 "),
     "interval the wrong way": ([*DRAW, "--guidance_interval", "0.8", "0.2"], "guidance_interval: "),
@@ -230,6 +231,9 @@ MISTAKES = {
     "evaluate: a scale twice": (["evaluate", "--guidance_scales", "2", "2"], "guidance_scales: "),
     "evaluate: no scale": (["evaluate", "--guidance_scales"], "argument --guidance_scales"),
     "evaluate: too few images": (["evaluate", "--images", "3"], "cases: 3 are too few"),
+    "evaluate: huge seed": (["evaluate", "--seed", str(2**63)], "seed: 9223372036854775808 is not possible"),
+    "evaluate: the last seed is too large": (["evaluate", "--seed", str(2**62)], "seed: 4611686018427387904 is"),
+    "evaluate: negative seed": (["evaluate", "--seed", "-1"], "seed: -1 is not possible; expected an integer from 0"),
     "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
 }
 
@@ -261,6 +265,20 @@ def test_a_file_for_the_output_folder_is_refused_before_any_work(tmp_path, monke
     assert main([*command, "--output", str(output)]) == 2
     assert capfd.readouterr().err == f"error: output: {output} is a file; name a folder\n"
     assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [DRAW, ["evaluate"], ["merge", "--base", "digits", "--negative", "none"]])
+def test_an_output_without_a_name_is_refused(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--output", " "]) == 2
+    assert capfd.readouterr().err == "error: output: no name is given; name a folder\n"
+    assert contents(tmp_path) == set()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**80])
+def test_correlate_refuses_seeds_before_it_reads_a_model(seed, capfd):
+    assert main(["correlate", "--negative", "nowhere", "--seed", str(seed)]) == 2
+    assert capfd.readouterr().err.startswith(f"error: seed: {seed} is not possible; expected 0 to 2^63 - 4")
 
 
 def test_a_second_run_overwrites_file_by_file(tmp_path):
