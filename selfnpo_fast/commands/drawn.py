@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import one_line
-from selfnpo_fast.runtime.folders import ASIDE
+from selfnpo_fast.runtime.folders import whole_file
 
 
 class DrawnPictures:
@@ -40,15 +40,14 @@ class DrawnPictures:
     def keep(self, key: str, images: torch.Tensor) -> None:
         """Keep pictures (N, 3, H, W); where they cannot be written, one line says so."""
         file = self.folder / f"{key}.safetensors"
-        aside = file.with_name(ASIDE + file.name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"images": images.cpu().contiguous()}, aside)
-            aside.replace(file)
+            with whole_file(file) as aside:
+                save_file({"images": images.cpu().contiguous()}, aside)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
             say_once(f"pictures cannot be kept in {self.folder} until the report is written: {one_line(error)}")
+            with contextlib.suppress(OSError):  # it holds pictures
+                self.folder.rmdir()
 
     def remove(self) -> None:
         """Delete all pictures that are kept."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.runtime.folders import check_writable, writing
+from selfnpo_fast.runtime.folders import check_writable, whole_file, writing
 from selfnpo_fast.runtime.limits import MAX_COUNT, MAX_PROMPT_CHARACTERS, check_count, check_seeds
 from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
@@ -137,9 +137,10 @@ def _sample(options: SampleOptions, folder: Path) -> None:
             parts.append(sampler.images(own, empty, seeds[part], settings, done))
             with writing(folder):
                 for i, picture in enumerate(to_pil(parts[-1], least_side=0), start):
-                    picture.save(folder / f"{i:04d}-seed{seeds[i]}.png")
+                    with whole_file(folder / f"{i:04d}-seed{seeds[i]}.png") as file:
+                        picture.save(file, format="PNG")
     images = torch.cat(parts)
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
-    with writing(folder):
-        image_grid(images, columns).save(folder / "grid.png")
+    with writing(folder), whole_file(folder / "grid.png") as file:
+        image_grid(images, columns).save(file, format="PNG")
     show(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")

@@ -64,7 +64,8 @@ def test_sample_writes_each_batch_when_it_is_drawn(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch, capsys):
-    def full(*args, **more):
+    def full(self, file, **more):
+        Path(file).write_bytes(b"half")
         raise FULL
 
     monkeypatch.setattr(Image.Image, "save", full)
@@ -72,6 +73,8 @@ def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     expected = f"error: {tmp_path / 'out'} could not be written: {FULL}; make room, or name another"
     assert [line[line.index("error") :] for line in lines] == [expected]
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in left if path.name.startswith(".") or path.read_bytes() == b"half"]
 
 
 def test_an_interrupted_evaluation_goes_on_with_what_it_has_drawn(tmp_path, monkeypatch, capsys):
