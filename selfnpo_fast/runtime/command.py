@@ -38,7 +38,7 @@ def run_command(action: Callable[[], int | None]) -> int:
         except (UserError, RunError) as error:
             code = 2 if isinstance(error, UserError) else 1
             # All ranks raise most such errors together, and one of them prints it.
-            if launched_rank() == 0 or getattr(error, "of_one_rank", False):
+            if launched_rank() == 0 or error.of_one_rank:
                 _say(f"error: {error}")
         except KeyboardInterrupt:
             code = 130

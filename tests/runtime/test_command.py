@@ -126,6 +126,10 @@ def test_only_the_first_rank_prints_what_all_ranks_raise(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     assert run_command(failing(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "rank 1: interrupted\n"
+    error = RunError("its own trouble")
+    error.of_one_rank = True
+    assert run_command(failing(error)) == 1
+    assert capsys.readouterr().err == "rank 1: error: its own trouble\n"
     monkeypatch.setenv("RANK", "abc")
     assert run_command(failing(UserError("RANK: 'abc'"))) == 2
     assert capsys.readouterr().err == "error: RANK: 'abc'\n"
