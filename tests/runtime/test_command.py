@@ -24,6 +24,13 @@ COMMANDS = {"train": train, "doctor": doctor, "sample": sample, "evaluate": eval
             "merge": merge}  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_libraries(monkeypatch) -> None:
+    """No command imports the libraries, of which some print a line at their first import."""
+    for module in (cli, train):
+        monkeypatch.setattr(module, "quiet_libraries", lambda: None)
+
+
 def failing(error: BaseException):
     def action():
         raise error.with_traceback(None)
