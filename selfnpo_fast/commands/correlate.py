@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.limits import check_count, check_seeds
 from selfnpo_fast.runtime.options import parse_options
 from selfnpo_fast.runtime.screen import show
 
@@ -57,6 +58,9 @@ def correlate(options: CorrelateOptions) -> None:
 
     if options.negative is None:
         raise UserError("negative: none given; expected --negative")
+    for name in ("limit", "steps"):
+        check_count(name, getattr(options, name))
+    check_seeds(options.seed, options.limit)
     texts = read_prompts(options.prompts, limit=options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapter = load_adapter(options.model)

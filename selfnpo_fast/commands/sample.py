@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.runtime.folders import check_writable, writing
-from selfnpo_fast.runtime.limits import check_count
+from selfnpo_fast.runtime.folders import check_writable, whole_file, writing
+from selfnpo_fast.runtime.limits import MAX_COUNT, check_count, check_seeds
 from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
 from selfnpo_fast.runtime.screen import progress_bar, show
@@ -68,12 +68,6 @@ def run(argv: list[str]) -> None:
     sample(parse_options(SampleOptions, argv, "selfnpo sample"))
 
 
-def check_seeds(seeds: list[int]) -> None:
-    """Raise UserError where one of the consecutive `seeds` is not in 0 to 2^63 - 1."""
-    if seeds[0] < 0 or seeds[-1] >= 2**63:
-        raise UserError(f"seed: {seeds[0]} is not possible; expected 0 to 2^63 - {len(seeds)}")
-
-
 def sample(options: SampleOptions) -> None:
     """Draw pictures and write one PNG per picture and grid.png.
 
@@ -101,7 +95,8 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     # Checks that need no model.
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
-    check_count("images_per_prompt", options.images_per_prompt)
+    for name in ("limit", "images_per_prompt", "steps", "batch_size"):
+        check_count(name, getattr(options, name))
     settings = SamplerConfig(
         steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -113,7 +108,8 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
     texts = checked_prompts("prompt" if options.prompt is not None else "prompts", texts)
-    check_count("pictures in total", len(texts) * options.images_per_prompt)
+    check_count("images_per_prompt", options.images_per_prompt, most=MAX_COUNT // len(texts))
+    check_seeds(options.seed, len(texts) * options.images_per_prompt)
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
     # The model, and the negative model if there is one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,16 +125,23 @@ def _sample(options: SampleOptions, folder: Path) -> None:
     # Conditioning and noise, and checks that need the model.
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
-    check_seeds(seeds)
     adapter.check_steps(settings.steps)
     adapter.check_size()
     # Pictures, one file for each, and a grid with the pictures of one prompt in a row.
+    sampler, parts = GuidedSampler(adapter, denoiser, negative), []
     with progress_bar(len(seeds), "image") as bar:
-        sampler = GuidedSampler(adapter, denoiser, negative)
-        images = sampler.images(rows, empty, seeds, settings, lambda count: bar.update(count - bar.n))
+        # What is drawn is written at once, so that it is there whatever becomes of the rest.
+        for start in range(0, len(seeds), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            own = {name: value[part] for name, value in rows.items()}
+            done = lambda count, before=start: bar.update(before + count - bar.n)  # noqa: E731
+            parts.append(sampler.images(own, empty, seeds[part], settings, done))
+            with writing(folder):
+                for i, picture in enumerate(to_pil(parts[-1], least_side=0), start):
+                    with whole_file(folder / f"{i:04d}-seed{seeds[i]}.png") as file:
+                        picture.save(file, format="PNG")
+    images = torch.cat(parts)
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
-    with writing(folder):
-        for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
-            picture.save(folder / f"{i:04d}-seed{seed}.png")
-        image_grid(images, columns).save(folder / "grid.png")
+    with writing(folder), whole_file(folder / "grid.png") as file:
+        image_grid(images, columns).save(file, format="PNG")
     show(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")

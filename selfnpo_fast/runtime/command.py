@@ -37,7 +37,7 @@ def run_command(action: Callable[[], int | None]) -> int:
             code = action() or 0
         except (UserError, RunError) as error:
             code = 2 if isinstance(error, UserError) else 1
-            # All ranks raise most errors together, and one of them prints it.
+            # All ranks raise most such errors together, and one of them prints it.
             if launched_rank() == 0 or error.of_one_rank:
                 _say(f"error: {error}")
         except KeyboardInterrupt:

@@ -40,6 +40,8 @@ def check_writable(path: str) -> Path:
 
     Nothing is changed. Raises UserError where the folder cannot be written or created.
     """
+    if not path.strip():
+        raise UserError("output: no name is given; name a folder")
     folder = Path(os.path.expanduser(path))
     if path.startswith("~") and str(folder).startswith("~"):
         raise UserError(f"output: {path} names nobody's home; name another folder, or ./{path}")
@@ -195,12 +197,27 @@ def writing(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder} could not be written: {one_line(error)}; make room, or name another") from error
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a text file, or replace it as a whole."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name to write to; the file gets the name `path` at the end, and only as a whole.
+
+    Where anything is raised inside, such as the OSError of a full disk, nothing is left of it.
+    """
     aside = aside_name(path, ASIDE)
-    aside.write_text(text, encoding="utf-8")
-    _sync(aside)
-    aside.replace(path)
+    try:
+        yield aside
+        aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file, or replace it as a whole. Raises OSError."""
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
 
 
 def _sync(path: Path) -> None:

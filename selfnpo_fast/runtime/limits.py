@@ -50,9 +50,17 @@ MAX_PICTURES = 1_000
 """Pictures in one row of a sample grid."""
 MAX_COUNT = 1_000_000
 """Intervals, pictures per prompt, steps and other small counts of a config or command line."""
+MAX_ARMS = 1_000
+"""Guidance scales, and negatives, of one evaluation."""
 
 
 def check_count(field: str, value: int, least: int = 1, most: int = MAX_COUNT) -> None:
     """Raise UserError that names `field` where `value` is no integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise UserError(f"{field}: {shortened(value)} is not possible; expected an integer from {least} to {most:,}")
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Raise UserError where one of `count` seeds from `first` on is not in 0 to 2^63 - 1."""
+    if first < 0 or first + count > 2**63:
+        raise UserError(f"seed: {shortened(first)} is not possible; expected 0 to 2^63 - {count}")

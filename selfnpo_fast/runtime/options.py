@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,7 +17,8 @@ from typing import Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
-from selfnpo_fast.runtime.plain_yaml import load_yaml
+from selfnpo_fast.runtime.files import read_text
+from selfnpo_fast.runtime.plain_yaml import MAX_YAML_CHARACTERS, load_yaml
 
 OptionsT = TypeVar("OptionsT")
 ConfigT = TypeVar("ConfigT")
@@ -79,6 +81,7 @@ def parse_with_config(
         logger.info("no --config given: running %s", default)
         words = ["--config", str(default), *words]
 
+    _check_config_files(words)
     # The parser, with a loader of YAML that imports nothing.
     texts = text_names(config_cls)
     set_loader("plain_yaml", lambda text: load_yaml(text, sections, texts), exceptions=(yaml.YAMLError, UserError))
@@ -102,6 +105,20 @@ def parse_with_config(
             text=parser.dump(values, skip_validation=True),
             config_named=any(name[2:] not in options for name in names),
         )
+
+
+def _check_config_files(words: Sequence[str]) -> None:
+    """Raise UserError for a config file that is no regular file, too large or no UTF-8.
+
+    jsonargparse would wait for a pipe, and read a device for ever.
+    """
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        path = value if equals else following
+        if name == "--config":
+            _check_text({name: path})
+            if os.path.exists(path):  # what is not there is refused by jsonargparse
+                read_text(path, name, 4 * MAX_YAML_CHARACTERS)
 
 
 def section_names(config_cls: type) -> frozenset[str]:

@@ -232,6 +232,9 @@ MISTAKES = {
     "evaluate: a scale twice": (["evaluate", "--guidance_scales", "2", "2"], "guidance_scales: "),
     "evaluate: no scale": (["evaluate", "--guidance_scales"], "argument --guidance_scales"),
     "evaluate: too few images": (["evaluate", "--images", "3"], "cases: 3 are too few"),
+    "evaluate: huge seed": (["evaluate", "--seed", str(2**63)], "seed: 9223372036854775808 is not possible"),
+    "evaluate: the last seed is too large": (["evaluate", "--seed", str(2**62)], "seed: 4611686018427387904 is"),
+    "evaluate: negative seed": (["evaluate", "--seed", "-1"], "seed: -1 is not possible; expected an integer from 0"),
     "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
 }
 
@@ -287,6 +290,20 @@ def test_the_models_own_scheduler_is_a_solver(tmp_path):
         assert sample(tmp_path / solver, "--prompt", PROMPT, "--solver", solver) == 0
         drawn[solver] = Image.open(tmp_path / solver / "0000-seed0.png").tobytes()
     assert drawn["own"] == drawn["ddim"] != drawn["euler"]
+
+
+@pytest.mark.parametrize("words", [DRAW, ["evaluate"], ["merge", "--base", "digits", "--negative", "none"]])
+def test_an_output_without_a_name_is_refused(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--output", " "]) == 2
+    assert capfd.readouterr().err == "error: output: no name is given; name a folder\n"
+    assert contents(tmp_path) == set()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**80])
+def test_correlate_refuses_seeds_before_it_reads_a_model(seed, capfd):
+    assert main(["correlate", "--negative", "nowhere", "--seed", str(seed)]) == 2
+    assert capfd.readouterr().err.startswith(f"error: seed: {seed} is not possible; expected 0 to 2^63 - 4")
 
 
 def test_a_second_run_overwrites_file_by_file(tmp_path):

@@ -83,3 +83,13 @@ def test_readers_of_a_live_run_go_on(live, tmp_path):
     assert main(["merge", *words]) == 0
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {"unet", RECORD}
     assert not [path for path in tmp_path.rglob(".*") if path.parent != live], "no locks, and nothing half-written"
+
+
+def test_all_ranks_agree_that_the_folder_is_taken(model, tmp_path):
+    output = tmp_path / "run"
+    with only_writer(output):
+        processes = crash.start(2, crash.words(CASE | {"ranks": 2}, model, output), tmp_path)
+        assert crash.finish(processes, tmp_path) == [2, 2]
+    assert "is being written by process" in (tmp_path / "rank0.log").read_text()
+    assert "error" not in (tmp_path / "rank1.log").read_text()
+    assert not output.exists()

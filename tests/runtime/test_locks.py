@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from selfnpo_fast.runtime import console, folders
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.errors import RunError, UserError
 from selfnpo_fast.runtime.folders import begin_aside, check_run_folder, clear_run_folder, finish_aside, remove_leftovers
 from selfnpo_fast.runtime.locks import LOCK, hold, holder, only_writer
 
 WRITER = """
 import sys
 from pathlib import Path
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.errors import RunError, UserError
 from selfnpo_fast.runtime.locks import only_writer
 try:
     with only_writer(Path(sys.argv[1])):
@@ -189,3 +189,22 @@ def test_an_attempt_that_failed_is_begun_again(tmp_path, monkeypatch):
     target.mkdir()
     finish_aside(second, target)
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_is_there_as_a_whole_or_not_at_all(error, tmp_path):
+    path = tmp_path / "picture.png"
+    for text in ("first", "second"):
+        with folders.whole_file(path) as aside:
+            aside.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
+    with pytest.raises(type(error)), folders.whole_file(path) as aside:
+        aside.write_text("half")
+        raise error
+    with pytest.raises(FileNotFoundError), folders.whole_file(path):
+        pass  # nothing was written
+    assert [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
+    assert path.read_text() == "second"
+    with pytest.raises(RunError, match=r"could not be written: \[Errno 28\]"), folders.writing(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")

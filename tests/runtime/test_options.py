@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import os
 import re
 import textwrap
 from dataclasses import dataclass, field, fields
@@ -356,3 +357,21 @@ def test_a_choice_may_be_called_off(word, tmp_path):
     config = parse_with_config(Options, TrainConfig, ["--config", str(file)], "selfnpo train", Path("none")).config
     assert (config.engine.compile, config.engine.channels_last) == ("off", False)
     assert (config.output, config.model.variant) == ("1e3", None)
+
+
+def test_a_config_is_a_regular_file(tmp_path):
+    """A pipe would be waited for, and a device read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    expected = {
+        str(tmp_path / "pipe"): "is no regular file",
+        "/dev/zero": "is no regular file",
+        str(tmp_path): "is no regular file",
+        str(tmp_path / "latin.yaml"): "is not UTF-8 text",
+        "a\0b": "is not possible; expected text without NUL",
+        "a\udcffb": "is not possible; expected text without NUL",
+    }
+    for path, reason in expected.items():
+        for words in (["--config", path], [f"--config={path}"]):
+            with pytest.raises(UserError, match=f"^--config: .*{reason}"):
+                parse_with_config(Options, Config, words, "selfnpo boil", Path("none"))

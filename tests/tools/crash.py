@@ -45,8 +45,7 @@ UPDATES, CHECKPOINT_EVERY = 12, 2
 TIMING = ("pairs_per_second", "peak_memory_gib")
 PRELOAD = ["crash", "tiny", "selfnpo_fast.training.replay", "deepspeed", "peft.utils"]
 PRELOAD += ["torch.utils.tensorboard", "tqdm"]
-PATIENCE = 1800.0
-"""Seconds after which a process is said to hang: a machine of load 10 is no hang."""
+PATIENCE = 1800.0  # seconds, far more than it takes: a machine of load 10 is no hang
 
 CHOICES = {
     "ranks": (1, 2),

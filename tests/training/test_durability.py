@@ -196,7 +196,8 @@ def test_sigterm_to_one_of_two_ranks_ends_both_with_a_checkpoint(model, tmp_path
     case = CASE | {"ranks": 2, "zero": 2}
     argv = [*crash.words(case, model, tmp_path / "run"), "--updates", "100000", "--log.checkpoint_every", "0"]
     processes = crash.start(2, argv, tmp_path)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and all(process.is_alive() for process in processes):
+    deadline = time.monotonic() + crash.PATIENCE
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(processes[1].pid, signal.SIGTERM)
     assert crash.finish(processes, tmp_path) == [0, 0], crash.tail(tmp_path)
@@ -257,10 +258,11 @@ def test_what_happens_to_deepspeeds_launcher_ends_its_ranks_with_a_checkpoint(at
 def test_a_lost_rank_ends_the_other_with_a_line_that_names_it(victim, model, tmp_path):
     case = CASE | {"ranks": 2}
     processes = crash.start(2, [*crash.words(case, model, tmp_path / "run"), "--updates", "100000"], tmp_path)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and all(process.is_alive() for process in processes):
+    deadline = time.monotonic() + crash.PATIENCE
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(processes[victim].pid, signal.SIGKILL)
-    codes = crash.finish(processes, tmp_path)
+    codes = crash.finish(processes, tmp_path, crash.PATIENCE)
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
     assert f"rank {victim} is lost" in (tmp_path / f"rank{1 - victim}.log").read_text()
@@ -272,7 +274,7 @@ def test_an_error_of_only_one_rank_ends_the_other_with_its_message(model, tmp_pa
     case = CASE | {"ranks": 2}
     argv = crash.words(case, model, tmp_path / "run")
     processes = crash.start(2, argv, tmp_path, _rank_1_has_another_model)
-    assert crash.finish(processes, tmp_path) == [1, 2]
+    assert crash.finish(processes, tmp_path, crash.PATIENCE) == [1, 2]
     assert "rank 1 is lost: it has left: model.path: no such folder" in (tmp_path / "rank0.log").read_text()
 
 
