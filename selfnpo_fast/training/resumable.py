@@ -194,11 +194,9 @@ def _refuse_foreign(checkpoint: Path, config: TrainConfig, world: World) -> None
         now["model"]["revision"] = then["model"].get("revision")
     changed = differences(now, then)
     if changed:
-        raise UserError(
-            f"--resume: {checkpoint} is of another run: {'; '.join(changed)}; use the same config or another output"
-        )
+        raise UserError(f"{checkpoint} is of another run: {'; '.join(changed)}; use the same config or another output")
     if state["world_size"] != world.size and config.optimizer.name == "adamw8bit":
         raise UserError(
-            f"--resume: {checkpoint} was written by {state['world_size']} ranks, not {world.size}; the 8-bit moments "
+            f"{checkpoint} was written by {state['world_size']} ranks, not {world.size}; the 8-bit moments "
             "belong to each rank's own share of the weights; use as many ranks, or optimizer.name adamw from the start"
         )
