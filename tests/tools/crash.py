@@ -4,48 +4,44 @@
 
 Some kills come at any time, some after a random update, and some while a checkpoint is written. Of
 two ranks, both are killed or one of them: the other then has to end by itself, and say which rank
-was lost. Or their launcher is killed, or gets a Ctrl-C that all of them get. KINDS is the table of
-all that is done to a run.
+was lost. Or their launcher is killed, or gets a Ctrl-C that all of them get; or the same command runs
+a second time in the same folder; or no file can grow. KINDS is the table of all that is done to a
+run.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import faulthandler
-import gc
+import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from selfnpo_fast.runtime import stopping
-
-sys.path.append(str(Path(__file__).parents[1] / "helpers"))
+sys.path += [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parents[2])]
 
 import tiny
+from ranks import PATIENCE, finish, free_port, launch, run_child, run_on_full_disk, start, tail
+
+from benchmarks.environment import describe
+
+__all__ = ["PATIENCE", "finish", "free_port", "run_child", "start", "tail"]  # for tests of other runs
 
 CONFIG = Path(__file__).parents[2] / "configs" / "sd15.yaml"
 UPDATES, CHECKPOINT_EVERY = 12, 2
 TIMING = ("pairs_per_second", "peak_memory_gib")
-PRELOAD = ["crash", "tiny", "selfnpo_fast.training.replay", "deepspeed", "peft.utils"]
-PRELOAD += ["torch.utils.tensorboard", "tqdm"]
-PATIENCE = 1800.0  # seconds, far more than it takes: a machine of load 10 is no hang
 
 CHOICES = {
     "ranks": (1, 2),
@@ -88,157 +84,6 @@ def words(case: Case, model: Path, output: Path) -> list[str]:
         "log.sample_every": -1,
     }
     return ["--config", str(CONFIG), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
-
-
-def run_child(argv: list[str], env: dict[str, str], log: Path) -> None:
-    """The main function of a child process: a training command with its output in a file."""
-    os.environ.update(env)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    faulthandler.enable()  # `finish` makes a process that hangs say where
-    gc.freeze()  # DeepSpeed collects garbage often, and would look through all that the server has imported
-    from selfnpo_fast import train
-
-    sys.exit(train.main(argv))
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _context() -> multiprocessing.context.ForkServerContext:
-    """Processes are forked from a server that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
-
-
-def _environments(ranks: int) -> list[dict[str, str]]:
-    """The variables of each rank."""
-    env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    if ranks == 1:
-        return [env]
-    env |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-
-
-def start(ranks: int, argv: list[str], logs: Path, child=run_child) -> list[multiprocessing.Process]:
-    """One process per rank. A start costs a second."""
-    processes = []
-    for rank, env in enumerate(_environments(ranks)):
-        process = _context().Process(target=child, args=(argv, env, logs / f"rank{rank}.log"))
-        process.start()
-        processes.append(process)
-    return processes
-
-
-@dataclass
-class Launched:
-    """Ranks under a launcher of their own, which is like DeepSpeed's."""
-
-    process: multiprocessing.Process
-    """The launcher, which leads the process group of its ranks."""
-    reports: Connection
-    """What the ranks report; it ends when the last of all these processes has."""
-    log: Path
-    """The log of rank 0."""
-    before: int
-    """The log's size before the start."""
-    pids: dict[int, int]
-    """The process of each rank."""
-
-    def finish(self, timeout: float = PATIENCE) -> dict[int, int]:
-        """The exit code of each rank that ended by itself. Raises AssertionError where one hangs."""
-        codes = {}
-        with contextlib.suppress(EOFError):
-            while self.reports.poll(timeout):
-                rank, codes[rank] = self.reports.recv()
-            for pid in self.pids.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGABRT)
-            raise AssertionError(f"a rank hangs:\n{tail(self.log.parent)}")
-        self.process.join()
-        return codes
-
-    def ended_well(self) -> bool:
-        """Whether rank 0 has said that it stopped, or made its negative model."""
-        with self.log.open() as file:
-            file.seek(self.before)
-            said = file.read()
-        return "stopped" in said or "negative model: " in said
-
-
-@contextlib.contextmanager
-def launch(ranks: int, argv: list[str], logs: Path) -> Iterator[Launched]:
-    """Start ranks under a launcher, and return once all are there."""
-    context = _context()
-    reports, writer = context.Pipe(duplex=False)
-    log = logs / "rank0.log"
-    before = log.stat().st_size if log.exists() else 0
-    environments = [env | {"CROSS_RANK": "0"} for env in _environments(ranks)]
-    process = context.Process(target=_launcher, args=(argv, environments, logs, writer))
-    process.start()
-    writer.close()
-    with reports:
-        yield Launched(process, reports, log, before, dict(reports.recv() for _ in range(ranks)))
-
-
-def _launcher(argv: list[str], environments: list[dict[str, str]], logs: Path, reports: Connection) -> None:
-    """The main function of a launcher, as deepspeed/launcher/launch.py: it passes signals on."""
-    os.setpgid(0, 0)
-    pids = []
-    for rank, env in enumerate(environments):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            stopping.remember_parent()  # the server of forks has imported the module
-            reports.send((rank, os.getpid()))
-            code = 1
-            try:
-                run_child(argv, env, logs / f"rank{rank}.log")
-            except SystemExit as left:
-                code = left.code
-            except BaseException:
-                traceback.print_exc()
-            reports.send((rank, code))
-            os._exit(code)
-
-    def end(*_) -> None:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
-    for _ in environments:
-        if os.wait()[1]:
-            end()
-    os._exit(0)
-
-
-def finish(processes: list[multiprocessing.Process], logs: Path, timeout: float = PATIENCE) -> list[int]:
-    """Exit codes of processes that end by themselves. Raises AssertionError where one hangs."""
-    for process in processes:
-        process.join(timeout)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGABRT)
-            process.join(10)
-            process.kill()
-            raise AssertionError(f"rank {processes.index(process)} hangs:\n{tail(logs)}")
-    return [process.exitcode for process in processes]
-
-
-def tail(logs: Path) -> str:
-    """The ends of all ranks' output."""
-    return "\n".join(f"--- {path.name}\n{path.read_text()[-6000:]}" for path in sorted(logs.glob("rank*.log")))
 
 
 MOMENTS = ("anywhere", "after an update", "while writing", "while writing")
@@ -340,10 +185,49 @@ def interrupt(run: Run) -> str:
     return "Ctrl-C" if met else "Ctrl-C before the ranks have met"
 
 
+def rival(run: Run) -> str:
+    """The same command a second time, at once: one of them is refused, and the other is killed."""
+    rival_logs = run.logs / "rival"
+    rival_logs.mkdir(exist_ok=True)
+    sides = [(start(run.ranks, run.argv, logs), logs) for logs in (run.logs, rival_logs)]
+    deadline = time.monotonic() + PATIENCE
+    while all(p.is_alive() for processes, _ in sides for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    # The one that ends first is the refused one, unless the other had come to its end before.
+    sides.sort(key=lambda side: all(p.is_alive() for p in side[0]))
+    (refused, refused_logs), (writer, logs) = sides
+    codes = finish(refused, refused_logs)
+    wait_for_moment(run, run.chance.choice(MOMENTS), writer)
+    for process in writer:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+    others = finish(writer, logs)
+    assert all(code in (-signal.SIGKILL, 0, 1) for code in others), f"{others}\n{tail(logs)}"
+    if set(codes) == {0}:
+        return "a rival that came too late"
+    assert set(codes) == {2}, f"{codes}\n{tail(refused_logs)}"
+    assert "is being written by process" in (refused_logs / "rank0.log").read_text(), tail(refused_logs)
+    return "two runs in one folder"
+
+
+def fill_disk(run: Run) -> str:
+    """No file may grow beyond some size: what cannot be written costs a line, the negative the run."""
+    most = int(2 ** run.chance.uniform(12, 20))
+    logs = run.logs / "full disk"
+    logs.mkdir(exist_ok=True)
+    processes = start(run.ranks, run.argv, logs, functools.partial(run_on_full_disk, most))
+    codes = finish(processes, logs)
+    assert set(codes) in ({0}, {1}), f"{codes}\n{tail(logs)}"
+    assert "Traceback" not in tail(logs), tail(logs)
+    return "full disk" if set(codes) == {1} else "a disk that sufficed"
+
+
 KINDS: dict[str, tuple[Callable[[Run], str], int]] = {
     "ranks": (kill_ranks, 6),
     "launcher": (kill_launcher, 1),
     "interrupt": (interrupt, 1),
+    "rival": (rival, 1),
+    "full disk": (fill_disk, 1),
 }
 """Every kind of attack, and how often `main` chooses it. A new kind is a function and a line here."""
 
@@ -403,8 +287,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--per-case", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a JSON file for the counts")
     args = parser.parse_args()
-    chance, counts = random.Random(args.seed), Counter()
+    chance, counts, begun = random.Random(args.seed), Counter(), time.monotonic()
+    environment = describe(torch.device("cpu"))
     cases = all_cases()
     chance.shuffle(cases)
     with tempfile.TemporaryDirectory() as folder:
@@ -419,6 +305,11 @@ def main() -> None:
             if not left:
                 break
     print(f"{args.kills} kills: {dict(counts)}")
+    if args.output is not None:
+        result = {"kills": args.kills, "per_case": args.per_case, "seed": args.seed, "bit_identical": True}
+        result |= {"kinds": dict(sorted(counts.items())), "minutes": round((time.monotonic() - begun) / 60, 1)}
+        result |= {"environment": environment}
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
