@@ -156,7 +156,7 @@ class RecorderCounters:
         check_whole_number("every", state["every"], 1)
         for name in ("norm", "finite"):
             check_number(name, state[name])
-        check_whole_number("pending", state["pending"], 0, state["every"])
+        check_whole_number("pending", state["pending"], 0, state["every"] - 1)
         for name in ("skipped", "skipped_in_a_row"):
             check_whole_number(name, state[name])
         applied, recent = state["applied"], state["recent"]

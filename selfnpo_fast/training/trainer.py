@@ -320,7 +320,13 @@ class Trainer:
     def resume(self, path: Path, recorder: Recorder) -> None:
         """Continue from a checkpoint of the same recipe, as `newest_checkpoint` has found it.
 
-        Raises UserError where it cannot be read.
+        Raises UserError where it cannot be read, or is no state of this run.
         """
         self.update, self.saved = load_checkpoint(path, self._parts(recorder), self.world), path
+        # The sums have room for the updates between two flushes.
+        pending, most = recorder.metrics.pending, self.update % self.config.log.every
+        if pending > most:
+            raise UserError(
+                f"{path} does not fit this run: {pending} updates are pending, of {most} since the last row"
+            )
         logger.info("resumed from %s", path)

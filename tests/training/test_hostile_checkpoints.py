@@ -43,7 +43,7 @@ class Resumable:
 
     def __init__(self, name: str, folder: Path) -> None:
         model = tiny.write_sd(folder / "model")
-        argv = [*crash.words(NAMES[name], model, folder / "run"), "--updates", "2"]
+        argv = [*crash.words(NAMES[name], model, folder / "run"), "--updates", "2", "--log.every", "2"]
         argv += ["--optimizer.name", "adamw8bit"] if name == "8 bit" else []
         assert train.main(argv) == 0
         self.whole = folder / "run" / "checkpoints" / "update-0000002"
@@ -245,6 +245,7 @@ BAD_COUNTERS = {
     "an attribute": lambda state: state["engine"].update(loss_scale={"__class__": 1}),
     "an infinite loss": lambda state: state["recorder"].update(recent=[float("inf")]),
     "too many losses": lambda state: state["recorder"].update(recent=[1.0] * 101),
+    "more updates than there were": lambda state: state["recorder"].update(pending=1),
     "too few flags": lambda state: state["recorder"].update(applied=[True]),
     "no counters": lambda state: state.pop("recorder"),
     "another update": lambda state: state.update(update=3),
@@ -287,7 +288,8 @@ def test_a_command_refuses_it_with_one_line(plain, tmp_path, capfd):
     (folder / MANIFEST).unlink()
     write_manifest(folder)
     capfd.readouterr()
-    argv = [*crash.words(NAMES["plain"], plain.whole.parents[2] / "model", output), "--resume"]
+    words = crash.words(NAMES["plain"], plain.whole.parents[2] / "model", output)
+    argv = [*words, "--log.every", "2", "--resume"]
     assert train.main(argv) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {folder}/state.json does not fit this run: recorder: norm is nan")
