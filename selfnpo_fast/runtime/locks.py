@@ -19,6 +19,7 @@ from pathlib import Path
 
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.files import open_regular
 
 LOCK = ".selfnpo.lock"
 """The file in an output folder that its writer has locked."""
@@ -55,8 +56,9 @@ def hold(path: Path) -> Held | None:
     for attempt in range(_TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # NFS locks only files that are open for writing.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            # NFS locks only files that are open for writing. A link is not followed: in a folder of
+            # somebody else it could lead to any file of ours, which would be written.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just removed the folder that it had made
             if attempt == _TRIES - 1:
                 raise
@@ -84,8 +86,8 @@ def hold(path: Path) -> Held | None:
 def holder(path: Path) -> str:
     """Who holds the lock on the file `path`, as that process has written it there."""
     for _ in range(_TRIES):
-        with contextlib.suppress(OSError):
-            text = path.read_bytes()[:300].decode("utf-8", "replace")
+        with contextlib.suppress(OSError, UserError), open_regular(path, "lock") as file:
+            text = file.read(300).decode("utf-8", "replace")
             if text.strip():
                 return one_line(text)
         time.sleep(0.002)  # between taking the lock and writing the line

@@ -128,6 +128,14 @@ def test_a_folder_that_cannot_be_locked_names_the_field(tmp_path):
     assert refusal(tmp_path).endswith("; name another folder")
 
 
+def test_a_lock_file_that_leads_elsewhere_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "mine")
+    assert "Too many levels of symbolic links" in refusal(tmp_path / "run")
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
 def test_what_a_holder_has_written_cannot_forge_lines(tmp_path):
     lock = hold(tmp_path / LOCK)
     (tmp_path / LOCK).write_bytes(b"\xff process\n\nerror: forged " + b"x" * 10_000)
