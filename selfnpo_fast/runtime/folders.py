@@ -16,6 +16,8 @@ import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line
 from selfnpo_fast.runtime.exchange import exchange
 from selfnpo_fast.runtime.files import read_json
@@ -190,10 +192,10 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns an OSError inside it, such as that of a full disk, into a RunError."""
+    """Turns an error of the disk inside it, such as that of a full one, into a RunError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} could not be written: {one_line(error)}; make room, or name another") from error
 
 

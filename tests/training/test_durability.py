@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from selfnpo_fast import train
@@ -29,6 +30,7 @@ from selfnpo_fast.rollout import ContinuousRollout, Pairs, continuous
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.folders import why_not_whole
 from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training import replay
 from selfnpo_fast.training.inputs import load_inputs
 from selfnpo_fast.training.trainer import Trainer
 
@@ -486,6 +488,19 @@ def test_replay_makes_the_same_pairs_and_touches_nothing_else(with_checkpoints, 
     assert before == {path: path.stat().st_mtime_ns for path in before}
     new = {path for path in output.rglob("*") if path.is_file()} - before.keys()
     assert all(path.is_relative_to(folder) for path in new)
+
+
+def test_a_replay_that_finds_the_disk_full_is_one_line(whole, model, tmp_path, monkeypatch, capfd):
+    output = shutil.copytree(whole, tmp_path / "run")
+
+    def full(*_) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(replay, "save_file", full)
+    capfd.readouterr()
+    assert run(model, output, "--replay-step", "9") == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {output}/replay/update-0000009 could not be written: I/O error: No space left")
 
 
 def test_replay_of_an_update_that_is_not_there_is_refused(model, tmp_path, capfd):
