@@ -69,6 +69,8 @@ def tensor_shapes(path: str | Path, field: str) -> dict[str, tuple[int, ...]]:
             if size > MAX_HEADER_BYTES:
                 raise ValueError(f"its header would have {size:,} bytes, more than {MAX_HEADER_BYTES:,}")
             entries = json.loads(file.read(size))
+            if not isinstance(entries, dict):
+                raise ValueError("its header is no JSON object")
             names = [name for name in entries if name != "__metadata__"]
             if len(names) > MAX_TENSORS:
                 raise ValueError(f"it names {len(names):,} tensors, more than {MAX_TENSORS:,}")
