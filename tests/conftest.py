@@ -7,6 +7,12 @@ import gc
 import importlib
 import logging
 import os
+import signal
+
+# A shell's background job, such as one under nohup, ignores Ctrl-C, and so would the processes that
+# tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -222,7 +222,7 @@ class GuidedSampler:
                 raise UserError(f"{name}: {shortened(callback)} is not possible; expected a function")
         config = config_of_call({"solver": self.solver} | settings | {"batch_size": batch_size})
         seeds = checked_seeds(seeds, len(prompts))
-        size = checked_size(height, width, self.adapter.size)
+        size = checked_size(height, width, lambda: self.adapter.size)
         shape = self.adapter.latent_shape_of(*size)
         solver, name = self._solver(config)
         with self._turn():

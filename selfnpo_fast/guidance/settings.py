@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -153,10 +153,10 @@ def checked_seeds(seeds: int | Iterable[int] | None, count: int) -> list[int]:
     return [check_integer("seeds", seed, 0, MAX_SEED) for seed in values]
 
 
-def checked_size(height: int | None, width: int | None, default: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels, that of `default` where one is None. Raises UserError for what is
-    no positive integer."""
+def checked_size(height: int | None, width: int | None, default: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) in pixels, that of `default()` where one is None. Raises UserError for what
+    is no positive integer."""
     return (
-        default[0] if height is None else check_integer("height", height, 1, MAX_COUNT),
-        default[1] if width is None else check_integer("width", width, 1, MAX_COUNT),
+        default()[0] if height is None else check_integer("height", height, 1, MAX_COUNT),
+        default()[1] if width is None else check_integer("width", width, 1, MAX_COUNT),
     )

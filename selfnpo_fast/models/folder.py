@@ -16,8 +16,9 @@ from typing import Any
 
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line, shortened
-from selfnpo_fast.runtime.files import open_regular, read_json, tensor_shapes
+from selfnpo_fast.runtime.files import open_regular, read_json
 from selfnpo_fast.runtime.limits import MAX_JSON_BYTES
+from selfnpo_fast.runtime.tensor_files import open_tensors
 
 TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """What a tokenizer's files end in."""
@@ -127,7 +128,7 @@ class ModelFolder:
         files = tuple(self.fetch(name) for name in names)
         shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            shapes |= tensor_shapes(file, f"{self.field}: cannot load {_words(part)}")
+            shapes |= open_tensors(file, f"{self.field}: cannot load {_words(part)}").shapes
         return Weights(files[0].parent.parent, chosen, files, shapes)
 
     def _entries(self, part: str, stem: str) -> dict[str | None, str]:

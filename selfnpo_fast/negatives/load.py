@@ -25,7 +25,6 @@ from selfnpo_fast.negatives.formats import quantisation_of_module
 from selfnpo_fast.negatives.lora_files import read_lora, read_record
 from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.sources import LORA_FILE, ModelFiles, locate
-from selfnpo_fast.negatives.tensor_files import open_tensors, with_arithmetic
 from selfnpo_fast.negatives.weights import (
     WeightReader,
     check_class,
@@ -42,6 +41,7 @@ from selfnpo_fast.negatives.weights import (
 )
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
+from selfnpo_fast.runtime.tensor_files import open_tensors, with_arithmetic
 
 
 @dataclass(frozen=True)

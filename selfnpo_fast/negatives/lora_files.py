@@ -22,11 +22,11 @@ from selfnpo_fast.negatives.lora_scaling import Scaling
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes
 from selfnpo_fast.negatives.names import Factor, factor_of, layer_paths, unwrapped
 from selfnpo_fast.negatives.sources import PEFT_CONFIG, read_object, refuse_pickle
-from selfnpo_fast.negatives.tensor_files import open_tensors, quantised_as, text_object, with_arithmetic
 from selfnpo_fast.negatives.weights import without_adapter
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.limits import MAX_RANK
+from selfnpo_fast.runtime.tensor_files import open_tensors, quantised_as, text_object, with_arithmetic
 
 StateDict = dict[str, torch.Tensor]
 RECORD_KEY = "selfnpo_base"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from selfnpo_fast.models import resolve_path
 from selfnpo_fast.negatives.formats import is_adapter
-from selfnpo_fast.negatives.tensor_files import open_tensors
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.files import read_json
 from selfnpo_fast.runtime.limits import MAX_FOLDER_ENTRIES
+from selfnpo_fast.runtime.tensor_files import open_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"

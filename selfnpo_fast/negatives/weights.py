@@ -15,8 +15,8 @@ from selfnpo_fast.negatives.formats import quantisation_of
 from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.names import WHOLE_MODEL, unwrapped, weight_names
 from selfnpo_fast.negatives.sources import ModelFiles
-from selfnpo_fast.negatives.tensor_files import TensorFile, open_tensors, quantised_as, with_arithmetic
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
+from selfnpo_fast.runtime.tensor_files import TensorFile, open_tensors, quantised_as, with_arithmetic
 
 
 @dataclass(frozen=True)

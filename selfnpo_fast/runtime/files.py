@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfnpo_fast.runtime.errors import UserError, one_line
-from selfnpo_fast.runtime.limits import MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_NAME_CHARACTERS, MAX_TENSORS
+from selfnpo_fast.runtime.limits import MAX_JSON_BYTES
 
 
 def open_regular(path: str | Path, field: str) -> IO[bytes]:
@@ -55,27 +55,3 @@ def read_json(path: str | Path, field: str, most_bytes: int = MAX_JSON_BYTES) ->
         raise
     except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deeply
         raise UserError(f"{field}: {one_line(path)} is no valid JSON: {one_line(error)}") from error
-
-
-def tensor_shapes(path: str | Path, field: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file by name; reads its header only.
-
-    Raises UserError that names `field` where the file is no regular file or no safetensors file,
-    and where its tensors are more, or their names longer, than any model's.
-    """
-    with open_regular(path, field) as file:
-        try:
-            size = int.from_bytes(file.read(8), "little")
-            if size > MAX_HEADER_BYTES:
-                raise ValueError(f"its header would have {size:,} bytes, more than {MAX_HEADER_BYTES:,}")
-            entries = json.loads(file.read(size))
-            if not isinstance(entries, dict):
-                raise ValueError("its header is no JSON object")
-            names = [name for name in entries if name != "__metadata__"]
-            if len(names) > MAX_TENSORS:
-                raise ValueError(f"it names {len(names):,} tensors, more than {MAX_TENSORS:,}")
-            if any(len(name) > MAX_NAME_CHARACTERS for name in names):
-                raise ValueError(f"the name of a tensor is longer than {MAX_NAME_CHARACTERS} characters")
-            return {name: tuple(int(side) for side in entries[name]["shape"]) for name in names}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{field}: {one_line(path)} is no readable safetensors file: {one_line(error)}") from error
