@@ -5,7 +5,6 @@ Shape letter: N prompts.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +70,11 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     student = adapter.load_denoiser(dtype).to(world.device)
     weights = module_weights(student, model.path)
     schedule = ScheduleFacts.of(adapter.schedule, model.path)
-    base = base_record(model.path, model.revision, weights, schedule)
+    commit = adapter.folder.commit
+    base = base_record(model.path, commit or model.revision, weights, schedule)
     record = None
     if world.is_main:
         named = ((name, weights.read(name)) for name in weights.shapes)
-        commit = hub_commit(adapter.path, model.revision)
         record = InputRecord(inputs, table, schedule, named, commit=commit)
     return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
 
@@ -87,13 +86,3 @@ def _refuse_different(prompts: list[str], world: World) -> None:
     """
     if len(set(world.gather(fingerprint(prompts)))) > 1:
         raise UserError("prompts.source: not all ranks have read the same prompts; give all hosts the same files")
-
-
-def hub_commit(path: str, revision: str | None) -> str | None:
-    """The commit of the Hub from whose snapshot a model was loaded; None for a folder."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if os.path.isdir(path):
-        return None
-    file = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    return Path(file).parent.name if isinstance(file, str) else None
