@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from selfnpo_fast.runtime import hub
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import RunError, UserError, one_line, shortened
 from selfnpo_fast.runtime.files import open_regular, read_json
@@ -204,28 +205,5 @@ def open_repository(repository: str, revision: str | None) -> ModelFolder:
 
     Without network, the files that were downloaded before. Raises UserError where there are none.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        try:
-            info = HfApi().model_info(repository, revision=revision)
-            commit, files = str(info.sha), [file.rfilename for file in info.siblings or ()]
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception:  # offline, a timeout, a proxy: each is another type
-            root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-            say_once(f"{repository}: the Hub was not reached; what was downloaded before is used")
-            commit, files = root.name, [path.relative_to(root).as_posix() for path in root.rglob("*")]
-            files = [name for name in files if not (root / name).is_dir()]
-    except Exception as error:
-        raise UserError(f"model.path: {repository} was not found on the Hub: {one_line(error, 200)}") from error
-
-    def download(name: str) -> Path:
-        """Download one file. Raises UserError."""
-        try:
-            return Path(hf_hub_download(repository, name, revision=commit))
-        except Exception as error:  # a lost connection surfaces as any of a dozen types
-            raise UserError(f"model.path: cannot download {name} of {repository}: {one_line(error, 200)}") from error
-
-    return ModelFolder(repository, frozenset(files), download, commit)
+    found = hub.open_repository(repository, revision, "model.path")
+    return ModelFolder(repository, found.files, found.download, found.commit)

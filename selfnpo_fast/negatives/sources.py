@@ -18,6 +18,7 @@ from selfnpo_fast.negatives.formats import is_adapter
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.files import read_json
+from selfnpo_fast.runtime.hub import open_repository
 from selfnpo_fast.runtime.limits import MAX_FOLDER_ENTRIES
 from selfnpo_fast.runtime.tensor_files import open_tensors
 
@@ -179,36 +180,17 @@ def _entries(folder: Path, part: str, name: str, field: str) -> list[str]:
 
 def _repository(repository: str, subfolder: str, field: str, revision: str | None) -> _Listing:
     """A Hub repository or one folder of it; without network, the files downloaded before."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
     name = f"{repository}/{subfolder}".rstrip("/")
-    try:
-        try:
-            files = HfApi().list_repo_files(repository, revision=revision)
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception:  # offline, a timeout, a proxy: each is another type
-            root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-            logger.warning("%s: the Hub was not reached; what was downloaded before is used", name)
-            files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    except Exception as error:
-        raise UserError(
-            f"{field}: no such folder or file: {name}, and it was not found on the Hub: {one_line(error, 200)}"
-        ) from error
+    found = open_repository(repository, revision, field, f"no such folder or file: {name}, and it")
 
     def fetch(file: str) -> Path:
         """Download one file of the folder. Raises UserError."""
-        try:
-            path = posixpath.normpath(f"{subfolder}/{file}".lstrip("/"))
-            return Path(hf_hub_download(repository, path, revision=revision))
-        except Exception as error:  # a lost connection surfaces as any of a dozen types
-            raise UserError(f"{field}: cannot download {file} of {name}: {one_line(error, 200)}") from error
+        return found.download(posixpath.normpath(f"{subfolder}/{file}".lstrip("/")))
 
     prefix = f"{subfolder}/" if subfolder else ""
-    inside = {file.removeprefix(prefix) for file in files if file.startswith(prefix)}
+    inside = {file.removeprefix(prefix) for file in found.files if file.startswith(prefix)}
     beside = {file: posixpath.normpath(f"{subfolder}/../{file}") for file in (RECORD, SCHEDULER)}
-    inside |= {f"../{file}" for file, path in beside.items() if subfolder and path in files}
+    inside |= {f"../{file}" for file, path in beside.items() if subfolder and path in found.files}
     return _Listing(name, field, frozenset(inside), fetch)
 
 
