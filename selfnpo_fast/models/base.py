@@ -93,7 +93,7 @@ class Adapter:
         """UserError where a part of the model is missing, is not served or does not fit another.
 
         Reads config files, and what there is of others. With `configs_only` the scheduler, the
-        tokenizers and all weights may be missing.
+        tokenizers and all weights may be missing, and no picture can be made.
         """
         with loading(self.path, "the model"):
             self.denoiser_config  # noqa: B018
@@ -105,6 +105,7 @@ class Adapter:
         if configs_only:
             return
         self.schedule  # noqa: B018
+        self.check_pictures()
         self.folder.check_weights(self.denoiser_name, DIFFUSERS_WEIGHTS, self._variant)
         for part in self.family.part_classes:
             if part.startswith("tokenizer"):
@@ -114,8 +115,8 @@ class Adapter:
                 self.folder.check_weights(part, stem, self._variant)
 
     def check_forward(self) -> None:
-        """UserError where a forward of a network fails in its shapes: one is tried without weights
-        and without numbers."""
+        """UserError where a forward of the denoiser fails in its shapes: one is tried without
+        weights and without numbers."""
         shape, rows = self.latent_shape, self.conditioning_shapes
 
         def run(denoiser: nn.Module) -> torch.Tensor:
@@ -126,6 +127,9 @@ class Adapter:
         with loading(self.path, self.denoiser_name):
             config = self.denoiser_config
             parts.try_forward(lambda: self.family.new_denoiser(config), run, (2, *shape), repr((config, rows)))
+
+    def check_pictures(self) -> None:
+        """UserError where `encode` and `decode` would fail in their shapes."""
 
     def why_unfit(self) -> str | None:
         """Why the parts of the model do not fit each other; None where they do. Reads config

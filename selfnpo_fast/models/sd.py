@@ -55,9 +55,8 @@ class StableDiffusionAdapter(UNetAdapter):
                 )
         return None
 
-    def check_forward(self) -> None:
-        """As in the base; and a picture to latents and back."""
-        super().check_forward()
+    def check_pictures(self) -> None:
+        """UserError where the autoencoder's shapes do not take a picture to latents and back."""
         from diffusers import AutoencoderKL
 
         latent, config = self.latent_shape, self._vae_config
