@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,10 +123,19 @@ def _quiet_tensorboard() -> Iterator[None]:
         threading.excepthook = before
 
 
+def _regular(path: str, flags: int) -> int:
+    """Opens a file for `open`; a pipe, of which the opening may wait for ever, is an OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", path)
+    return descriptor
+
+
 def _append_line(path: Path, line: str) -> None:
     """Add a line to a file, or nothing: half a line would spoil the next one. Raises OSError."""
     content = line.encode() + b"\n"
-    with path.open("ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_regular) as file:
         end = file.tell()
         if file.write(content) < len(content):
             file.truncate(end)

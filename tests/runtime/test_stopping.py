@@ -60,8 +60,9 @@ def start(code: str, *, ignored: int | None = None, **environment: str) -> subpr
     plain = {name: value for name, value in os.environ.items() if name not in stopping.LAUNCHERS}
 
     def prepare() -> None:
-        # Python ignores SIGINT where its parent did, as for a shell's background jobs.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A process ignores what its parent ignored, as a shell's background jobs and nohup do.
+        for number in stopping.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         if ignored is not None:
             signal.signal(ignored, signal.SIG_IGN)
 
