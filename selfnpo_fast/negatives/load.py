@@ -356,7 +356,9 @@ def _check_deltas(deltas: Deltas, positive: nn.Module) -> None:
     read_lora(state, positive)
     for path, delta in deltas.items():
         if delta.is_too_large():
-            raise UserError(f"negative: the update of {path} is larger than any weight can be")
+            raise UserError(
+                f"negative: the update of {path} is larger than any weight can be; its scale or its factors are damaged"
+            )
 
 
 def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:

@@ -136,7 +136,8 @@ def begin_aside(target: Path) -> Path:
     put_back(target.parent)
     remove_leftovers(target.parent)
     aside = aside_name(target, ASIDE)
-    remove(aside)  # of an earlier attempt of this process
+    for own in (aside, aside_name(target, DOOMED)):
+        remove(own)  # of an earlier attempt of this process
     aside.mkdir()
     return aside
 

@@ -406,9 +406,9 @@ def test_bytes_are_those_of_a_real_trainer(world, tmp_path, sd, optimizer, lora,
     sections = {"lora": LoraConfig(rank=lora), "reference": ReferenceConfig(kind=reference)}
     config = tiny_config(sd, optimizer=OptimizerConfig(name=optimizer), **sections)
     trainer, resident = real(world, tmp_path, config), costs.memory(traced(config)).resident
-    ours, theirs = storages(trainer.engine.parameters()), storages(trainer.reference.module.parameters())
+    ours, theirs = storages(trainer.engine.module.parameters()), storages(trainer.reference.module.parameters())
     assert ("reference" in resident) == (reference == "ema"), "the base under low-rank weights is no copy"
-    both = storages([*trainer.engine.parameters(), *trainer.reference.module.parameters()])
+    both = storages([*trainer.engine.module.parameters(), *trainer.reference.module.parameters()])
     # With LoRA they are one network, which holds the average as well.
     assert (ours, theirs) == ((both, both) if lora else (resident["weights"], resident["reference"]))
     assert both == resident["weights"] + resident.get("reference", 0)

@@ -133,5 +133,5 @@ def test_a_loaded_pipeline_s_limit_is_bounded_too(written):
 def test_a_loaded_pipeline_that_lacks_a_part_is_refused(written, part):
     pipe = StableDiffusionPipeline.from_pretrained(written["sd"])
     setattr(pipe, part, None)
-    with pytest.raises(UserError, match=f"^pipe: its {part} is None"):
+    with pytest.raises(UserError, match=f"^pipe: it has no {part}"):
         GuidedSampler.from_pipeline(pipe)

@@ -101,7 +101,7 @@ def test_a_stop_while_prompts_are_encoded_leaves_nothing_behind(model, tmp_path,
     signal_at_call(monkeypatch, StableDiffusionAdapter, "encode_batch", 1)
     assert run(model, output, "--prompts.limit", "65") == 0, "two rounds"
     lines = capfd.readouterr().err.splitlines()
-    assert lines == [
+    assert [line for line in lines if "prompts are longer" not in line] == [
         "SIGTERM: the run saves and stops; a later Ctrl-C ends it without a checkpoint",
         "SIGTERM: stopped while prompts were encoded; nothing is written, the same command starts again",
     ]
