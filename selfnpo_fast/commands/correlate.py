@@ -50,6 +50,7 @@ def correlate(options: CorrelateOptions) -> None:
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
+    from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
     from selfnpo_fast.guidance.correlation import alphas_of, correlation
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.fingerprint import fingerprint, matches
@@ -67,7 +68,10 @@ def correlate(options: CorrelateOptions) -> None:
     adapter.check_steps(options.steps)
     positive = adapter.load_denoiser(torch.float32).to(device)
     shared = {"beta": options.beta}
-    negative = load_negative(positive, options.negative, alpha=options.alpha, base=options.base, **shared)
+    schedule = ScheduleFacts.of(adapter.schedule, options.model)
+    negative = load_negative(
+        positive, options.negative, alpha=options.alpha, base=options.base, schedule=schedule, **shared
+    )
     rows, empty = adapter.encode_prompts(texts, device), adapter.encode_empty(device)
     alphas, weights = None, module_weights(positive, "the positive model")
     # A positive that is its own base has no change for alpha to share.

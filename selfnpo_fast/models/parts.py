@@ -33,8 +33,9 @@ def check_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> None
     named = config.get("_class_name")
     if classes and named is not None and named not in classes:
         raise ValueError(f"its _class_name is {shortened(named, 60)}; expected {' or '.join(classes)}")
-    if config.get("quantization_config"):
-        raise ValueError("its weights are quantised (quantization_config); give weights in float32, bf16 or fp16")
+    if said := config.get("quantization_config"):
+        form = said.get("quant_method") if isinstance(said, dict) else said
+        raise ValueError(f"it is quantised ({one_line(form, 60)}); give weights in float32, bf16 or fp16")
     layers, longest = 1, 1
     for key, value in config.items():
         if key.startswith("_"):  # notes of diffusers
