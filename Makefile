@@ -30,7 +30,7 @@ report: setup
 # Two processes of one thread each. Each starts with half of the files, and takes tests from the other when it is done;
 # WORKERS=0 runs all tests in this process.
 WORKERS ?= 2
-PYTEST := HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: setup
 	$(PYTEST) -m "not slow"

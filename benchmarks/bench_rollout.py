@@ -27,6 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
 
+from selfnpo_fast.runtime.command import short_spin  # noqa: E402
+
+os.environ.update(short_spin())  # before torch is imported
+
 from benchmarks.environment import RESULTS, cores, describe, pick_device, spread, write_result  # noqa: E402
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ not time per pair.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
+
+from selfnpo_fast.runtime.command import short_spin  # noqa: E402
+
+os.environ.update(short_spin())  # before torch is imported
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

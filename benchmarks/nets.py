@@ -77,7 +77,7 @@ def sd15_small() -> BenchNet:
     prompt has 77 tokens of width 768. The configs are part of the package, where
     `selfnpo doctor --verify` uses them as well.
     """
-    adapter = load_adapter(str(SD15_SMALL))
+    adapter = load_adapter(str(SD15_SMALL), configs_only=True)
 
     def seeded(dtype: torch.dtype) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

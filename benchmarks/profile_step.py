@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -24,6 +25,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
+
+from selfnpo_fast.runtime.command import short_spin  # noqa: E402
+
+os.environ.update(short_spin())  # before torch is imported
 
 import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402

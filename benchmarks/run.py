@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,12 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
 
+from selfnpo_fast.runtime.command import short_spin  # noqa: E402
+
+os.environ.update(short_spin())  # before torch is imported
+
 from benchmarks.environment import RESULTS, describe, pick_device, slug  # noqa: E402
 
 BENCHMARKS: dict[str, Sequence[str]] = {
     "bench_ops": (sys.executable, "-m", "benchmarks.bench_ops"),
     "bench_step": (sys.executable, "-m", "benchmarks.bench_step"),
     "bench_rollout": (sys.executable, "-m", "benchmarks.bench_rollout"),
+    "bench_busy": (sys.executable, "-m", "benchmarks.bench_busy"),
     "bench_sampler": (sys.executable, "-m", "benchmarks.bench_sampler"),
 }
 """Commands by name.

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "GuidedSampler": "selfnpo_fast.guidance.sampler",
     "attach_negative": "selfnpo_fast.guidance.attach",
+    "detach_negative": "selfnpo_fast.guidance.attach",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
+from selfnpo_fast.runtime.command import launched_rank, run_command
 from selfnpo_fast.runtime.console import quiet_libraries, setup_logging
-from selfnpo_fast.runtime.errors import RunError, UserError
+from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.screen import show
 
 USAGE = """usage: selfnpo COMMAND [options]
 
@@ -30,23 +32,22 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv`, by default the command line of the process, names.
 
-    Returns the exit code: 0 after success, 2 after one line about bad input, 1 after one line about
-    a run that cannot go on.
+    Returns the exit code, as `runtime.command.run_command` does.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _dispatch(words))
+
+
+def _dispatch(argv: list[str]) -> int:
+    """Run the command that `argv` names; its exit code. Raises UserError for an unknown command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        show(USAGE)
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        print(f"error: unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        raise UserError(f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}")
     quiet_libraries()
-    setup_logging(0)
-    try:
-        importlib.import_module(COMMANDS[argv[0]]).run(argv[1:])
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    setup_logging(launched_rank())
+    importlib.import_module(COMMANDS[argv[0]]).run(argv[1:])
     return 0
 
 

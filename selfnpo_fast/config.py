@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Literal, get_args, get_type_hints
 
 from selfnpo_fast.runtime.errors import UserError, shortened
+from selfnpo_fast.runtime.limits import MAX_PICTURES, MAX_UPDATES, check_count
 
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and surrogates, for which UTF-8 has no bytes."""
@@ -104,7 +105,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _check_fields("rollout.", self)
-        _check(self.grid_steps >= 2, "rollout.grid_steps", self.grid_steps, "at least 2")
+        check_count("rollout.grid_steps", self.grid_steps, 2)
         _check(
             1 <= self.max_steps <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
         )
@@ -164,7 +165,7 @@ class ReferenceConfig:
     def __post_init__(self) -> None:
         _check_fields("reference.", self)
         _check(0 <= self.decay < 1, "reference.decay", self.decay, "at least 0 and below 1")
-        _check(self.every >= 1, "reference.every", self.every, "at least 1")
+        check_count("reference.every", self.every)
 
 
 @dataclass(kw_only=True)
@@ -172,10 +173,11 @@ class PromptConfig:
     """The prompts that the pairs are conditioned on."""
 
     source: str = "shipped"
-    """`shipped` or `digits`, the prompts of the package; a .txt, .jsonl, .csv or .parquet file; or
-    the id of a Hugging Face dataset."""
+    """`shipped` or `digits`, the prompts of the package; a .txt, .jsonl, .csv or .parquet file; the
+    id of a Hugging Face dataset; or a folder or tars of captioned images, as in data.source."""
     column: str = "prompt"
-    """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets."""
+    """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets; captions
+    of images are found without it."""
     limit: int = 8192
     """Use at most this many prompts; their text embeddings are held in memory."""
     dropout: float = 0.0
@@ -194,9 +196,16 @@ class DataConfig:
     """Real images for `rollout.start: data`; their captions replace the prompts of a source."""
 
     source: str | None = None
-    """`digits`; a folder of images with metadata.jsonl (`file_name`, `text`) or with a .txt caption
-    for each image; or webdataset tars: a .tar file, a folder of them, or a pattern such as
-    data/{000..012}.tar."""
+    """`digits`; a folder of images, with its sub-folders, with metadata.jsonl (`file_name`, `text`)
+    or with a .txt or .caption file for each image; webdataset tars or parquet files with encoded
+    images: a file, a folder of them, or a pattern such as data/{000..012}.tar; or the id of a
+    Hugging Face dataset such as owner/name:split."""
+    column: str | None = None
+    """The column or JSON key that holds the captions; by default `text` in tables and datasets, and
+    `caption` in the .json members of tars. Of a list of captions the first is used."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """If an image or its caption cannot be used: stop, or go on without it. Either way a line says
+    what is left out of a source."""
     limit: int = 8192
     """Use at most this many images; their latents are held in memory."""
     store: str | None = None
@@ -236,9 +245,9 @@ class OptimizerConfig:
         _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _check(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
         _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _check(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
+        check_count("optimizer.warmup", self.warmup, 0, MAX_UPDATES)
         _check(self.clip >= 0, "optimizer.clip", self.clip, "0 or more")
-        _check(self.max_skipped >= 0, "optimizer.max_skipped", self.max_skipped, "0 or more")
+        check_count("optimizer.max_skipped", self.max_skipped, 0)
 
 
 @dataclass(kw_only=True)
@@ -325,19 +334,20 @@ class LogConfig:
     """Number of newest checkpoints to keep."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """If a checkpoint cannot be written, as on a full disk: warn and try again at the next one, or
-    stop."""
+    stop. A state that is not finite stops the run always."""
     spike: float = 5.0
     """Report an update whose loss is this many times the median of the last 100; 0 for none."""
 
     def __post_init__(self) -> None:
         _check_fields("log.", self)
-        _check(self.every >= 1, "log.every", self.every, "at least 1")
-        _check(self.sample_every >= -1, "log.sample_every", self.sample_every, "-1, 0 or more")
-        _check(self.sample_prompts >= 1, "log.sample_prompts", self.sample_prompts, "at least 1")
-        _check(self.sample_steps >= 1, "log.sample_steps", self.sample_steps, "at least 1")
-        _check(self.sample_guidance_scale >= 1, "log.sample_guidance_scale", self.sample_guidance_scale, "at least 1")
-        _check(self.checkpoint_every >= 0, "log.checkpoint_every", self.checkpoint_every, "0 or more")
-        _check(self.keep >= 1, "log.keep", self.keep, "at least 1")
+        check_count("log.every", self.every)
+        check_count("log.sample_every", self.sample_every, -1)
+        check_count("log.sample_prompts", self.sample_prompts, 1, MAX_PICTURES)
+        check_count("log.sample_steps", self.sample_steps)
+        scale = self.sample_guidance_scale
+        _check(1 <= scale <= 1000, "log.sample_guidance_scale", scale, "a number from 1 to 1000")
+        check_count("log.checkpoint_every", self.checkpoint_every, 0)
+        check_count("log.keep", self.keep)
         _check(self.spike == 0 or self.spike > 1, "log.spike", self.spike, "0 (off) or more than 1")
 
 
@@ -377,7 +387,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_fields("", self)
-        _check(self.updates >= 1, "updates", self.updates, "at least 1")
+        check_count("updates", self.updates, 1, MAX_UPDATES)
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         _check(
             self.lora.rank == 0 or self.engine.zero_stage < 3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,14 +11,23 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _PACKAGE]
 
-import os  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from selfnpo_fast.config import TrainConfig  # noqa: E402
+from selfnpo_fast.runtime.command import launched_rank, run_command  # noqa: E402
 from selfnpo_fast.runtime.console import logger, quiet_libraries, setup_logging  # noqa: E402
-from selfnpo_fast.runtime.errors import RunError, UserError  # noqa: E402
-from selfnpo_fast.runtime.folders import check_run_folder, clear_run_folder, write_file  # noqa: E402
+from selfnpo_fast.runtime.errors import UserError  # noqa: E402
+from selfnpo_fast.runtime.folders import (  # noqa: E402
+    check_run_folder,
+    check_writable,
+    clear_run_folder,
+    remove_leftovers,
+    write_file,
+    writing,
+)
+from selfnpo_fast.runtime.locks import only_writer  # noqa: E402
 from selfnpo_fast.runtime.options import Parsed, parse_with_config  # noqa: E402
+from selfnpo_fast.runtime.stopping import Stopped, StopRequest, check_stop  # noqa: E402
 
 # A checkout has the configs next to the package, an installed package has them inside.
 CONFIGS = _PACKAGE.parent / "configs" if (_PACKAGE.parent / "configs").is_dir() else _PACKAGE / "configs"
@@ -60,33 +70,51 @@ def run(argv: list[str]) -> None:
     Raises UserError for bad input, before anything is written, and RunError where it cannot go on.
     """
     request = parse(argv)
-    continues = request.options.resume or request.options.replay_step is not None
-    output = check_run_folder(request.config.output, resume=continues, overwrite=request.options.overwrite)
-
     from selfnpo_fast.runtime.world import init_world
-    from selfnpo_fast.training.lifecycle import PeerWatch, StopRequest, leave_at_once
+    from selfnpo_fast.training.lifecycle import PeerWatch, leave_at_once
 
-    with StopRequest() as stop:
-        world = init_world()
-        setup_logging(world.rank)
-        with PeerWatch(world, leave_at_once):
-            _run(request, output, world, stop)
+    world = init_world()
+    setup_logging(world.rank)
+    with StopRequest(world) as stop, PeerWatch(world, leave_at_once), contextlib.ExitStack() as held:
+        try:
+            output, alone = world.on_main(lambda: _claim(request, held))
+            _run(request, output, alone, world, stop)
+        except Stopped as stopped:
+            logger.warning("%s", stopped)
 
 
-def _run(request: Request, output: Path, world, stop) -> None:
-    """The run, once all ranks are connected."""
-    from selfnpo_fast.training.checkpoint import newest_checkpoint
+def _claim(request: Request, held: contextlib.ExitStack) -> tuple[Path, bool]:
+    """The output folder, locked until `held` is closed, and whether its file system has locks.
+
+    Raises UserError where another process writes to it, or where it is not as the request needs it.
+    """
+    path, options = request.config.output, request.options
+    alone = held.enter_context(only_writer(check_writable(path)))
+    continues = options.resume or options.replay_step is not None
+    return check_run_folder(path, resume=continues, overwrite=options.overwrite), alone
+
+
+def _run(request: Request, output: Path, alone: bool, world, stop) -> None:
+    """The run, once all ranks are connected; `alone` as `_claim` has found it."""
     from selfnpo_fast.training.inputs import load_inputs
     from selfnpo_fast.training.recorder import Recorder
     from selfnpo_fast.training.replay import replay
+    from selfnpo_fast.training.resumable import newest_checkpoint
     from selfnpo_fast.training.trainer import Trainer
 
     # Find and read all that the run needs: nothing is written yet.
     config, replaying, newest = request.config, request.options.replay_step is not None, None
     kernels = _kernels(world.device.type)
+    checkpoints, known = output / "checkpoints", None
     if request.options.resume or replaying:
-        newest = newest_checkpoint(output / "checkpoints", config, world, before=request.options.replay_step)
-    trainer = Trainer(config, load_inputs(config, world), world, output)
+        newest = known = newest_checkpoint(checkpoints, config, world, before=request.options.replay_step)
+    if replaying and newest is None:  # a later one also tells what the run has read
+        known = newest_checkpoint(checkpoints, config, world)
+    inputs = load_inputs(config, world)
+    if known is not None:
+        inputs.refuse_changed(known, world)
+    check_stop("before training; the output folder is as it was")
+    trainer = Trainer(config, inputs, world, output)
     recorder = Recorder(config, world, trainer.adapter.schedule.num_train_timesteps)
     # Continue from a checkpoint.
     if newest is not None:
@@ -99,14 +127,17 @@ def _run(request: Request, output: Path, world, stop) -> None:
     # Prepare the folder, once every rank has looked at it.
     world.barrier()
     if world.is_main:
-        if request.options.overwrite:
-            clear_run_folder(output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_file(output / "config.yaml", request.text)
+        with writing(output):
+            if request.options.overwrite:
+                clear_run_folder(output)
+            for folder in (output, output / "checkpoints"):
+                remove_leftovers(folder, locked=alone)
+            output.mkdir(parents=True, exist_ok=True)
+            write_file(output / "config.yaml", request.text)
     setup_logging(world.rank, output / "train.log")
     describe(config, world, trainer, kernels)
-    # Train.
     recorder.open(output, trainer.update)
+    # Train.
     try:
         negative = trainer.run(recorder, stop)
     finally:
@@ -152,23 +183,19 @@ def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code.
+    """The command; returns its exit code, as `runtime.command.run_command` does.
 
-    0    success, also after SIGTERM
-    1    after one line about a run that cannot go on
-    2    after one line about bad input
+    It is 0 also after a signal that has stopped the run with a checkpoint.
     """
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(lambda: _command(words))
+
+
+def _command(argv: list[str]) -> None:
+    """`run`, with the log of a command."""
     quiet_libraries()
-    rank = int(os.environ.get("RANK", 0))
-    setup_logging(rank)
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (UserError, RunError) as error:
-        # All ranks raise such an error together, and one of them prints it.
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    return 0
+    setup_logging(launched_rank())
+    run(argv)
 
 
 if __name__ == "__main__":

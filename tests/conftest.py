@@ -7,10 +7,20 @@ import gc
 import importlib
 import logging
 import os
+import signal
+
+# A shell's background job, such as one under nohup, ignores Ctrl-C, and so would the processes that
+# tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # as in the commands, and before torch is imported
 
 import hypothesis
 import pytest
@@ -53,12 +63,17 @@ def frozen_imports() -> None:
 def logger_as_imported() -> None:
     """The log is as importing the package leaves it.
 
-    A command of an earlier test has bound it to the standard error of that test.
+    A command of an earlier test has bound it to the standard error of that test. What is said once
+    in a process may be said once in each test.
     """
+    from selfnpo_fast.runtime import console
+
+    console._said.clear()
     logger = logging.getLogger("selfnpo")
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
+    console._said.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -209,6 +209,22 @@ def refuse(base: Path, content: str | bytes, *expected: str, words: tuple[str, .
     path.unlink()
 
 
+@pytest.mark.parametrize("value", [10**9 + 1, 2**62])
+def test_counts_that_nothing_can_need_are_refused(value):
+    """Tables of `log.every` rows, and grids of `log.sample_prompts` pictures, would eat the memory."""
+    bounded = [("log", f"{name}every") for name in ("", "sample_", "checkpoint_")]
+    bounded += [("log", "keep"), ("log", "sample_prompts"), ("log", "sample_steps"), ("rollout", "grid_steps")]
+    bounded += [("rollout", "pool"), ("reference", "every"), ("optimizer", "warmup"), ("optimizer", "max_skipped")]
+    bounded += [("engine", "batch_size"), ("engine", "accumulation"), ("lora", "rank")]
+    for section, name in bounded:
+        with pytest.raises(UserError, match=rf"^{section}\.{name}: {value} is not possible; expected "):
+            SECTIONS[section](**{name: value})
+    with pytest.raises(UserError, match=rf"^updates: {value} is not possible; expected an integer from 1 to 1,000,000"):
+        TrainConfig(updates=value)
+    with pytest.raises(UserError, match=r"^log.sample_guidance_scale: 1e.38 is not possible"):
+        SECTIONS["log"](sample_guidance_scale=1e38)
+
+
 def broken_values(kind: Any) -> list:
     """Values that no field of a type takes."""
     kinds = get_args(kind) if get_origin(kind) is not Literal else ()
@@ -225,7 +241,7 @@ def broken_values(kind: Any) -> list:
     if get_origin(plain) is Literal:
         return [*none, True, -1, 10**30, 0.5, math.nan, "", "sideways", [], {}, [get_args(plain)[0]]]
     if get_origin(plain) is list:
-        return [*none, 3, math.nan, "", "x", {}, {"a": 1}, [1], [None], [[]], ["a\0b"]]
+        return [*none, 3, math.nan, "", "x", {}, {"a": 1}, [{"a": 1}], [None], [[]], ["a\0b"]]
     assert plain == tuple[float, float]
     return [*none, 3, "x", [], [0.1], [0.1, 0.2, 0.3], {}, [math.nan, 0.5], [0.5, math.inf], ["a", "b"], [None, 0.5]]
 

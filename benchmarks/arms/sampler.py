@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.environment import synchronize
 from benchmarks.nets import BenchNet
 from selfnpo_fast import GuidedSampler, attach_negative
-from selfnpo_fast.guidance.sampler import SamplerConfig, make_scheduler, start_noise
+from selfnpo_fast.diffusion.schedulers import new_scheduler
+from selfnpo_fast.guidance.sampler import SamplerConfig, start_noise
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank
 
@@ -185,7 +186,7 @@ def _two_networks(bench: Bench, _: ExitStack) -> Callable[[], torch.Tensor]:
 
     Each step makes one forward after the other.
     """
-    scheduler = make_scheduler("ddim", bench.net.adapter.scheduler_config)
+    scheduler = new_scheduler("ddim", bench.net.adapter.scheduler)
     second = bench.second()
 
     @torch.no_grad()

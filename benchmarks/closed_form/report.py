@@ -16,7 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
+
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
 
 import torch
 

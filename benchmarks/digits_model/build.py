@@ -10,7 +10,12 @@ encoder), `export` (writes the assets). All random numbers are seeded. Only this
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline

@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
 
 import torch
 

@@ -27,6 +27,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
+
 import numpy as np
 import torch
 from safetensors.torch import load_file

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.limits import check_count, check_seeds
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import show
 
 
 @dataclass(kw_only=True)
@@ -48,6 +50,7 @@ def correlate(options: CorrelateOptions) -> None:
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
+    from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
     from selfnpo_fast.guidance.correlation import alphas_of, correlation
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.fingerprint import fingerprint, matches
@@ -56,13 +59,19 @@ def correlate(options: CorrelateOptions) -> None:
 
     if options.negative is None:
         raise UserError("negative: none given; expected --negative")
+    for name in ("limit", "steps"):
+        check_count(name, getattr(options, name))
+    check_seeds(options.seed, options.limit)
     texts = read_prompts(options.prompts, limit=options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapter = load_adapter(options.model)
     adapter.check_steps(options.steps)
     positive = adapter.load_denoiser(torch.float32).to(device)
     shared = {"beta": options.beta}
-    negative = load_negative(positive, options.negative, alpha=options.alpha, base=options.base, **shared)
+    schedule = ScheduleFacts.of(adapter.schedule, options.model)
+    negative = load_negative(
+        positive, options.negative, alpha=options.alpha, base=options.base, schedule=schedule, **shared
+    )
     rows, empty = adapter.encode_prompts(texts, device), adapter.encode_empty(device)
     alphas, weights = None, module_weights(positive, "the positive model")
     # A positive that is its own base has no change for alpha to share.
@@ -72,8 +81,8 @@ def correlate(options: CorrelateOptions) -> None:
     report = correlation(
         adapter, positive, negative, rows, empty, guidance_scale=scale, steps=steps, seed=options.seed, alphas=alphas
     )
-    print(report)
+    show(report)
     if alphas is None:
-        print(
+        show(
             "alpha has no effect: the positive is the base" if options.base else "alpha: give --base for a choice of it"
         )

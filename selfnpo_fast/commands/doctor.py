@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.runtime.errors import RunError, UserError
 from selfnpo_fast.runtime.options import parse_with_config
+from selfnpo_fast.runtime.screen import show
 from selfnpo_fast.train import DEFAULT_CONFIG
 
 
@@ -43,9 +44,9 @@ def run(argv: list[str]) -> None:
     parsed = parse_with_config(DoctorOptions, TrainConfig, argv, "selfnpo doctor", DEFAULT_CONFIG)
     options = parsed.options
     if not options.verify:
-        print(examine(parsed.config, memory_gib=options.memory_gib, world_size=options.world_size))
+        show(examine(parsed.config, memory_gib=options.memory_gib, world_size=options.world_size))
         return
     table, holds = check([parsed.config] if parsed.config_named else VERIFIED)
-    print(table)
+    show(table)
     if not holds:
         raise RunError("the memory model is off by more than 10%")

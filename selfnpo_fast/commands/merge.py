@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.folders import check_writable
+from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import show
 
 
 @dataclass(kw_only=True)
@@ -38,5 +41,6 @@ def run(argv: list[str]) -> None:
     for name in ("base", "negative", "output"):
         if getattr(options, name) is None:
             raise UserError(f"{name}: none given; expected --{name}")
-    folder = merge(**vars(options))
-    print(f"negative model: {folder}")
+    with only_writer(check_writable(str(options.output))):
+        folder = merge(**vars(options))
+    show(f"negative model: {folder}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from selfnpo_fast.runtime.errors import UserError
-from selfnpo_fast.runtime.folders import check_writable
+from selfnpo_fast.runtime.folders import check_writable, whole_file, writing
+from selfnpo_fast.runtime.limits import MAX_COUNT, check_count, check_seeds
+from selfnpo_fast.runtime.locks import only_writer
 from selfnpo_fast.runtime.options import parse_options
+from selfnpo_fast.runtime.screen import progress_bar, show
 
 
 @dataclass(kw_only=True)
@@ -42,8 +44,9 @@ class SampleOptions:
     """Solver steps."""
     guidance_scale: float = 3.0
     """guidance_scale as in diffusers (omega + 1)."""
-    solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
-    """DPM-Solver++(2M), DDIM or Euler."""
+    solver: Literal["dpm++", "ddim", "euler", "own"] = "dpm++"
+    """DPM-Solver++(2M), DDIM or Euler on the model's noise schedule; own: the model's scheduler, as
+    it is configured."""
     negative_prompt: Literal["empty", "same"] = "empty"
     """Prompt of the negative branch: empty, or the same as the positive's."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
@@ -65,32 +68,35 @@ def run(argv: list[str]) -> None:
     sample(parse_options(SampleOptions, argv, "selfnpo sample"))
 
 
-def check_seeds(seeds: list[int]) -> None:
-    """Raise UserError where one of the consecutive `seeds` is not in 0 to 2^63 - 1."""
-    if seeds[0] < 0 or seeds[-1] >= 2**63:
-        raise UserError(f"seed: {seeds[0]} is not possible; expected 0 to 2^63 - {len(seeds)}")
-
-
 def sample(options: SampleOptions) -> None:
     """Draw pictures and write one PNG per picture and grid.png.
 
-    Raises UserError for bad options, before the output folder is created.
+    Raises UserError for bad options, before anything is written, and RunError where a picture
+    cannot be written.
     """
+    folder = check_writable(options.output)
+    with only_writer(folder):
+        _sample(options, folder)
+
+
+def _sample(options: SampleOptions, folder: Path) -> None:
+    """`sample`, into a folder to which no other command writes."""
     import torch
 
     from selfnpo_fast.data.prompts import read_prompts
-    from selfnpo_fast.guidance.sampler import GuidedSampler, SamplerConfig
+    from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
+    from selfnpo_fast.guidance.sampler import GuidedSampler
+    from selfnpo_fast.guidance.settings import SamplerConfig, checked_prompts
     from selfnpo_fast.models import load_adapter
     from selfnpo_fast.negatives.load import load_negative
     from selfnpo_fast.runtime.dtypes import DTYPES
     from selfnpo_fast.runtime.images import image_grid, to_pil
 
     # Checks that need no model.
-    folder = check_writable(options.output)
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("prompt: give either --prompt TEXT or --prompts FILE")
-    if options.images_per_prompt < 1:
-        raise UserError(f"images_per_prompt: {options.images_per_prompt} is not possible; expected at least 1")
+    for name in ("limit", "images_per_prompt", "steps", "batch_size"):
+        check_count(name, getattr(options, name))
     settings = SamplerConfig(
         steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -101,6 +107,9 @@ def sample(options: SampleOptions) -> None:
         guidance_rescale=options.guidance_rescale,
     )
     texts = [options.prompt] if options.prompt is not None else read_prompts(options.prompts, limit=options.limit)
+    texts = checked_prompts("prompt" if options.prompt is not None else "prompts", texts)
+    check_count("images_per_prompt", options.images_per_prompt, most=MAX_COUNT // len(texts))
+    check_seeds(options.seed, len(texts) * options.images_per_prompt)
     prompts = [text for text in texts for _ in range(options.images_per_prompt)]
     # The model, and the negative model if there is one.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,28 +120,28 @@ def sample(options: SampleOptions) -> None:
     if options.negative is not None:
         negative = load_negative(
             denoiser, options.negative, alpha=options.alpha, beta=options.beta, base=options.base,
+            schedule=ScheduleFacts.of(adapter.schedule, options.model),
         )  # fmt: skip
     # Conditioning and noise, and checks that need the model.
     rows, empty = adapter.encode_prompts(prompts, device), adapter.encode_empty(device)
     seeds = [options.seed + i for i in range(len(prompts))]
-    check_seeds(seeds)
     adapter.check_steps(settings.steps)
     adapter.check_size()
     # Pictures, one file for each, and a grid with the pictures of one prompt in a row.
-    with _bar(len(seeds), "image") as done:
-        images = GuidedSampler(adapter, denoiser, negative).images(rows, empty, seeds, settings, done)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, (picture, seed) in enumerate(zip(to_pil(images, least_side=0), seeds, strict=True)):
-        picture.save(folder / f"{i:04d}-seed{seed}.png")
+    sampler, parts = GuidedSampler(adapter, denoiser, negative), []
+    with progress_bar(len(seeds), "image") as bar:
+        # What is drawn is written at once, so that it is there whatever becomes of the rest.
+        for start in range(0, len(seeds), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            own = {name: value[part] for name, value in rows.items()}
+            done = lambda count, before=start: bar.update(before + count - bar.n)  # noqa: E731
+            parts.append(sampler.images(own, empty, seeds[part], settings, done))
+            with writing(folder):
+                for i, picture in enumerate(to_pil(parts[-1], least_side=0), start):
+                    with whole_file(folder / f"{i:04d}-seed{seeds[i]}.png") as file:
+                        picture.save(file, format="PNG")
+    images = torch.cat(parts)
     columns = options.images_per_prompt if options.images_per_prompt > 1 else min(len(images), 8)
-    image_grid(images, columns).save(folder / "grid.png")
-    print(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")
-
-
-@contextmanager
-def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar, as the callback `done(count)` that sets the number of finished units."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, dynamic_ncols=True) as bar:
-        yield lambda count: bar.update(count - bar.n)
+    with writing(folder), whole_file(folder / "grid.png") as file:
+        image_grid(images, columns).save(file, format="PNG")
+    show(f"{len(images)} images at guidance_scale {options.guidance_scale:g}; grid: {folder / 'grid.png'}")

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.data.latent_store import stored_latents
+from selfnpo_fast.data.store_files import fingerprint
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 
@@ -24,6 +25,8 @@ class RealData:
     """(N, C, H, W) float32, scaled for the denoiser; in host memory or mapped from a file."""
     captions: list[str]
     """N captions."""
+    fingerprint: str
+    """The SHA-256 of the latents (`store_files.fingerprint`), which tells other latents apart."""
 
 
 def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:
@@ -37,7 +40,8 @@ def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:
     if data.source == "digits":
         return _embedded(adapter, data.limit)
     root = data.store or str(Path(config.output).expanduser().absolute().parent / "latents")
-    return RealData(*stored_latents(data.source, root, adapter, limit=data.limit, seed=config.seed, world=world))
+    choices = {"limit": data.limit, "column": data.column, "skip": data.on_bad == "skip"}
+    return RealData(*stored_latents(data.source, root, adapter, seed=config.seed, world=world, **choices))
 
 
 def _embedded(adapter, limit: int) -> RealData:
@@ -51,4 +55,4 @@ def _embedded(adapter, limit: int) -> RealData:
             f"{tuple(adapter.latent_shape)}; it fits only the embedded digits model"
         )
     prompts = (ASSETS / "prompts.txt").read_text().splitlines()
-    return RealData(latents, [prompts[i] for i in prompt_indices])
+    return RealData(latents, [prompts[i] for i in prompt_indices], fingerprint(latents))

@@ -62,11 +62,8 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float 
     `NoiseSchedule` are served. Raises UserError for schedulers and options whose step is not linear
     or not known here.
     """
-    name = type(scheduler).__name__  # not isinstance: a subclass may step differently
-    if name not in _SOLVERS:
-        raise UserError(
-            f"scheduler: {name} is not served by the fused step; make a {' or '.join(_SOLVERS)} from its config"
-        )
+    check_served(scheduler)
+    name = type(scheduler).__name__
     if scheduler.num_inference_steps is None:
         raise UserError(f"scheduler: this {name} has no steps yet; call set_timesteps")
     if not 0 <= eta <= 1:
@@ -91,15 +88,26 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float 
     return SolverSteps(timesteps, k, init_scale)
 
 
-def _refuse(scheduler, option: str, *served) -> None:
-    """Raise UserError unless the scheduler's `option` has one of the values `served`."""
-    value = scheduler.config.get(option)
-    if value not in served:
-        wanted = " or ".join(repr(choice) for choice in served)
+def check_served(scheduler) -> None:
+    """UserError for a scheduler whose class, options or prediction type `solver_steps` does not
+    serve.
+
+    The number of steps is not looked at: `set_timesteps` need not have been called.
+    """
+    name = type(scheduler).__name__  # not isinstance: a subclass may step differently
+    if name not in _SOLVERS:
         raise UserError(
-            f"scheduler: {option} is {value!r}, which the fused step does not serve; set it to {wanted}, as in "
-            f"{type(scheduler).__name__}.from_config(config, {option}={served[0]!r})"
+            f"scheduler: {name} is not served by the fused step; make a {' or '.join(_SOLVERS)} from its config"
         )
+    for option, served in _SERVED[name].items():
+        value = scheduler.config.get(option)
+        if value not in served:
+            wanted = " or ".join(repr(choice) for choice in served)
+            raise UserError(
+                f"scheduler: {option} is {value!r}, which the fused step does not serve; set it to {wanted}, as in "
+                f"{name}.from_config(config, {option}={served[0]!r})"
+            )
+    NoiseSchedule.from_scheduler(scheduler)
 
 
 def _between_levels(
@@ -129,8 +137,6 @@ def _between_levels(
 
 def _ddim(scheduler, timesteps: torch.Tensor, eta: float) -> tuple[torch.Tensor, float]:
     """(k, init_scale) of DDIMScheduler."""
-    _refuse(scheduler, "clip_sample", False)
-    _refuse(scheduler, "thresholding", False)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     count = schedule.num_train_timesteps
     if timesteps.min() < 0 or timesteps.max() >= count:
@@ -151,11 +157,6 @@ def _ddim(scheduler, timesteps: torch.Tensor, eta: float) -> tuple[torch.Tensor,
 
 def _dpm_solver(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Tensor, float]:
     """(k, init_scale) of DPMSolverMultistepScheduler, orders 1 and 2."""
-    _refuse(scheduler, "algorithm_type", "dpmsolver++", "sde-dpmsolver++")
-    _refuse(scheduler, "solver_order", 2, 1)
-    _refuse(scheduler, "thresholding", False)
-    _refuse(scheduler, "use_flow_sigmas", False)
-    _refuse(scheduler, "variance_type", None)
     config, n = scheduler.config, len(timesteps)
     sde = config.algorithm_type == "sde-dpmsolver++"
     sigmas = scheduler.sigmas.double().cpu()
@@ -202,3 +203,17 @@ _SOLVERS: dict[str, Callable] = {
     "EulerDiscreteScheduler": _euler,
 }
 """For each class of scheduler: (scheduler, timesteps, eta) -> (k, init_scale)."""
+
+_SERVED: dict[str, dict[str, tuple]] = {
+    "DDIMScheduler": {"clip_sample": (False,), "thresholding": (False,)},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_order": (2, 1),
+        "thresholding": (False,),
+        "use_flow_sigmas": (False,),
+        # DDPM's variances come along in a config and are not used; learned ones cut the network's output.
+        "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    },
+    "EulerDiscreteScheduler": {},
+}
+"""For each class of scheduler: the values that are served of the options that matter to the step."""

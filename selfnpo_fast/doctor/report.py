@@ -64,7 +64,13 @@ def make_tracer(config: TrainConfig) -> Tracer:
     """
     find_method(config.method)  # a name that is not known is refused
     model = config.model
-    adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
+    adapter = load_adapter(
+        model.path,
+        revision=model.revision,
+        variant=model.variant,
+        resolution=model.resolution,
+        configs_only=True,
+    )
     if config.rollout.start == "data":
         return Tracer(adapter, config.data.limit)
     prompts = config.prompts

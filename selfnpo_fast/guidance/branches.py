@@ -6,15 +6,21 @@ Shape letters: B pictures of a batch.
 from __future__ import annotations
 
 import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from selfnpo_fast.guidance.lora_layers import LowRankBackbone, Rows, install
+from selfnpo_fast.guidance.lora_backbone import LowRankBackbone, install
+from selfnpo_fast.guidance.lora_layers import Rows
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.negatives.load import Negative
+from selfnpo_fast.negatives.weights import match_placement
 from selfnpo_fast.runtime.compiling import compile_blocks
+from selfnpo_fast.runtime.errors import UserError
 
 
 class Branches:
@@ -37,17 +43,18 @@ class Branches:
         network = negative.network if negative is not None else None
         deltas = negative.deltas if negative is not None else None
         if isinstance(network, nn.Module):
-            like = next(positive.parameters())
-            nn.Module.to(network, like.device, like.dtype)  # ModelMixin.to would warn
+            match_placement(network, positive)
+        self.given_network = network if isinstance(network, nn.Module) else None
+        """The negative's network as it was given, of which `negative` may be a copy."""
         if deltas is not None or compile != "off":
             # Layers are changed and compiled in a copy of the module tree, not in the caller's.
-            self.positive = _share(positive)
+            self.positive = _share(positive, f"pipe: its {adapter.family.denoiser_name}")
         if deltas is not None:
             self.backbone = install(self.positive, deltas)
         if compile != "off":
             compile_blocks(self.positive, blocks, compile)
             if network is not None:
-                network = _share(network)
+                network = _share(network, "negative: its network")
                 compile_blocks(network, blocks, compile)
         self.negative = network
 
@@ -94,12 +101,51 @@ class Branches:
             return pos, self.predict(self.positive, x, t, negative_rows)
 
 
-def _share(network: nn.Module) -> nn.Module:
+def _share(network: nn.Module, what: str) -> nn.Module:
     """A copy of the module tree, in evaluation mode, over the tensors of `network` itself.
 
     Layers of the copy can be changed without changing those of `network`.
+
+    Raises UserError, which names `what`, where a function that was put on a module reaches back
+    into `network`: the copy would compute with the layers of the original.
     """
+    modules = set(network.modules())
+    for path, module in network.named_modules():
+        for name, function in _functions_on(module):
+            owner = getattr(function, "__self__", None)
+            if (name == "forward" and owner is not module) or _closes_over(function, modules):
+                raise UserError(
+                    f"{what} has another {name} at {path or 'its top'} than its class, which would call the layers "
+                    "without the negative or the compiled blocks; undo that patch, or use attach_negative"
+                )
     return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())}).eval()
+
+
+def _functions_on(module: nn.Module) -> Iterator[tuple[str, Callable]]:
+    """(attribute, function) of functions that were put on an instance, and of its hooks."""
+    for name, value in vars(module).items():
+        if name in ("_forward_hooks", "_forward_pre_hooks"):
+            yield from ((name.strip("_"), hook) for hook in value.values())
+        elif name == "forward" or isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            yield name, value
+
+
+def _closes_over(function: object, modules: set[nn.Module]) -> bool:
+    """Whether a function holds one of the modules in its closure, which a deep copy does not
+    follow."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    cells = getattr(getattr(function, "__func__", function), "__closure__", None) or ()
+    return any(_content(cell) in modules for cell in cells)
+
+
+def _content(cell: types.CellType) -> nn.Module | None:
+    """The module in a cell of a closure; None where it is empty or holds something else."""
+    try:
+        content = cell.cell_contents
+    except ValueError:  # empty as yet
+        return None
+    return content if isinstance(content, nn.Module) else None
 
 
 def halves(rows: Conditioning) -> tuple[Conditioning, Conditioning]:

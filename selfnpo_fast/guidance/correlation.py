@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
+from selfnpo_fast.diffusion.schedulers import new_scheduler
 from selfnpo_fast.diffusion.solvers import solver_steps
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.base import Conditioning, Predict
@@ -132,9 +134,7 @@ def visited(adapter: Adapter, predict: Predict, x: torch.Tensor, rows: Condition
     - x: (B, C, H, W) float32, the noise.
     - rows: (B, ...), the prompts' conditioning rows.
     """
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(adapter.scheduler_config, clip_sample=False)
+    scheduler = new_scheduler("ddim", adapter.scheduler)
     scheduler.set_timesteps(steps)
     solver = solver_steps(scheduler)
     k, states = solver.k.float().to(x.device), []
@@ -182,11 +182,13 @@ def correlation(
     - prompts: (B, ...), conditioning rows.
     - negative_prompts: (1, ...) or (B, ...), the negative branch's conditioning rows.
 
-    Raises UserError where guidance_scale is below 1 or not finite, and where a prediction is
-    constant or not finite.
+    Raises UserError where guidance_scale is below 1 or not finite, where a prediction is constant
+    or not finite, and for a negative of another schedule.
     """
     if not 1 <= guidance_scale < math.inf:
         raise UserError(f"guidance_scale: {guidance_scale} is not possible; expected a number of at least 1")
+    if isinstance(negative, Negative):
+        check_same_schedule(negative.schedule, ScheduleFacts.of(adapter.schedule, "the model"))
     count, device = len(next(iter(prompts.values()))), next(positive.parameters()).device
     ids = torch.arange(seed, seed + count, device=device)
     noise = normal(NoiseKey(0, ids, draw_id(Draw.SAMPLE)), adapter.latent_shape)

@@ -4,6 +4,8 @@ name the classes."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -48,17 +50,68 @@ def guided_family(pipe: object) -> Family:
     raise UserError(f"pipe: {name} is not supported: {reason or 'its rows are not known here'}; {_SUPPORTED}")
 
 
+@dataclass(frozen=True)
+class PipelineCall:
+    """A call of a pipeline that is under way in some thread."""
+
+    frame: FrameType
+    """The call itself: each call has a frame of its own."""
+    pipe: DiffusionPipeline
+
+
 def calling_pipeline() -> DiffusionPipeline | None:
     """The pipeline in whose call this thread is, read off the stack; None where there is none.
 
     Pipelines share denoisers (`from_pipe`, `components`), and each keeps its last call's guidance
     scale: only the one that is being called can say whether these rows are guided.
     """
+    call = this_call()
+    return None if call is None else call.pipe
+
+
+def this_call() -> PipelineCall | None:
+    """The innermost call of a pipeline that this thread is in, or None."""
+    return next(_calls(sys._getframe(1)), None)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a thread is doing."""
+
+    calls: list[PipelineCall]
+    """The calls of pipelines that the thread is in."""
+    modules: list[object]
+    """The modules in whose forward the thread is."""
+
+
+def stacks() -> dict[int, Stack]:
+    """What every thread is doing at this moment, by the thread's identifier."""
+    return {thread: _stack(top) for thread, top in sys._current_frames().items()}
+
+
+def this_stack() -> Stack:
+    """What this thread is doing."""
+    return _stack(sys._getframe(1))
+
+
+def _stack(top: FrameType) -> Stack:
+    # Module.__call__ is _wrapped_call_impl.
+    modules = [frame.f_locals.get("self") for frame in _outward(top) if frame.f_code.co_name == "_wrapped_call_impl"]
+    return Stack(list(_calls(top)), modules)
+
+
+def _calls(top: FrameType) -> Iterator[PipelineCall]:
+    """The pipelines' calls on a stack, the innermost first."""
     from diffusers import DiffusionPipeline
 
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _outward(top):
         if frame.f_code.co_name == "__call__" and isinstance(caller := frame.f_locals.get("self"), DiffusionPipeline):
-            return caller
+            yield PipelineCall(frame, caller)
+
+
+def _outward(top: FrameType) -> Iterator[FrameType]:
+    """The frames of a stack, the innermost first."""
+    frame: FrameType | None = top
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return None

@@ -10,20 +10,32 @@ Shape letters: B pictures of a batch, N pictures; C, H, W latent channels, heigh
 from __future__ import annotations
 
 import math
-import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
+from selfnpo_fast.diffusion.schedulers import OWN, SOLVERS, described, new_scheduler
 from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
 from selfnpo_fast.guidance.attach import has_negative
 from selfnpo_fast.guidance.branches import Branches
+from selfnpo_fast.guidance.finite import check_finite
+from selfnpo_fast.guidance.settings import (
+    SamplerConfig,
+    check_choice,
+    check_integer,
+    checked_prompts,
+    checked_seeds,
+    checked_size,
+    config_of_call,
+)
+from selfnpo_fast.guidance.snapshot import Snapshot, check_networks, check_whole
 from selfnpo_fast.guidance.trajectory import Trajectories
 from selfnpo_fast.models import Adapter, Family, adapter_of
 from selfnpo_fast.models.base import Conditioning
@@ -32,16 +44,12 @@ from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import RunError, UserError
+from selfnpo_fast.runtime.dtypes import network_dtype
+from selfnpo_fast.runtime.errors import RunError, UserError, shortened
 from selfnpo_fast.runtime.images import to_pil
+from selfnpo_fast.runtime.limits import MAX_COUNT
 from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, normal
 
-SOLVERS = {
-    "dpm++": "DPMSolverMultistepScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
-"""The diffusers scheduler of each solver."""
 OUTPUTS = ("pil", "pt", "latent")
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in total) after every step of a call."""
@@ -51,73 +59,13 @@ class SamplingCancelled(RunError):
     """Raised between two steps where the callback `cancelled` has returned true."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How pictures are drawn. Raises UserError for values that are not possible."""
-
-    steps: int = 20
-    """Solver steps."""
-    guidance_scale: float = 3.0
-    """diffusers' guidance_scale (omega + 1); 1 uses only the positive model."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Shares of the steps, 0 to 1, between which guidance acts; outside, only the positive runs."""
-    guidance_rescale: float = 0.0
-    """0 to 1: diffusers' guidance_rescale (Lin et al., arXiv 2305.08891, section 3.4)."""
-    solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
-    """DPM-Solver++(2M), DDIM (eta 0) or Euler."""
-    negative_prompt: Literal["empty", "same"] = "empty"
-    """Prompt of the negative branch: the empty one, or the positive's (autoguidance)."""
-    batch_size: int = 64
-    """Pictures per forward of one branch."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps: {self.steps} is not possible; expected at least 1")
-        if not 1 <= self.guidance_scale < math.inf:
-            raise UserError(f"guidance_scale: {self.guidance_scale} is not possible; expected a number of at least 1")
-        interval = tuple(self.guidance_interval)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise UserError(f"guidance_interval: {interval} is not possible; expected two shares of the steps, 0 to 1")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise UserError(f"guidance_rescale: {self.guidance_rescale} is not possible; expected 0 to 1")
-        if self.solver not in SOLVERS:
-            raise UserError(f"solver: {self.solver!r} is not supported; expected one of {', '.join(SOLVERS)}")
-        if self.negative_prompt not in ("empty", "same"):
-            raise UserError(f"negative_prompt: {self.negative_prompt!r} is not possible; expected empty or same")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size: {self.batch_size} is not possible; expected at least 1")
-
-    def guided(self, step: int) -> bool:
-        """Whether guidance acts at a step, counted from 0, by the rule of diffusers' ControlNets.
-
-        That is the rule of control_guidance_start and control_guidance_end.
-        """
-        start, end = self.guidance_interval
-        return self.guidance_scale != 1 and step / self.steps >= start and (step + 1) / self.steps <= end
-
-
-def make_scheduler(name: str, config: dict) -> Any:
-    """The diffusers scheduler of a solver, with the noise schedule of the model's scheduler config.
-
-    Raises UserError for an unknown solver.
-    """
-    import diffusers
-
-    if name not in SOLVERS:
-        raise UserError(f"solver: {name!r} is not supported; expected one of {', '.join(SOLVERS)}")
-    options: dict[str, dict[str, Any]] = {
-        "dpm++": {"algorithm_type": "dpmsolver++", "solver_order": 2},
-        "ddim": {"clip_sample": False},
-    }
-    return getattr(diffusers, SOLVERS[name]).from_config(config, **options.get(name, {}))
-
-
-def start_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def start_noise(seeds: Sequence[int] | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Standard normals (B, *shape) float32 for B seeds; each picture's depend only on its seed.
 
     The draw is that of sampling, so that no picture starts from the noise of a training rollout.
+    The noise of step i of a stochastic solver is the same draw at grid index i.
     """
-    ids = torch.tensor(seeds, dtype=torch.int64, device=device)
+    ids = torch.as_tensor(seeds, dtype=torch.int64, device=device)
     return normal(NoiseKey(0, ids, draw_id(Draw.SAMPLE)), shape)
 
 
@@ -134,6 +82,8 @@ class Drawn:
     """
     seeds: list[int]
     """The seed of each picture; a call with the same seeds draws the same pictures."""
+    solver: str
+    """The solver that was used, as in `dpm++, order 2, sde`, `ddim` or `euler`."""
 
 
 class GuidedSampler:
@@ -155,7 +105,7 @@ class GuidedSampler:
         compile: Literal["off", "default", "max"] = "off",
         branches: Literal["auto", "batched", "split"] = "auto",
         max_shapes: int = 4,
-        solver: Literal["dpm++", "ddim", "euler"] = "dpm++",
+        solver: Literal["dpm++", "ddim", "euler", "own"] = "dpm++",
     ) -> None:
         """A sampler of a family's adapter and its denoiser, which is on the device to run on.
 
@@ -165,20 +115,25 @@ class GuidedSampler:
         - branches: one batch or two where one network computes both branches; auto takes what is
           faster in the first steps of a shape.
         - max_shapes: how many shapes are kept.
-        - solver: the default of calls.
+        - solver: the default of calls, as in `SamplerConfig`.
 
-        Raises UserError for values that are not possible.
+        Raises UserError for values that are not possible, for a negative of another schedule, and where
+        `solver` is own and the model's scheduler is none that the fused step serves.
         """
-        if compile not in ("off", "default", "max"):
-            raise UserError(f"compile: {compile!r} is not possible; expected off, default or max")
-        if branches not in BRANCHES:
-            raise UserError(f"branches: {branches!r} is not possible; expected one of {', '.join(BRANCHES)}")
-        if max_shapes < 1:
-            raise UserError(f"max_shapes: {max_shapes} is not possible; expected at least 1")
+        check_choice("compile", compile, ("off", "default", "max"))
+        check_choice("branches", branches, BRANCHES)
+        check_integer("max_shapes", max_shapes, 1, MAX_COUNT)
+        check_choice("solver", solver, SOLVERS)
+        new_scheduler(solver, adapter.scheduler)
+        if negative is not None:
+            check_same_schedule(negative.schedule, ScheduleFacts.of(adapter.schedule, "the model"))
         self.adapter, self.solver = adapter, solver
         self.device = next(denoiser.parameters()).device
-        self.dtype = next(denoiser.parameters()).dtype
+        self.dtype = network_dtype(denoiser)
         self._lock = threading.Lock()
+        self._drawing: int | None = None
+        """The thread whose turn it is."""
+        self._snapshot: Snapshot | None = None
         self._branches = Branches(adapter, denoiser, negative, compile)
         capture = CudaGraphs(self.device) if compile == "max" and self.device.type == "cuda" else no_capture
         longest = adapter.schedule.num_train_timesteps
@@ -198,22 +153,31 @@ class GuidedSampler:
         """A sampler over the networks of a diffusers pipeline, which are neither moved nor changed.
 
         `negative`, alpha, beta and base are those of `load_negative`, further options those of the
-        constructor. The default solver is the pipeline's scheduler where that is DPM-Solver++, DDIM
-        or Euler, and else DPM-Solver++.
+        constructor. The sampler draws with the pipeline as it is now: a call of it raises UserError
+        where a part has been replaced or changed since, in weights, adapters, precision, device or
+        settings. Make a new sampler then.
+
+        The default solver is own, the pipeline's scheduler as it is configured: DPM-Solver++ of
+        order 1 or 2, ODE or SDE, DDIM or Euler, and PNDM as DPM-Solver++(2M).
 
         Raises UserError where the pipeline is of another family or is offloaded, where a negative
-        is attached to it, and for all that `load_negative` refuses.
+        is attached to it, where it has another scheduler and no `solver` is given, and for all that
+        `load_negative` refuses.
         """
+        if isinstance(getattr(pipe, "components", None), dict):
+            check_whole(pipe)
         adapter = adapter_of(pipe)
         denoiser = getattr(pipe, adapter.denoiser_name)
         denoiser = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile's wrapper
-        _check_pipeline(pipe, denoiser, adapter.family)
-        solver_of_scheduler = {scheduler: name for name, scheduler in SOLVERS.items()}
-        solver = solver_of_scheduler.get(type(pipe.scheduler).__name__, "dpm++")
+        _check_denoiser(pipe, denoiser, adapter.family)
+        options = {"solver": OWN} | options
         loaded = None
         if negative is not None:
-            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base)
-        return cls(adapter, denoiser, loaded, **({"solver": solver} | options))
+            schedule = ScheduleFacts.of(adapter.schedule, "the pipeline")
+            loaded = load_negative(denoiser, negative, alpha=alpha, beta=beta, base=base, schedule=schedule)
+        sampler = cls(adapter, denoiser, loaded, **options)
+        sampler._snapshot = Snapshot(pipe, sampler._branches.given_network)
+        return sampler
 
     def __call__(
         self,
@@ -239,29 +203,57 @@ class GuidedSampler:
         - progress: called after every step with (steps done, steps in total).
         - cancelled: called before every step; the call ends where it returns true.
 
-        Neither callback may call the sampler. A call that ends early leaves no state behind.
+        Neither callback may call the sampler, or wait for a thread that does. A call that ends early
+        leaves no state behind.
 
-        Raises UserError for bad input, SamplingCancelled where `cancelled` has returned true.
+        Raises UserError for bad input and for a callback that calls the sampler, SamplingCancelled
+        where `cancelled` has returned true, and RunError where what was drawn is not finite.
         """
         # Check what can be checked before the lock.
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise UserError("prompts: there are none; give at least one")
-        if output not in OUTPUTS:
-            raise UserError(f"output: {output!r} is not possible; expected one of {', '.join(OUTPUTS)}")
-        config = SamplerConfig(**({"solver": self.solver} | settings), batch_size=batch_size)
-        seeds = _seeds(seeds, len(prompts))
-        size = (height or self.adapter.resolution, width or self.adapter.resolution)
+        prompts = checked_prompts("prompts", prompts)
+        negative_prompts = None if negative_prompt is None else checked_prompts("negative_prompt", negative_prompt)
+        if negative_prompts is not None and len(negative_prompts) not in (1, len(prompts)):
+            raise UserError(
+                f"negative_prompt: {len(negative_prompts)} for {len(prompts)} prompts; give one, or one each"
+            )
+        check_choice("output", output, OUTPUTS)
+        for name, callback in (("progress", progress), ("cancelled", cancelled)):
+            if callback is not None and not callable(callback):
+                raise UserError(f"{name}: {shortened(callback)} is not possible; expected a function")
+        config = config_of_call({"solver": self.solver} | settings | {"batch_size": batch_size})
+        seeds = checked_seeds(seeds, len(prompts))
+        size = checked_size(height, width, lambda: self.adapter.size)
         shape = self.adapter.latent_shape_of(*size)
-        if next(self._branches.positive.parameters()).device != self.device:
-            raise UserError(f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a new sampler")
-        with self._lock, torch.no_grad():
+        solver, name = self._solver(config)
+        with self._turn():
             # Encode the prompts of both branches, draw the latents, decode them.
             rows = self._encode(prompts, size)
-            negative_rows = self._encode_negative(negative_prompt, len(prompts), size)
-            latents = self._latents(rows, negative_rows, seeds, config, shape, progress, cancelled)
+            negative_rows = self._encode_negative(negative_prompts, size)
+            latents = self._latents(rows, negative_rows, seeds, config, solver, shape, progress, cancelled)
             images = latents.cpu() if output == "latent" else self.adapter.decode(latents).cpu()
-        return Drawn(images=to_pil(images, least_side=0) if output == "pil" else images, seeds=seeds)
+            self._check(images, latents, seeds, config)
+        return Drawn(images=to_pil(images, least_side=0) if output == "pil" else images, seeds=seeds, solver=name)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This thread's turn, without gradients.
+
+        Raises UserError for a callback that calls its own sampler, which would wait for itself, and
+        where the pipeline has changed.
+        """
+        if self._drawing == threading.get_ident():
+            raise UserError("sampler: progress and cancelled may not call the sampler that calls them")
+        with self._lock, torch.no_grad():
+            self._drawing = threading.get_ident()
+            try:
+                if self._snapshot is not None:
+                    self._snapshot.check()
+                if next(self._branches.positive.parameters()).device != self.device:
+                    name = self.adapter.denoiser_name
+                    raise UserError(f"pipe: its {name} has left {self.device}; make a new sampler")
+                yield
+            finally:
+                self._drawing = None
 
     def latents(
         self,
@@ -278,10 +270,13 @@ class GuidedSampler:
         - prompts: (N, ...), conditioning rows.
         - empty: (1, ...), the negative branch's row.
 
-        Raises UserError and SamplingCancelled like a call.
+        Raises UserError, SamplingCancelled and RunError like a call.
         """
-        with self._lock, torch.no_grad():
-            return self._latents(prompts, empty, seeds, config, self.adapter.latent_shape, progress, cancelled)
+        shape, (solver, _) = self.adapter.latent_shape, self._solver(config)
+        with self._turn():
+            latents = self._latents(prompts, empty, seeds, config, solver, shape, progress, cancelled)
+            self._check(latents, latents, seeds, config)
+        return latents
 
     def images(
         self,
@@ -295,12 +290,14 @@ class GuidedSampler:
 
         `progress` is called after every batch with the number of pictures that are done.
         """
-        images = []
+        images, shape, (solver, _) = [], self.adapter.latent_shape, self._solver(config)
         for start in range(0, len(seeds), config.batch_size):
             batch = slice(start, start + config.batch_size)
-            latents = self.latents(_part(prompts, batch), empty, seeds[batch], config)
-            with self._lock:
-                images.append(self.adapter.decode(latents).cpu())
+            with self._turn():
+                latents = self._latents(_part(prompts, batch), empty, seeds[batch], config, solver, shape)
+                pictures = self.adapter.decode(latents).cpu()
+                self._check(pictures, latents, seeds[batch], config)
+            images.append(pictures)
             if progress is not None:
                 progress(min(start + config.batch_size, len(seeds)))
         return torch.cat(images)
@@ -309,19 +306,24 @@ class GuidedSampler:
         """Conditioning rows (N, ...) of N prompts for pictures of a size in pixels."""
         return self.adapter.sized(self.adapter.encode_prompts(prompts, self.device), *size)
 
-    def _encode_negative(
-        self, negative_prompt: str | Sequence[str] | None, count: int, size: tuple[int, int]
-    ) -> Conditioning:
-        """The negative branch's conditioning rows, (1, ...) or (count, ...).
-
-        Raises UserError for another number of negative prompts.
-        """
-        if negative_prompt is None:
+    def _encode_negative(self, negative_prompts: list[str] | None, size: tuple[int, int]) -> Conditioning:
+        """The negative branch's conditioning rows, (1, ...) or (N, ...)."""
+        if negative_prompts is None:
             return self.adapter.sized(self.adapter.encode_empty(self.device), *size)
-        texts = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-        if len(texts) not in (1, count):
-            raise UserError(f"negative_prompt: {len(texts)} for {count} prompts; give one, or one each")
-        return self._encode(texts, size)
+        return self._encode(negative_prompts, size)
+
+    def _solver(self, config: SamplerConfig) -> tuple[SolverSteps, str]:
+        """The coefficients of all steps, and the solver's name."""
+        self.adapter.check_steps(config.steps)
+        scheduler = new_scheduler(config.solver, self.adapter.scheduler)
+        scheduler.set_timesteps(config.steps)
+        solver = solver_steps(scheduler, w=float(config.guidance_scale) - 1, eta=config.eta)
+        if len(solver.k) != config.steps:
+            raise UserError(
+                f"steps: {config.steps} lead to {len(solver.k)} timesteps of {type(scheduler).__name__} with "
+                f"{scheduler.config.timestep_spacing} spacing; take another number"
+            )
+        return solver, described(scheduler)
 
     def _latents(
         self,
@@ -329,26 +331,26 @@ class GuidedSampler:
         negative_prompts: Conditioning,
         seeds: Sequence[int],
         config: SamplerConfig,
+        solver: SolverSteps,
         shape: tuple[int, ...],
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """Scaled latents (N, *shape) float32, batch by batch. Needs the lock."""
-        self.adapter.check_steps(config.steps)
-        solver = self._solver(config)
+        """Scaled latents (N, *shape) float32, batch by batch. Needs the turn."""
         if config.negative_prompt == "same":
             negative_prompts = prompts
         total, done, latents = config.steps * math.ceil(len(seeds) / config.batch_size), 0, []
         for start in range(0, len(seeds), config.batch_size):
             # The batch's noise, at the variance that the solver starts from.
             batch = slice(start, start + config.batch_size)
-            x = start_noise(seeds[batch], shape, self.device)
+            ids = torch.tensor(seeds[batch], dtype=torch.int64, device=self.device)
+            x = start_noise(ids, shape, self.device)
             if solver.init_scale != 1:
                 x = affine_noise(x, torch.tensor([[solver.init_scale, 0.0]], device=self.device), x)
             # Both branches' rows, and the buffers of this shape.
             rows = _join(_part(negative_prompts, batch), _part(prompts, batch), len(x), self.dtype)
-            trajectory = self._trajectories.of(x, rows, solver.keeps_x0, config.guidance_rescale)
-            trajectory.begin(x, rows, solver)
+            trajectory = self._trajectories.of(x, rows, solver, config.guidance_rescale)
+            trajectory.begin(x, rows, solver, ids)
             # The steps, between which a call can end.
             for step in range(config.steps):
                 if cancelled is not None and cancelled():
@@ -361,28 +363,24 @@ class GuidedSampler:
             latents.append(trajectory.x.clone())
         return torch.cat(latents)
 
-    def _solver(self, config: SamplerConfig) -> SolverSteps:
-        """The coefficients of all steps."""
-        scheduler = make_scheduler(config.solver, self.adapter.scheduler_config)
-        scheduler.set_timesteps(config.steps)
-        return solver_steps(scheduler, w=config.guidance_scale - 1)
+    def _check(self, result: torch.Tensor, latents: torch.Tensor, seeds: Sequence[int], config: SamplerConfig) -> None:
+        """Raise RunError where a call's result, latents or pictures of them, is not finite."""
+        networks = {self.adapter.denoiser_name: self._branches.positive, "negative": self._branches.negative}
+        networks["autoencoder"] = getattr(self.adapter, "vae", None) if result is not latents else None
+        check_finite(result, latents, seeds, config.guidance_scale, networks)
 
     def close(self) -> None:
         """Free the buffers and graphs of all shapes; later calls allocate them again."""
-        with self._lock:
+        with self._turn():
             self._trajectories.clear()
 
 
-def _check_pipeline(pipe, denoiser: nn.Module, family: Family) -> None:
+def _check_denoiser(pipe, denoiser: nn.Module, family: Family) -> None:
     """Raise UserError where the sampler cannot use the pipeline's denoiser."""
     name = family.denoiser_name
     if has_negative(denoiser):
         raise UserError(f"pipe: a negative is attached to its {name}; detach it, and give it to the sampler")
-    if any(hasattr(module, "_hf_hook") for module in denoiser.modules()):
-        raise UserError(
-            f"pipe: its {name} is offloaded, and the sampler keeps its networks where they are; make the sampler "
-            "before enable_model_cpu_offload, or use attach_negative"
-        )
+    check_networks(pipe, name)
     config = config_of(denoiser)
     unguided, unsampled = family.why_unguided(config), family.why_unsampled(config)
     if unguided is not None:
@@ -391,22 +389,6 @@ def _check_pipeline(pipe, denoiser: nn.Module, family: Family) -> None:
         raise UserError(f"pipe: its {name} {unsampled}")
     if getattr(pipe, "safety_checker", None) is not None:
         logger.warning("the sampler does not run the pipeline's safety checker")
-
-
-def _seeds(seeds: int | Sequence[int] | None, count: int) -> list[int]:
-    """`count` seeds. Raises UserError for another number of seeds, and for one out of range."""
-    if seeds is None:
-        return [secrets.randbelow(2**63) for _ in range(count)]
-    if isinstance(seeds, int | Integral):  # numpy's integers are Integral
-        values = [int(seeds) + i for i in range(count)]
-    else:
-        values = [int(seed) for seed in seeds]
-    if len(values) != count:
-        raise UserError(f"seeds: {len(values)} for {count} prompts; give one each, or the first of consecutive ones")
-    for seed in values:
-        if not 0 <= seed < 2**63:
-            raise UserError(f"seeds: {seed} is not possible; expected 0 to 2^63 - 1")
-    return values
 
 
 def _part(rows: Conditioning, part: slice) -> Conditioning:

@@ -14,7 +14,7 @@ from selfnpo_fast.guidance.branches import Branches, halves
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.capture import Capture, Step
-from selfnpo_kernels import guidance_rescale, guided_step
+from selfnpo_kernels import Draw, NoiseKey, draw_id, guidance_rescale, guided_step
 
 
 class Trajectory:
@@ -27,23 +27,25 @@ class Trajectory:
         capture: Capture,
         x: torch.Tensor,
         rows: Conditioning,
-        keeps_x0: bool,
+        solver: SolverSteps,
         rescale: float,
         most_steps: int,
     ) -> None:
         """Allocates buffers like x and rows, without their values.
 
-        `choice` is one of `BRANCHES`, `rescale` is diffusers' guidance_rescale, and `keeps_x0` says
-        whether the solver needs the x0 of the step before.
+        `choice` is one of `BRANCHES`, `rescale` is diffusers' guidance_rescale. Of `solver` only
+        what its steps need besides x and p counts: the x0 of the step before, and noise.
 
         Shapes:
         - x: (B, ...) float32.
         - rows: (2 B, ...) in the network's dtype.
         """
-        self.branches, self.keeps_x0, self.rescale = branches, keeps_x0, rescale
+        self.branches, self.rescale = branches, rescale
+        self.keeps_x0, self.adds_noise = solver.keeps_x0, solver.adds_noise
         self.x, self.x0 = torch.empty_like(x), torch.zeros_like(x)
         self.rows = {name: torch.empty_like(value) for name, value in rows.items()}
         self.index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.seeds = torch.zeros_like(self.index)
         # As long as the longest trajectory, so that one captured step serves all lengths.
         self.k = torch.zeros(most_steps, 7, device=x.device)
         # float32 for every solver, since networks embed timesteps in float32.
@@ -52,11 +54,12 @@ class Trajectory:
         self._capture = capture
         self._captured: dict[bool, Step] = {}
 
-    def begin(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps) -> None:
+    def begin(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps, seeds: torch.Tensor) -> None:
         """Start a trajectory.
 
         Shapes:
         - x: (B, ...) float32, the noise.
+        - seeds: (B,) int64, the pictures' own: they key the noise of stochastic steps.
         - rows: (2 B, ...), the negative branch's conditioning rows, then the prompts'.
         """
         self.x.copy_(x)
@@ -64,6 +67,7 @@ class Trajectory:
         for name, value in rows.items():
             self.rows[name].copy_(value)
         self.index.zero_()
+        self.seeds.copy_(seeds)
         n = len(solver.k)
         self.k[:n].copy_(solver.k)
         self.timesteps[:n].copy_(solver.timesteps)
@@ -90,7 +94,8 @@ class Trajectory:
         else:
             pos, neg = self.branches.single(self.x, t, halves(self.rows)[1]), None
         x0_prev = self.x0 if self.keeps_x0 else None
-        x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, x0_prev=x0_prev)
+        noise = NoiseKey(0, self.seeds, draw_id(Draw.SAMPLE, self.index)) if self.adds_noise else None
+        x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, x0_prev=x0_prev, noise=noise)
         self.x.copy_(x)
         if self.keeps_x0:
             self.x0.copy_(x0)
@@ -106,20 +111,18 @@ class Trajectories:
         self.most, self.most_steps = most, most_steps
         self._by_shape: OrderedDict[tuple, Trajectory] = OrderedDict()
 
-    def of(self, x: torch.Tensor, rows: Conditioning, keeps_x0: bool, rescale: float) -> Trajectory:
+    def of(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps, rescale: float) -> Trajectory:
         """The trajectory for states (B, ...) and rows (2 B, ...) of these shapes.
 
         A new one evicts the one that was used longest ago.
         """
         shapes = tuple((name, tuple(value.shape)) for name, value in sorted(rows.items()))
-        key = (tuple(x.shape), shapes, keeps_x0, rescale)
+        key = (tuple(x.shape), shapes, solver.keeps_x0, solver.adds_noise, rescale)
         trajectory = self._by_shape.pop(key, None)
         if trajectory is None:
             while len(self._by_shape) >= self.most:
                 self._by_shape.popitem(last=False)
-            trajectory = Trajectory(
-                self.branches, self.choice, self.capture, x, rows, keeps_x0, rescale, self.most_steps
-            )
+            trajectory = Trajectory(self.branches, self.choice, self.capture, x, rows, solver, rescale, self.most_steps)
         self._by_shape[key] = trajectory
         return trajectory
 

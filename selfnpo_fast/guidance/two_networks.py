@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
+from selfnpo_fast.guidance.following import Follows
 from selfnpo_fast.models import Family
+from selfnpo_fast.negatives.weights import match_placement
+from selfnpo_fast.runtime.dtypes import not_below_16_bits
 from selfnpo_fast.runtime.errors import UserError
 
 
@@ -18,20 +21,31 @@ def rows_of(args: tuple, kwargs: dict, family: Family) -> int:
     return len(args[0] if args else kwargs[family.input_name])
 
 
-def take_rows(value: Any, rows: slice, batch: int, whole: Collection[str] = ()) -> Any:
-    """`value` with every tensor of `batch` rows cut to `rows`, a view of it.
+def take_rows(value: Any, rows: slice, batch: int, name: str, family: Family) -> Any:
+    """The argument `name` of a call on `batch` samples, for those of the samples in `rows`.
 
-    Tensors are found at any depth of lists, tuples and dicts. Tensors of another length, 0-d
-    tensors, other values and the dict entries named in `whole` are not cut. Lists and dicts are
-    copied, since denoisers pop from them.
+    Tensors that the family says to have one row for each sample are cut, as views. Tensors of one
+    row, 0-d tensors and other values are not. Lists and dicts, whose entries are named
+    `name.entry`, are copied, since denoisers pop from them.
+
+    Raises UserError for a tensor of `batch` rows of which it is not known whether they are samples.
     """
-    if isinstance(value, torch.Tensor):
-        return value[rows] if value.ndim and len(value) == batch else value
     if isinstance(value, dict):
-        return {key: part if key in whole else take_rows(part, rows, batch, whole) for key, part in value.items()}
+        return {key: take_rows(part, rows, batch, f"{name}.{key}", family) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        parts = [take_rows(part, rows, batch, whole) for part in value]
+        parts = [take_rows(part, rows, batch, name, family) for part in value]
         return parts if isinstance(value, list) else tuple(parts)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in family.not_rows:
+        return value
+    if name == family.input_name or name in family.row_names:
+        if len(value) not in (1, batch):
+            raise UserError(f"negative: {name} has {len(value)} rows in a batch of {batch}; give 1 or {batch}")
+        return value[rows] if len(value) == batch else value
+    if len(value) == batch:
+        raise UserError(
+            f"negative: {name} has as many rows as the batch, {batch}, and it is not known whether they belong to the "
+            "samples, which two networks share; use a LoRA as the negative"
+        )
     return value
 
 
@@ -55,8 +69,8 @@ class Follower(nn.Module):
         self._held = (network,)  # a tuple, since nn.Module registers an attribute that is a module
 
     def _apply(self, fn, recurse: bool = True) -> Follower:
-        """Apply `fn`, such as a move to a device, to the other network."""
-        self._held[0]._apply(fn, recurse)
+        """Apply `fn`, such as a move or a cast, to the other network, but for casts to 8 bits."""
+        self._held[0]._apply(not_below_16_bits(fn), recurse)
         return self
 
 
@@ -70,16 +84,15 @@ class TwoNetworks:
     def __init__(self, denoiser: nn.Module, network: nn.Module, family: Family) -> None:
         """Adds a `Follower` to the denoiser.
 
-        `network` is brought to the denoiser's device and dtype, and is put into evaluation mode,
+        `network` is brought to the denoiser's device and dtypes, and is put into evaluation mode,
         without gradients. Raises UserError where both are one network; nothing is changed then.
         """
         if network is denoiser:
             raise UserError("negative: it is the pipeline's own denoiser; give a network of its own")
-        first = next(denoiser.parameters())
-        # ModelMixin.to would warn.
-        nn.Module.to(network.requires_grad_(False).eval(), first.device, first.dtype)
+        match_placement(network.requires_grad_(False).eval(), denoiser)
+        self._names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._denoiser, self._network, self._family = denoiser, network, family
-        self._shared = family.shared_parts(denoiser, network)
+        self._shared, self._follows = family.shared_parts(denoiser, network), Follows(denoiser, network)
         self._pending = threading.local()
         denoiser.add_module(_CHILD, Follower(network))
 
@@ -96,10 +109,18 @@ class TwoNetworks:
 
         Keeps those of the negative rows, the first half, for `end`.
         """
-        batch, whole = rows_of(args, kwargs, self._family), self._family.not_rows
-        negative, positive = slice(0, batch // 2), slice(batch // 2, batch)
-        self._pending.call = tuple(take_rows(value, negative, batch, whole) for value in (args, kwargs))
-        return take_rows(args, positive, batch, whole), take_rows(kwargs, positive, batch, whole)
+        batch = rows_of(args, kwargs, self._family)
+        self._pending.call = self._part(args, kwargs, slice(0, batch // 2), batch)
+        return self._part(args, kwargs, slice(batch // 2, batch), batch)
+
+    def _part(self, args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, dict]:
+        """(args, kwargs) of some rows of a call."""
+        names = [*self._names, *(f"argument {i + 1}" for i in range(len(self._names), len(args)))]
+        named = zip(args, names, strict=False)
+        return (
+            tuple(take_rows(value, rows, batch, name, self._family) for value, name in named),
+            {name: take_rows(value, rows, batch, name, self._family) for name, value in kwargs.items()},
+        )
 
     def end(self, output: Any) -> Any:
         """The output for both branches, from the denoiser's output for the positive rows.
@@ -118,10 +139,18 @@ class TwoNetworks:
                 "layer does not take it along; use enable_model_cpu_offload(), or a LoRA as the negative"
             )
         self._shared.follow()
+        self._follows.follow()
         args, kwargs = call
         return join_rows(self._network(*args, **kwargs), output)
 
+    def check(self) -> None:
+        """Called at the start of a pipeline's call: say what acts on the positive only."""
+        self._follows.say_unfollowed()
+
     def remove(self) -> None:
-        """Remove the `Follower`, and undo what the network has borrowed from the denoiser."""
+        """Remove the `Follower`, undo what the network has borrowed from the denoiser, and let the
+        network go."""
         self._shared.restore()
+        self._follows.restore()
         delattr(self._denoiser, _CHILD)
+        del self._shared, self._follows, self._network

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from selfnpo_fast.models.base import Adapter, Family
+from selfnpo_fast.models.base import Adapter
+from selfnpo_fast.models.family import Family
+from selfnpo_fast.models.folder import open_folder, open_repository
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
 from selfnpo_fast.runtime.errors import UserError, one_line
@@ -42,32 +44,42 @@ def resolve_path(path: str) -> str:
 
 
 def load_adapter(
-    path: str, *, revision: str | None = None, variant: str | None = None, resolution: int | None = None
+    path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    resolution: int | None = None,
+    configs_only: bool = False,
 ) -> Adapter:
     """The adapter of the pipeline at `path` (`digits`, a diffusers folder or a Hub id); loads no
     weights yet.
 
-    Raises UserError where there is no such folder, it is no pipeline, or its family is not
-    supported.
-    """
-    from diffusers import DiffusionPipeline
+    With `configs_only` the weights and the tokenizers may be missing.
 
+    Raises UserError where there is no such folder, it is no pipeline, its family is not supported,
+    or a part of it is missing, of another class than the family's, not served, or does not fit.
+    """
     source = os.path.expanduser(resolve_path(path))
     looks_local = os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not os.path.isdir(source):
         raise UserError(f"model.path: no such folder: {path}; give a diffusers pipeline folder or a Hub id")
+    folder = open_folder(source, path) if looks_local else open_repository(source, revision)
     try:
-        index = DiffusionPipeline.load_config(source, revision=revision)
-    except Exception as error:  # a damaged file surfaces as any of a dozen types; the cause is chained
-        what = "is no diffusers pipeline (no readable model_index.json)" if looks_local else "was not found on the Hub"
-        raise UserError(f"model.path: {path} {what}: {one_line(error, 200)}") from error
-    name = index.get("_class_name") if isinstance(index, dict) else None
+        index = folder.json("model_index.json")
+    except UserError as error:
+        text = one_line(error, 200).removeprefix("model.path: ")
+        raise UserError(
+            f"model.path: {path} is no diffusers pipeline (no readable model_index.json): {text}"
+        ) from error
+    name = index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         shown = one_line(name, 80)
         raise UserError(f"model.path: {path} is a {shown}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    _check_parts(path, index, family)
-    return family.adapter(source, revision=revision, variant=variant, resolution=resolution)
+    _check_classes(path, index, family, configs_only)
+    adapter = family.adapter(source, folder=folder, index=index, variant=variant, resolution=resolution)
+    adapter.check(configs_only=configs_only)
+    return adapter
 
 
 def adapter_of(pipe: Any) -> Adapter:
@@ -103,15 +115,26 @@ def guided_family_of(pipeline_name: str) -> Family | None:
     return next((family for family in FAMILIES.values() if pipeline_name in family.guided_pipelines), None)
 
 
-def _check_parts(path: str, index: dict, family: Family) -> None:
-    """Refuse a model_index.json whose parts come from other modules than those of the libraries: it
-    names code."""
+def _check_classes(path: str, index: dict, family: Family, configs_only: bool) -> None:
+    """UserError where model_index.json names a class that is not the family's for a part, no class
+    for a part that is needed, or a module that is none of the libraries', which is code."""
     libraries = (*LIBRARIES, family.library)
     for part, entry in index.items():
         if isinstance(entry, list) and entry and entry[0] not in libraries:
             raise UserError(
                 f"model.path: {path} names code of its own for {one_line(part, 40)}: "
                 f"{one_line(entry, 80)}; parts have to be classes of diffusers or transformers"
+            )
+    for part, classes in {family.denoiser_name: (family.denoiser_class,), **family.part_classes}.items():
+        if part not in index and configs_only:
+            continue
+        entry = index.get(part)
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if name not in classes:
+            found = f"has no {part}" if name is None else f"has a {one_line(name, 80)} as {part}"
+            raise UserError(
+                f"model.path: {path} {found} (model_index.json); expected a {' or '.join(classes)}; give a pipeline "
+                "with all of its parts"
             )
 
 

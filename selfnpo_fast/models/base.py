@@ -1,5 +1,4 @@
-"""The socket for model families: `Family` holds the facts about one, `Adapter` loads and calls its
-parts.
+"""`Adapter` loads the parts of a model and calls its denoiser; `family.Family` holds the facts.
 
 Everything outside models/ and diffusion/ asks these two and names no family. docs/adding_a_model.md
 lists the steps.
@@ -10,20 +9,20 @@ Shape letters: B samples, N prompts.
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.models import parts, text
+from selfnpo_fast.models.family import Family
+from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.dtypes import network_dtype
+from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.stopping import check_stop
 
 Conditioning = dict[str, torch.Tensor]
 """Named tensors with one row per prompt, as the denoiser's keyword arguments."""
@@ -31,106 +30,6 @@ Conditioning = dict[str, torch.Tensor]
 
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 """(x (B, ...), t (B,), conditioning rows (B, ...)) -> raw network output (B, ...)."""
-
-
-class SharedParts:
-    """What a second network borrows from the denoiser while both run; the base borrows nothing."""
-
-    def follow(self) -> None:
-        """Called before each forward of the second network: take over what the denoiser carries
-        now."""
-
-    def restore(self) -> None:
-        """Give back what was taken over."""
-
-
-class Family:
-    """The facts about one model family. Class attributes are the facts; methods have defaults that
-    suit most families.
-
-    An instance is registered in `selfnpo_fast.models` under its pipeline's class name.
-    """
-
-    adapter: type[Adapter]
-    """Loads and calls the family's parts."""
-    pipeline_class: str
-    """The class that model_index.json names."""
-    denoiser_class: str
-    """The class of the network that is trained and guided."""
-    denoiser_name: str
-    """The pipeline's attribute, the folder of its weights, and the prefix of its keys in LoRA
-    files."""
-    library: str = "diffusers"
-    """The module that holds both classes."""
-    guided_pipelines: tuple[str, ...] = ()
-    """Pipeline classes that a negative can be attached to. Each has been read: at every step it
-    calls its denoiser once, with 2B rows of which the first B are negative where `is_guided` says
-    so, and with unguided rows elsewhere."""
-    repeated_blocks: tuple[str, ...] = ()
-    """Classes of the blocks that a denoiser has many of: they are compiled one by one. diffusers'
-    own list (`_repeated_blocks`) is added."""
-    input_name: str = "hidden_states"
-    """The denoiser's first argument, whose rows are samples."""
-    not_rows: frozenset[str] = frozenset()
-    """Keyword arguments whose leading dimension does not count samples."""
-    inert_options: frozenset[str] = frozenset()
-    """Options of the denoiser's config that leave the function it computes unchanged."""
-    text_lora_prefixes: tuple[str, ...] = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
-    """What keys of text encoders begin with in LoRA files."""
-
-    def load_class(self, name: str) -> type:
-        """A class of `library` by name. Raises AttributeError where there is none."""
-        return getattr(importlib.import_module(self.library), name)
-
-    def new_denoiser(self, config: dict) -> nn.Module:
-        """The denoiser of a config with random weights."""
-        return self.load_class(self.denoiser_class).from_config(config)
-
-    def schedule(self, scheduler: Any) -> NoiseSchedule:
-        """The noise levels and the prediction type that a scheduler instance stands for."""
-        return NoiseSchedule.from_scheduler(scheduler)
-
-    def is_guided(self, pipe: Any) -> bool:
-        """Whether guidance is on for the step that a pipeline of `guided_pipelines` is
-        computing."""
-        return bool(pipe.do_classifier_free_guidance)
-
-    def checkpoint_gradients(self, denoiser: nn.Module, function: Callable | None = None) -> None:
-        """Recompute the blocks' activations in the backward pass, through `function` where one is
-        given."""
-        denoiser.enable_gradient_checkpointing(function)
-
-    def why_unguided(self, config: dict) -> str | None:
-        """Why a denoiser of this config has no negative branch; None where it has one."""
-        return None
-
-    def why_unsampled(self, config: dict) -> str | None:
-        """Why `GuidedSampler` cannot serve a denoiser of this config; None where it can."""
-        return None
-
-    def shared_parts(self, denoiser: nn.Module, network: nn.Module) -> SharedParts:
-        """What a second network has to borrow from the denoiser that it runs next to."""
-        return SharedParts()
-
-    def from_original_names(self, keys: list[str], config: dict) -> dict[str, str] | None:
-        """The file's key of each of the denoiser's tensors in a checkpoint of the original authors'
-        naming.
-
-        None where the keys are not of such a checkpoint. Raises ValueError where they do not fit
-        the config.
-        """
-        return None
-
-    def from_foreign_lora(
-        self, tensors: dict[str, torch.Tensor], denoiser: nn.Module
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-        """A LoRA in a naming of other programs as `<layer>.lora_A.weight` and `.lora_B.weight`, and
-        alpha by layer.
-
-        None where the keys are of no such naming. Raises ValueError where they do not fit the
-        denoiser.
-        """
-        return None
 
 
 class Adapter:
@@ -146,23 +45,35 @@ class Adapter:
         self,
         path: str,
         *,
-        revision: str | None = None,
+        folder: ModelFolder | None = None,
+        index: dict | None = None,
         variant: str | None = None,
         resolution: int | None = None,
     ) -> None:
+        """An adapter of the files in `folder`, whose model_index.json is `index`.
+
+        `path` names them in messages.
+        """
         self.path = path
-        self._hub = {"revision": revision, "variant": variant}
+        self.index = index or {}
+        self._files = folder
+        self._variant = variant
         self._resolution = resolution
         self._loaded: Any = None  # the pipeline whose parts these are, where there is one
         self.layout_copies = 0  # outputs that `predict` had to copy into row-major order
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> Adapter:
-        """An adapter over the parts of a pipeline that is loaded: nothing is read, copied or
-        moved."""
+        """An adapter over the parts of a pipeline that is loaded: nothing is read, copied or moved.
+
+        Raises UserError where a part is missing, and for a denoiser that is not served.
+        """
         adapter = cls(str(pipe.config.get("_name_or_path") or type(pipe).__name__))
         adapter._loaded = pipe
-        adapter.denoiser_config = adapter.checked_config(dict(getattr(pipe, adapter.denoiser_name).config))
+        for part in (adapter.denoiser_name, *adapter.family.part_classes):
+            if getattr(pipe, part, None) is None:
+                raise UserError(f"pipe: its {part} is None; load the pipeline with all of its parts")
+        adapter.denoiser_config = adapter._served(dict(getattr(pipe, adapter.denoiser_name).config), "pipe: its")
         adapter._scheduler = pipe.scheduler
         return adapter
 
@@ -172,18 +83,81 @@ class Adapter:
         return self.family.denoiser_name
 
     @property
-    def _revision(self) -> str | None:
-        return self._hub["revision"]
+    def folder(self) -> ModelFolder:
+        """The files of the model. Raises UserError where the adapter has none."""
+        if self._files is None:
+            raise UserError(f"model.path: {self.path} is a pipeline that is loaded; its files are not known")
+        return self._files
+
+    def check(self, *, configs_only: bool = False) -> None:
+        """UserError where a part of the model is missing, is not served or does not fit another.
+
+        Reads config files, and what there is of others. With `configs_only` the scheduler, the
+        tokenizers and all weights may be missing, and no picture can be made.
+        """
+        with loading(self.path, "the model"):
+            self.denoiser_config  # noqa: B018
+            self.check_size()
+            reason = self.why_unfit()
+        if reason is not None:
+            raise UserError(f"model.path: {self.path}: {reason}")
+        self.check_forward()
+        if configs_only:
+            return
+        self.schedule  # noqa: B018
+        self.check_pictures()
+        self.folder.check_weights(self.denoiser_name, DIFFUSERS_WEIGHTS, self._variant)
+        for part in self.family.part_classes:
+            if part.startswith("tokenizer"):
+                self.folder.texts(part)
+            else:
+                stem = TRANSFORMERS_WEIGHTS if part.startswith("text_encoder") else DIFFUSERS_WEIGHTS
+                self.folder.check_weights(part, stem, self._variant)
+
+    def check_forward(self) -> None:
+        """UserError where a forward of the denoiser fails in its shapes: one is tried without
+        weights and without numbers."""
+        shape, rows = self.latent_shape, self.conditioning_shapes
+
+        def run(denoiser: nn.Module) -> torch.Tensor:
+            x, t = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
+            cond = {name: torch.empty(2, *row, device="meta") for name, row in rows.items()}
+            return denoiser(x, t, **self.arguments(cond), return_dict=False)[0]
+
+        with loading(self.path, self.denoiser_name):
+            config = self.denoiser_config
+            parts.try_forward(lambda: self.family.new_denoiser(config), run, (2, *shape), repr((config, rows)))
+
+    def check_pictures(self) -> None:
+        """UserError where `encode` and `decode` would fail in their shapes."""
+
+    def why_unfit(self) -> str | None:
+        """Why the parts of the model do not fit each other; None where they do. Reads config
+        files."""
+        return None
+
+    def _served(self, config: dict, where: str) -> dict:
+        """The denoiser's checked config. Raises UserError that begins with `where` for one that is
+        not served."""
+        family = self.family
+        reason = family.why_unserved(config) or family.why_unsampled(config)
+        unguided = family.why_unguided(config)
+        if unguided is not None:
+            reason = f"{unguided}: there is no negative branch"
+        if reason is not None:
+            raise UserError(f"{where} {self.denoiser_name} {reason}")
+        return self.checked_config(config)
 
     # The denoiser
 
     @functools.cached_property
     def denoiser_config(self) -> dict:
         """The denoiser's config.json."""
-        cls = self.family.load_class(self.family.denoiser_class)
+        config = self.folder.json(f"{self.denoiser_name}/config.json")
         with loading(self.path, f"{self.denoiser_name}/config.json"):
-            config = cls.load_config(self.path, subfolder=self.denoiser_name, revision=self._revision)
-            return self.checked_config(config)
+            cls = self.family.load_class(self.family.denoiser_class)
+            config = parts.full_config(cls, config, (self.family.denoiser_class,))
+            return self._served(config, f"model.path: {self.path}: its")
 
     def checked_config(self, config: dict) -> dict:
         """The denoiser's config with the types that this adapter relies on. Raises any error where
@@ -200,19 +174,8 @@ class Adapter:
         """The denoising network with its weights in `dtype`, in evaluation mode; errors name
         `field`."""
         with loading(self.path, self.denoiser_name, field):
-            refuse_pickles(self.path, self.denoiser_name)
-            denoiser, info = self.family.load_class(self.family.denoiser_class).from_pretrained(
-                self.path,
-                subfolder=self.denoiser_name,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                **self._hub,
-            )
-            if info["missing_keys"]:  # diffusers only warns, and leaves those weights random
-                raise ValueError(f"the weights lack {sorted(info['missing_keys'])[0]}")
-            refuse_nan(denoiser)
-        return denoiser.eval()
+            cls = self.family.load_class(self.family.denoiser_class)
+            return parts.load_network(cls, self.folder, self.denoiser_name, self._variant, dtype)
 
     def predict(self, denoiser: Callable, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """The raw network output (B, ...) at states x (B, ...), timesteps t (B,) and conditioning
@@ -221,7 +184,7 @@ class Adapter:
         Inputs are cast to the network's dtype; the output keeps it and is row-major, as the fused
         ops need it.
         """
-        dtype = next(denoiser.parameters()).dtype
+        dtype = network_dtype(denoiser)
         cond = {name: rows.to(dtype) for name, rows in cond.items()}
         out = denoiser(x.to(dtype), t, **self.arguments(cond), return_dict=False)[0]
         return out if out.is_contiguous() else self._row_major(out)
@@ -239,6 +202,11 @@ class Adapter:
 
     # The schedule
 
+    @property
+    def scheduler(self) -> Any:
+        """The model's diffusers scheduler, as it is configured; callers do not change it."""
+        return self._scheduler
+
     @functools.cached_property
     def scheduler_config(self) -> dict:
         """The scheduler's config, from which solvers for sampling are made."""
@@ -246,14 +214,12 @@ class Adapter:
 
     @functools.cached_property
     def _scheduler(self) -> Any:
-        import diffusers
-
+        config = self.folder.json("scheduler/scheduler_config.json")
+        entry = self.index.get("scheduler")
+        # The class that the index names goes before that of the config, as in diffusers.
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name")
         with loading(self.path, "scheduler"):
-            config = diffusers.DDIMScheduler.load_config(self.path, subfolder="scheduler", revision=self._revision)
-            named = getattr(diffusers, str(config.get("_class_name")), None)
-            if not (inspect.isclass(named) and issubclass(named, diffusers.SchedulerMixin)):
-                raise UserError(f"model.path: {self.path} names an unknown scheduler: {config.get('_class_name')!r}")
-            return named.from_config(config)
+            return parts.load_scheduler(name, config)
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:
@@ -283,19 +249,30 @@ class Adapter:
     # Sizes
 
     @property
-    def default_resolution(self) -> int:
+    def default_size(self) -> tuple[int, int]:
         """Height and width in pixels of the pictures that the model was made for."""
         raise NotImplementedError
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that are trained on or drawn."""
+        return self.default_size if self._resolution is None else (self._resolution, self._resolution)
+
+    @property
     def resolution(self) -> int:
-        """Picture height and width in pixels."""
-        return self.default_resolution if self._resolution is None else self._resolution
+        """Height and width in pixels of square pictures. Raises UserError where they differ."""
+        height, width = self.size
+        if height != width:
+            raise UserError(
+                f"model.resolution: {self.path} draws pictures of {height} x {width} pixels, and square ones are "
+                "needed here; give a resolution"
+            )
+        return height
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of one latent, of any rank."""
-        return self.latent_shape_of(self.resolution, self.resolution, "model.resolution")
+        return self.latent_shape_of(*self.size, "model.resolution")
 
     def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, ...]:
         """The shape of the latent of a picture of this size in pixels.
@@ -306,7 +283,7 @@ class Adapter:
 
     def check_size(self, field: str = "model.resolution") -> None:
         """UserError that names `field` where the resolution is none that the model can draw."""
-        self.latent_shape_of(self.resolution, self.resolution, field)
+        self.latent_shape_of(*self.size, field)
 
     def sized(self, cond: Conditioning, height: int, width: int) -> Conditioning:
         """The rows for pictures of another size in pixels than the adapter's resolution."""
@@ -323,12 +300,19 @@ class Adapter:
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], device: torch.device, batch_size: int = 64) -> Conditioning:
         """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the
-        text encoders."""
+        text encoders.
+
+        A line names the prompts that are longer than the encoders' limits, and are cut there.
+        """
         pipe = self._text_pipeline(device)
+        with loading(self.path, "tokenizer"):
+            text.check_tokenizers(pipe, self.family.part_classes)
+            text.say_what_is_cut(pipe, self.family.part_classes, prompts)
         with loading(self.path, "text encoder"):
-            parts = [
-                self.encode_batch(pipe, prompts[i : i + batch_size], device) for i in range(0, len(prompts), batch_size)
-            ]
+            parts = []
+            for start in range(0, len(prompts), batch_size):
+                check_stop("while prompts were encoded; nothing is written, the same command starts again")
+                parts.append(self.encode_batch(pipe, prompts[start : start + batch_size], device))
             rows = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
             if not all(row.isfinite().all() for row in rows.values()):
                 raise ValueError("the weights are damaged: a prompt's embedding is not finite")
@@ -348,14 +332,8 @@ class Adapter:
         if self._loaded is not None:
             return self._loaded
         cls = self.family.load_class(self.family.pipeline_class)
-        known = inspect.signature(cls.__init__).parameters
-        left_out = (self.denoiser_name, "vae", "safety_checker", "feature_extractor", "image_encoder")
-        absent: dict[str, Any] = {name: None for name in left_out if name in known}
-        if "requires_safety_checker" in known:
-            absent["requires_safety_checker"] = False
-        with loading(self.path, "text encoder"):
-            refuse_pickles(self.path, "text_encoder*")
-            return cls.from_pretrained(self.path, use_safetensors=True, **absent, **self._hub).to(device)
+        classes = {part: self.index[part][1] for part in self.family.part_classes}
+        return text.text_pipeline(cls, classes, self.folder, self._variant).to(device)
 
     # Pictures
 
@@ -376,33 +354,3 @@ class Adapter:
         A latent's noise depends on the seed and its own id in ids (B,) int64 only.
         """
         raise NotImplementedError
-
-
-# What every loader guards against.
-
-
-@contextmanager
-def loading(path: str, part: str, field: str = "model.path") -> Iterator[None]:
-    """Turn what a loader throws over a broken file into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a truncated file surfaces as any of a dozen types; the cause is chained
-        raise UserError(f"{field}: cannot load {part} from {path}: {one_line(error)}") from error
-
-
-def refuse_pickles(path: str, part: str) -> None:
-    """ValueError where a folder's list of shards names other files than safetensors, which loaders
-    then unpickle."""
-    for index in Path(path).glob(f"{part}/*.index*.json"):
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        if not all(str(name).endswith(".safetensors") for name in named):
-            raise ValueError(f"{index.name} names files that are not safetensors")
-
-
-def refuse_nan(module: nn.Module) -> None:
-    """ValueError where a weight is not finite."""
-    for name, parameter in module.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"the weights are damaged: {name} is not finite")

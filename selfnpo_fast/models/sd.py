@@ -8,14 +8,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from selfnpo_fast.models.base import Adapter, Conditioning, loading, refuse_nan, refuse_pickles
+from selfnpo_fast.models import parts, text
+from selfnpo_fast.models.base import Adapter, Conditioning
+from selfnpo_fast.models.folder import loading
 from selfnpo_fast.models.unet import UNetAdapter, UNetFamily, guided_pipelines
+from selfnpo_fast.runtime.errors import shortened
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
+
+MAX_BLOCKS = 8
+"""Resolutions of an autoencoder: a latent cell of more than 128 pixels is none."""
 
 
 class StableDiffusionAdapter(UNetAdapter):
@@ -26,8 +34,42 @@ class StableDiffusionAdapter(UNetAdapter):
         """As in the base; the autoencoder is the pipeline's own."""
         adapter = super().from_pipeline(pipe)
         adapter.vae = pipe.vae
-        adapter._vae_config = {"block_out_channels": list(pipe.vae.config.block_out_channels)}
+        adapter._vae_config = dict(pipe.vae.config)
         return adapter
+
+    def why_unfit(self) -> str | None:
+        """Widths of text and latents that differ between text encoders, denoiser and autoencoder."""
+        latent, taken = self._vae_config["latent_channels"], self.denoiser_config["in_channels"]
+        if latent != taken:
+            return (
+                f"its vae has {latent} latent_channels and its {self.denoiser_name} takes {taken}; give parts of one "
+                "model"
+            )
+        expected = self.denoiser_config.get("encoder_hid_dim") or self.denoiser_config.get("cross_attention_dim")
+        width = self.conditioning_shapes["encoder_hidden_states"][1]
+        for taken in expected if isinstance(expected, list | tuple) else (expected,):
+            if taken != width:
+                return (
+                    f"its {self.denoiser_name} takes text of width {taken} (cross_attention_dim) and its text encoders "
+                    f"give {width}; give parts of one model"
+                )
+        return None
+
+    def check_pictures(self) -> None:
+        """UserError where the autoencoder's shapes do not take a picture to latents and back."""
+        from diffusers import AutoencoderKL
+
+        latent, config = self.latent_shape, self._vae_config
+        picture = (1, 3, *(side * self.vae_scale for side in latent[1:]))
+
+        def run(vae: AutoencoderKL) -> torch.Tensor:
+            mean = vae.encode(torch.empty(picture, device="meta")).latent_dist.mean
+            if tuple(mean.shape) != (1, *latent):
+                raise ValueError(f"it makes {tuple(mean.shape[1:])} of a picture, and {latent} is expected")
+            return vae.decode(mean).sample
+
+        with loading(self.path, "vae"):
+            parts.try_forward(lambda: AutoencoderKL.from_config(config), run, picture, repr(config))
 
     # Text
 
@@ -35,14 +77,25 @@ class StableDiffusionAdapter(UNetAdapter):
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one prompt's row by name, as `encode_prompts` makes it, read from the
         encoder's config.json."""
-        text = self._text_config("text_encoder")
-        return {"encoder_hidden_states": (text.max_position_embeddings, text.hidden_size)}
+        return {"encoder_hidden_states": (self._tokens("tokenizer"), self._text_config("text_encoder").hidden_size)}
 
-    def _text_config(self, part: str):
-        from transformers import CLIPTextConfig
+    def _text_config(self, part: str) -> Any:
+        """The config of a text encoder."""
+        from transformers import CLIPTextModel
 
+        config = self.folder.json(f"{part}/config.json")
         with loading(self.path, f"{part}/config.json"):
-            return CLIPTextConfig.from_pretrained(self.path, subfolder=part, revision=self._revision)
+            return text.text_config(CLIPTextModel, config)
+
+    def _tokens(self, part: str) -> int:
+        """How many tokens of a prompt a tokenizer and its encoder take."""
+        positions = self._text_config(text.encoder_of(part)).max_position_embeddings
+        name = f"{part}/tokenizer_config.json"
+        if name not in self.folder.files:
+            return positions
+        stated = self.folder.json(name).get("model_max_length")
+        with loading(self.path, name):
+            return text.token_limit(stated, positions, self.path)
 
     def encode_batch(self, pipe: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """`encoder_hidden_states` (N, L, D): the last hidden states of L tokens."""
@@ -58,11 +111,14 @@ class StableDiffusionAdapter(UNetAdapter):
 
     @functools.cached_property
     def _vae_config(self) -> dict:
+        """The autoencoder's config.json."""
         from diffusers import AutoencoderKL
 
+        config = self.folder.json("vae/config.json")
         with loading(self.path, "vae/config.json"):
-            config = AutoencoderKL.load_config(self.path, subfolder="vae", revision=self._revision)
-            return {"block_out_channels": list(config["block_out_channels"])}
+            config = parts.full_config(AutoencoderKL, config, self.family.part_classes["vae"])
+            _check_vae(config)
+            return config
 
     @functools.cached_property
     def vae(self) -> nn.Module:
@@ -70,10 +126,8 @@ class StableDiffusionAdapter(UNetAdapter):
         from diffusers import AutoencoderKL
 
         with loading(self.path, "vae"):
-            refuse_pickles(self.path, "vae")
-            vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", use_safetensors=True, **self._hub)
-            refuse_nan(vae)
-        return vae.eval().requires_grad_(False)
+            vae = parts.load_network(AutoencoderKL, self.folder, "vae", self._variant, torch.float32)
+        return vae.requires_grad_(False)
 
     @functools.cached_property
     def vae_sha256(self) -> str:
@@ -98,8 +152,9 @@ class StableDiffusionAdapter(UNetAdapter):
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in float16
         if upcast:
             vae.to(torch.float32)
-        scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        pictures = [vae.decode(part.to(vae.dtype)).sample.float().clamp(-1, 1) for part in scaled.split(batch_size)]
+        mean, std = self._latent_statistics(latents.device)
+        scaled = latents.float() * std / vae.config.scaling_factor + mean
+        pictures = [_clamped(vae.decode(part.to(vae.dtype)).sample.float()) for part in scaled.split(batch_size)]
         if upcast:
             vae.to(torch.float16)
         return torch.cat(pictures)
@@ -122,8 +177,44 @@ class StableDiffusionAdapter(UNetAdapter):
             # The posterior has a deviation for each element, which no fused op knows: each picture
             # meets this once.
             sample = torch.addcmul(posterior.mean, posterior.std, noise)
-            latents.append((sample - (vae.config.shift_factor or 0)) * vae.config.scaling_factor)
+            mean, std = self._latent_statistics(sample.device)
+            latents.append((sample - mean) * vae.config.scaling_factor / std)
         return torch.cat(latents)
+
+    def _latent_statistics(self, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Mean and deviation of the autoencoder's latents, (1, C, 1, 1) or numbers, by which they
+        are normalised beside the scaling factor."""
+        return self.vae.config.shift_factor or 0.0, 1.0
+
+
+def _check_vae(config: dict) -> None:
+    """ValueError where an autoencoder's config has no list of blocks, or numbers that latents can
+    not be divided by or multiplied with."""
+    channels, blocks = config["latent_channels"], config["block_out_channels"]
+    if not isinstance(blocks, list | tuple) or not 1 <= len(blocks) <= MAX_BLOCKS:
+        raise ValueError(f"its block_out_channels is {shortened(blocks)}; expected a list of 1 to {MAX_BLOCKS} numbers")
+    scaling, shift = config["scaling_factor"], config.get("shift_factor")
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    for name, value, possible in (
+        ("scaling_factor", scaling, _are_numbers([scaling]) and scaling > 0),
+        ("shift_factor", shift, shift is None or _are_numbers([shift])),
+        ("latents_mean", mean, mean is None or (_are_numbers(mean) and len(mean) == channels)),
+        ("latents_std", std, std is None or (_are_numbers(std) and len(std) == channels and min(std) > 0)),
+    ):
+        if not possible:
+            raise ValueError(f"its {name} is {shortened(value)}; expected finite numbers that latents can be scaled by")
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether a config's value is a list of finite numbers."""
+    return isinstance(values, list | tuple) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
+
+
+def _clamped(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1]; what is infinite becomes NaN, so that it is not taken for white."""
+    return pictures.clamp(-1, 1).masked_fill_(pictures.isinf(), torch.nan)
 
 
 class StableDiffusion(UNetFamily):
@@ -131,6 +222,11 @@ class StableDiffusion(UNetFamily):
 
     adapter = StableDiffusionAdapter
     pipeline_class = "StableDiffusionPipeline"
+    part_classes: Mapping[str, tuple[str, ...]] = {
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    }
     guided_pipelines = guided_pipelines("StableDiffusion")
 
 

@@ -3,19 +3,32 @@ latents of a grid."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 from torch import nn
 
-from selfnpo_fast.models.base import Adapter, Family, SharedParts
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.models.base import Adapter
+from selfnpo_fast.models.family import Family, SharedParts
+from selfnpo_fast.models.unet_names import original_paths
+from selfnpo_fast.runtime.errors import UserError, shortened
 
 MAX_RESOLUTION = 2**14  # pixels
 
-_ORIGINAL = "model.diffusion_model."
-"""What the names of a denoiser begin with in checkpoints of the original Stable Diffusion code."""
-_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-"""What all keys begin with in LoRA files of kohya's scripts."""
 _KINDS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint", "Adapter")
+
+_GLIGEN = ("boxes", "masks", "positive_embeddings", "phrases_masks", "phrases_embeddings", "image_masks")
+_GLIGEN += ("image_embeddings",)
+_ROW_NAMES = frozenset(
+    {
+        *("timestep", "encoder_hidden_states", "class_labels", "timestep_cond"),
+        *("attention_mask", "encoder_attention_mask"),
+        *("down_block_additional_residuals", "mid_block_additional_residual"),  # ControlNets
+        "down_intrablock_additional_residuals",  # T2I-Adapters
+        *(f"added_cond_kwargs.{name}" for name in ("text_embeds", "time_ids", "image_embeds", "hint")),
+        *(f"cross_attention_kwargs.gligen.{name}" for name in _GLIGEN),
+    }
+)
+"""What UNet2DConditionModel.forward takes besides the sample, read from it and GLIGEN's pipelines."""
 
 
 class UNetFamily(Family):
@@ -25,9 +38,37 @@ class UNetFamily(Family):
     denoiser_name = "unet"
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
     input_name = "sample"
-    not_rows = frozenset({"ip_adapter_masks"})  # it counts image prompts, perhaps as many as there are rows
+    row_names = _ROW_NAMES
+    not_rows = frozenset({"cross_attention_kwargs.ip_adapter_masks"})  # they count image prompts
     inert_options = frozenset({"sample_size", "upcast_attention"})
-    text_lora_prefixes = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
+    text_lora_prefixes = (
+        *("text_encoder.", "text_encoder_2.", "text_encoders.", "clip_l.", "clip_g."),
+        *("lora_te_", "lora_te1_", "lora_te2_", "bundle_emb."),  # the last is OneTrainer's, for embeddings of tokens
+    )
+    added_embedding: str | None = None
+    """What the network adds to the embedding of the timestep (addition_embed_type)."""
+
+    def why_unserved(self, config: dict) -> str | None:
+        """Networks whose forward wants more than a latent and a text, or gives more than a
+        prediction."""
+        into, out = config.get("in_channels"), config.get("out_channels")
+        if into != out and isinstance(into, int) and isinstance(out, int):
+            kinds = {9: ", as for inpainting", 8: ", as for instructions about a picture", 5: ", as with a depth map"}
+            kind = kinds.get(into, "") if out == 4 else ""
+            return (
+                f"takes {into} channels and gives {out}{kind}: it wants or gives more than a latent, which is not "
+                "served; give the text-to-image model"
+            )
+        classes = config.get("class_embed_type") or config.get("num_class_embeds")
+        if classes is not None:
+            return f"wants class labels ({shortened(classes, 40)}), which no prompt gives; give a text-to-image model"
+        added = config.get("addition_embed_type")
+        if added != self.added_embedding:
+            return (
+                f"has {shortened(added, 40)} as addition_embed_type, and a {self.pipeline_class} gives "
+                f"{self.added_embedding!r}; give a model of that pipeline"
+            )
+        return None
 
     def why_unguided(self, config: dict) -> str | None:
         """Latent consistency models take the guidance scale as an input."""
@@ -37,82 +78,58 @@ class UNetFamily(Family):
 
     def why_unsampled(self, config: dict) -> str | None:
         """The sampler has no way to give image prompts."""
-        if config.get("encoder_hid_dim_type") is not None:
+        if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
             return "wants image prompts (IP-Adapter), which need attach_negative"
         return None
 
     def shared_parts(self, denoiser: nn.Module, network: nn.Module) -> SharedParts:
-        """Image prompts: the IP-Adapter's projections and attention processors."""
-        return ImagePrompts(denoiser, network)
+        """Image prompts (the IP-Adapter's projections and attention processors), and FreeU."""
+        return UNetParts(denoiser, network)
 
-    def from_original_names(self, keys: list[str], config: dict) -> dict[str, str] | None:
-        """Checkpoints of the original Stable Diffusion code, by diffusers' converter."""
-        if not any(key.startswith(_ORIGINAL) for key in keys):
-            return None
-        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-        try:
-            # The converter renames and looks at no value, so that names can stand for the tensors.
-            renamed = convert_ldm_unet_checkpoint({key: key for key in keys}, dict(config))
-        except Exception as error:  # what a name too few or too many ends in depends on the place
-            raise ValueError(f"is an original checkpoint that does not fit the model: {one_line(error)}") from error
-        stray = sorted({key for key in keys if key.startswith(_ORIGINAL)} - set(renamed.values()))
-        if stray:
-            raise ValueError(f"does not fit the model: it has no place for {stray[0]}")
-        return {name: key for name, key in renamed.items() if key is not None}
-
-    def from_foreign_lora(
-        self, tensors: dict[str, torch.Tensor], denoiser: nn.Module
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float]] | None:
-        """kohya's keys by diffusers' converters; blocks of SDXL may have their original names."""
-        if not all(key.startswith(_KOHYA) for key in tensors):
-            return None
-        from diffusers.loaders.lora_conversion_utils import (
-            _convert_non_diffusers_lora_to_diffusers,
-            _maybe_map_sgm_blocks_to_diffusers,
-        )
-        from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
-        before = sum(key.endswith(".lora_down.weight") for key in tensors)
-        try:
-            renamed = _maybe_map_sgm_blocks_to_diffusers(dict(tensors), getattr(denoiser, "config", None))
-            renamed, alphas = _convert_non_diffusers_lora_to_diffusers(renamed)
-        except Exception as error:  # an odd name fails wherever the converters first trip over it
-            raise ValueError(f"does not fit the model: {type(error).__name__}: {one_line(error, 200)}") from error
-        layers = {key.removeprefix("unet."): value for key, value in convert_unet_state_dict_to_peft(renamed).items()}
-        if sum(".lora_A." in key for key in layers) != before:
-            raise ValueError("mixes two namings of blocks (input_blocks and down_blocks), of which one would be lost")
-        by_key = convert_unet_state_dict_to_peft(alphas or {})
-        return layers, {
-            key.removeprefix("unet.").removesuffix(".alpha").split(".lora_A.")[0]: value
-            for key, value in by_key.items()
-        }
+    def original_paths(self, paths: Iterable[str]) -> dict[str, str]:
+        """The names of the original Stable Diffusion code."""
+        return original_paths(paths)
 
 
-class ImagePrompts(SharedParts):
-    """IP-Adapter: a second network uses the denoiser's image projections and the attention
-    processors with them."""
+class UNetParts(SharedParts):
+    """A second network uses the denoiser's image projections and the attention processors with them
+    (IP-Adapter), and its factors of FreeU."""
 
     def __init__(self, denoiser: nn.Module, network: nn.Module) -> None:
         self._denoiser, self._network = denoiser, network
         self._before: tuple | None = None
+        self._freeu = _freeu(network)
 
     def follow(self) -> None:
         """Take over an IP-Adapter that was loaded onto the denoiser, and give it back when it has
-        left."""
+        left; take over FreeU as it is now.
+
+        Raises UserError for FaceID Plus, which keeps rows of a call in the network.
+        """
         from diffusers.models.embeddings import MultiIPAdapterImageProjection
 
         network, denoiser = self._network, self._denoiser
+        _set_freeu(network, _freeu(denoiser))
         shared = denoiser.encoder_hid_proj
         if not isinstance(shared, MultiIPAdapterImageProjection):
-            self.restore()
-        elif network.encoder_hid_proj is not shared:
+            self._restore_prompts()
+            return
+        if any(getattr(layer, "clip_embeds", None) is not None for layer in shared.image_projection_layers):
+            raise UserError(
+                "negative: the image prompts are FaceID Plus's, whose rows are kept in the unet and cannot be shared "
+                "out between two networks; use a LoRA as the negative"
+            )
+        if network.encoder_hid_proj is not shared:
             before = network.encoder_hid_proj, network.config.encoder_hid_dim_type, network.attn_processors
             self._before = self._before or before
             self._set(shared, denoiser.config.encoder_hid_dim_type, denoiser.attn_processors)
 
     def restore(self) -> None:
-        """Give the second network its own projections and processors back."""
+        """Give the second network its own projections, processors and FreeU back."""
+        _set_freeu(self._network, self._freeu)
+        self._restore_prompts()
+
+    def _restore_prompts(self) -> None:
         if self._before is not None:
             self._set(*self._before)
             self._before = None
@@ -123,12 +140,28 @@ class ImagePrompts(SharedParts):
         self._network.set_attn_processor(dict(processors))  # it empties the dict
 
 
+_FREEU = ("s1", "s2", "b1", "b2")
+
+
+def _freeu(unet: nn.Module) -> list[dict[str, float | None]]:
+    """FreeU's factors of each block on the way up; None where FreeU is off."""
+    return [{name: getattr(block, name, None) for name in _FREEU} for block in unet.up_blocks]
+
+
+def _set_freeu(unet: nn.Module, factors: list[dict[str, float | None]]) -> None:
+    """Give each block on the way up its factors."""
+    for block, values in zip(unet.up_blocks, factors, strict=True):
+        for name, value in values.items():
+            if getattr(block, name, None) != value:
+                setattr(block, name, value)
+
+
 class UNetAdapter(Adapter):
     """Latents (C, H, W) on a grid of cells of `vae_scale` pixels."""
 
     def checked_config(self, config: dict) -> dict:
-        """With a sample size and a number of channels that are whole numbers."""
-        return config | {"sample_size": int(config["sample_size"]), "in_channels": int(config["in_channels"])}
+        """With a number of channels that is a whole number."""
+        return config | {"in_channels": int(config["in_channels"])}
 
     @property
     def vae_scale(self) -> int:
@@ -136,9 +169,19 @@ class UNetAdapter(Adapter):
         raise NotImplementedError
 
     @property
-    def default_resolution(self) -> int:
-        """The latent's side in the denoiser's config, in pixels."""
-        return self.denoiser_config["sample_size"] * self.vae_scale
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the latent in the denoiser's config, in pixels.
+
+        Raises UserError where the config names none.
+        """
+        size = self.denoiser_config.get("sample_size")
+        sides = list(size) if isinstance(size, list | tuple) else [size, size]
+        if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            raise UserError(
+                f"model.resolution: {self.path} names no size of its pictures (sample_size is {shortened(size, 40)}); "
+                "give a resolution"
+            )
+        return sides[0] * self.vae_scale, sides[1] * self.vae_scale
 
     def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int]:
         """(C, H, W) of the latent of a picture in pixels; errors name `field`, or else the side."""

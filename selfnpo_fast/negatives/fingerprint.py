@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.negatives.weights import WeightReader
 
 TOLERANCE = 2**-7
@@ -45,16 +46,19 @@ def matches(saved: dict[str, dict], weights: WeightReader) -> bool:
         for name, entry in saved.items():
             if weights.shapes.get(name) != tuple(entry["shape"]):
                 return False
+            if not isinstance(entry["values"], list) or not all(isinstance(v, int | float) for v in entry["values"]):
+                raise TypeError("its values are no numbers")
             expected = torch.tensor(entry["values"], dtype=torch.float64)
             values = torch.tensor(_values(weights.read(name)), dtype=torch.float64)
             slack = TOLERANCE * expected.norm() + _SUBNORMAL * len(expected) ** 0.5
             if not (values - expected).norm() <= slack:  # also where a value is not finite
                 return False
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"no fingerprint: {error}") from error
     return True
 
 
-def base_record(path: str, revision: str | None, weights: WeightReader) -> dict:
-    """What a negative's files record of its base: path, revision and fingerprint."""
-    return {"path": path, "revision": revision, "fingerprint": fingerprint(weights)}
+def base_record(path: str, revision: str | None, weights: WeightReader, schedule: ScheduleFacts | None = None) -> dict:
+    """What a negative's files record of its base: path, revision, fingerprint and schedule."""
+    record = {"path": path, "revision": revision, "fingerprint": fingerprint(weights)}
+    return record if schedule is None else record | {"schedule": schedule.record()}

@@ -11,14 +11,17 @@ Where no base is given, the positive is the base, and eta is zero.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.models import family_of
 from selfnpo_fast.negatives.fingerprint import matches
+from selfnpo_fast.negatives.formats import quantisation_of_module
 from selfnpo_fast.negatives.lora_files import read_lora, read_record
 from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.sources import LORA_FILE, ModelFiles, locate
@@ -29,6 +32,7 @@ from selfnpo_fast.negatives.weights import (
     config_of,
     file_weights,
     has_adapters,
+    match_placement,
     materialise,
     mix,
     mixture,
@@ -36,7 +40,8 @@ from selfnpo_fast.negatives.weights import (
     plain_state,
 )
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
+from selfnpo_fast.runtime.tensor_files import open_tensors, with_arithmetic
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Negative:
     """In evaluation mode, without gradients, in the positive's dtype and on its device."""
     deltas: Deltas | None = None
     """Low-rank updates of the positive's weights, in the positive's dtype and on its device."""
+    schedule: ScheduleFacts | None = None
+    """What the negative's files say of its prediction type and noise schedule."""
 
     def __post_init__(self) -> None:
         assert (self.network is None) != (self.deltas is None), "either a network or deltas"
@@ -64,6 +71,8 @@ class LoadedModel:
     """Full weights (theta + delta of a negative), or a LoRA's updates (delta)."""
     record: dict | None = None
     """The record of the model's base (`fingerprint.base_record`); None without one."""
+    schedule: ScheduleFacts | None = None
+    """What the model's files say of its prediction type and noise schedule."""
 
     @property
     def is_lora(self) -> bool:
@@ -80,6 +89,7 @@ def load_negative(
     base: str | Path | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    schedule: ScheduleFacts | None = None,
 ) -> Negative:
     """The negative model for a positive denoiser of a known family, which is not changed.
 
@@ -96,35 +106,48 @@ def load_negative(
     the positive is a fine-tune of the model that the negative was trained from. alpha = 0 takes
     full weights unchanged, next to any positive.
 
+    `schedule` is the positive's. The prediction type and the noise schedule of the negative are
+    compared with it, and with the base's, as far as the files say them.
+
     A LoRA at alpha = 1 needs no second network: it is returned as updates of the positive's
     layers, times beta. All else is a second network, mixed in float32 tensor by tensor.
 
     Raises UserError, one line, where the source cannot be read, does not fit the positive, is not
-    finite, equals the positive, or was trained from another base. Nothing is changed then.
+    finite, equals the positive, was trained from another base or means another thing by its output,
+    and where a network is quantised. Nothing is changed then.
     """
     check_strengths(alpha, beta)
     positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
-    if isinstance(source, Negative) and source.network is not None:
-        if alpha == beta == 1 and base is None:
-            return source
-        source = source.network
+    _refuse_quantised(positive, "model")
+    if isinstance(source, Negative) and source.network is not None and alpha == beta == 1 and base is None:
+        check_same_schedule(source.schedule, schedule)
+        return source
     loaded = _load(positive, source, revision, variant)
-    theta = None if base is None else load_base(positive, base)
+    check_same_schedule(loaded.schedule, schedule)
+    theta = None
+    if base is not None:
+        theta, schedule_of_base = _load_base(positive, base)
+        check_same_schedule(loaded.schedule, schedule_of_base)
+    network = source.network if isinstance(source, Negative) else source
     check_base(loaded, theta or _resident_weights(positive), alpha, beta, None if base is None else str(base))
     if not isinstance(loaded.content, WeightReader) and alpha == 1:
-        return Negative(loaded.source, deltas=_scaled(loaded.content, beta, positive, loaded.source))
-    if isinstance(source, nn.Module) and is_unmixed(alpha, beta, theta):
+        deltas = _scaled(loaded.content, beta, positive, loaded.source)
+        return Negative(loaded.source, deltas=deltas, schedule=loaded.schedule)
+    if isinstance(network, nn.Module) and is_unmixed(alpha, beta, theta):
         _refuse_adapters(positive, alpha)
-        return Negative(loaded.source, network=_taken_over(source, positive))
-    weights = mixed(loaded, positive, theta, alpha, beta)
-    return Negative(loaded.source, network=materialise(weights, positive, "negative"))
+        network = _taken_over(network, positive)
+    else:
+        network = materialise(mixed(loaded, positive, theta, alpha, beta), positive, "negative")
+    return Negative(loaded.source, network=network, schedule=loaded.schedule)
 
 
 def check_strengths(alpha: float, beta: float) -> None:
     """Raise UserError where alpha or beta is outside the range of Eq. 7, 0 to 1."""
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{name}: {value} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise UserError(
+                f"{name}: {shortened(value)} is not possible; expected 0 to 1, as in theta + alpha eta + beta delta"
+            )
 
 
 def is_unmixed(alpha: float, beta: float, theta: WeightReader | None) -> bool:
@@ -139,10 +162,12 @@ def _load(
     positive: nn.Module, source: str | Path | nn.Module | Negative, revision: str | None, variant: str | None
 ) -> LoadedModel:
     """The negative, checked against the positive, before it is mixed. Raises UserError."""
-    if isinstance(source, Negative):
-        assert source.deltas is not None, "load_negative has taken the network"
+    if isinstance(source, Negative) and source.deltas is not None:
         _check_deltas(source.deltas, positive)
-        return LoadedModel(source.source, source.deltas)
+        return LoadedModel(source.source, source.deltas, schedule=source.schedule)
+    if isinstance(source, Negative):
+        assert source.network is not None
+        return dataclasses.replace(_load(positive, source.network, revision, variant), schedule=source.schedule)
     if isinstance(source, nn.Module):
         name = f"the given {type(source).__name__}"
         if type(source) is not type(positive):
@@ -151,11 +176,16 @@ def _load(
             raise UserError(f"negative: {name} is the positive model itself: guidance would have no effect")
         if has_adapters(source):
             raise UserError(f"negative: {name} has PEFT adapters loaded; fuse and unload them first")
+        _refuse_quantised(source, "negative")
         weights = module_weights(source, name)
         check_class({**config_of(source), "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
         return LoadedModel(name, weights)
-    files = locate(source, [family_of(positive).denoiser_name], "negative", revision, variant)
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"negative: a {type(source).__name__} is not possible; expected a folder, a file, a Hub id or a module"
+        )
+    files = locate(os.fspath(source), [family_of(positive).denoiser_name], "negative", revision, variant)
     return read_files(files, positive, "negative")
 
 
@@ -166,13 +196,32 @@ def read_files(files: ModelFiles, model: nn.Module, field: str) -> LoadedModel:
     """
     if files.is_lora:
         deltas = read_lora(files.files[0], model, field)
-        return LoadedModel(files.name, deltas, read_record(files.files[0], field))
-    return LoadedModel(files.name, read_full_weights(files, model, field), files.record)
+        record = read_record(files.files[0], field)
+        return LoadedModel(files.name, deltas, record, _schedule_of(files, record, field))
+    weights = read_full_weights(files, model, field)
+    return LoadedModel(files.name, weights, files.record, _schedule_of(files, files.record, field))
+
+
+def _schedule_of(files: ModelFiles, record: dict | None, field: str) -> ScheduleFacts:
+    """What a model's files say of its schedule: the record of a run first, then the scheduler's
+    config, then the weights' metadata.
+
+    Raises UserError where one of them is damaged.
+    """
+    if record is not None and record.get("schedule") is not None:
+        try:
+            return ScheduleFacts.of_record(record["schedule"], files.name)
+        except ValueError as error:
+            raise UserError(f"{field}: {files.name}: {one_line(error)}") from error
+    if files.scheduler is not None:
+        return ScheduleFacts.of_scheduler_config(files.scheduler, files.name, field)
+    file = open_tensors(files.files[0], field)
+    return ScheduleFacts.of_metadata(file.metadata, list(file.shapes), files.name)
 
 
 def read_full_weights(files: ModelFiles, model: nn.Module, field: str) -> WeightReader:
     """The weights in files of full weights, checked like `read_files` does."""
-    weights = file_weights(files, family_of(model), config_of(model), field)
+    weights = file_weights(files, model, field)
     check_shapes(weights, _shapes(model), field)
     if files.config is not None:
         check_class(files.config, model, files.name, field)
@@ -192,10 +241,15 @@ def _resident_weights(positive: nn.Module) -> WeightReader | None:
 
 def load_base(model: nn.Module, base: str | Path) -> WeightReader:
     """theta, checked against the model's architecture. Raises UserError that starts with `base`."""
+    return _load_base(model, base)[0]
+
+
+def _load_base(model: nn.Module, base: str | Path) -> tuple[WeightReader, ScheduleFacts | None]:
+    """theta and what its files say of the schedule. Raises like `load_base`."""
     loaded = read_files(locate(base, [family_of(model).denoiser_name], "base"), model, "base")
     if not isinstance(loaded.content, WeightReader):
         raise UserError(f"base: {base} is a LoRA; give the model that it belongs to")
-    return loaded.content
+    return loaded.content, loaded.schedule
 
 
 def check_base(loaded: LoadedModel, theta: WeightReader | None, alpha: float, beta: float, base: str | None) -> None:
@@ -208,7 +262,9 @@ def check_base(loaded: LoadedModel, theta: WeightReader | None, alpha: float, be
     if loaded.record is None or theta is None or (not loaded.is_lora and (alpha, beta) == (0, 1)):
         return
     try:
-        trained_from, same = str(loaded.record["path"]), matches(loaded.record["fingerprint"], theta)
+        if not isinstance(loaded.record["path"], str):
+            raise TypeError("its path is no text")
+        trained_from, same = one_line(loaded.record["path"]), matches(loaded.record["fingerprint"], theta)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"negative: {loaded.source}: its record of the base is damaged: {one_line(error)}") from error
     if same:
@@ -224,6 +280,16 @@ def check_base(loaded: LoadedModel, theta: WeightReader | None, alpha: float, be
         f"negative: {loaded.source} was trained from {trained_from}, and {other} has other weights; give base="
         f"{trained_from!r} for theta + alpha eta + beta delta, or alpha=0 for the negative's weights as they are"
     )
+
+
+def _refuse_quantised(network: nn.Module, field: str) -> None:
+    """Raise UserError that names `field` where a network in memory is quantised."""
+    form = quantisation_of_module(network)
+    if form is not None:
+        raise UserError(
+            f"{field}: the {type(network).__name__} is quantised ({form}), which is not supported; load it in fp32, "
+            "bf16 or fp16"
+        )
 
 
 def _refuse_adapters(positive: nn.Module, alpha: float) -> None:
@@ -274,7 +340,7 @@ def _scaled(deltas: Deltas, beta: float, positive: nn.Module, source: str) -> De
         like: torch.Tensor = positive.get_submodule(path).weight  # type: ignore[assignment]
         device = torch.device("cpu") if like.is_meta else like.device
         down, up = (factor.to(device, like.dtype) for factor in (delta.down, delta.up))
-        if not (down.isfinite().all() and up.isfinite().all()):
+        if not all(with_arithmetic(factor).isfinite().all() for factor in (down, up)):
             raise UserError(f"negative: {source}: the update of {path} is too large for {like.dtype}")
         scaled[path] = dataclasses.replace(delta, down=down, up=up, scale=delta.scale * beta)
     return scaled
@@ -288,27 +354,29 @@ def _check_deltas(deltas: Deltas, positive: nn.Module) -> None:
         for key, value in (("A", delta.down), ("B", delta.up))
     }
     read_lora(state, positive)
+    for path, delta in deltas.items():
+        if delta.is_too_large():
+            raise UserError(
+                f"negative: the update of {path} is larger than any weight can be; its scale or its factors are damaged"
+            )
 
 
 def _taken_over(network: nn.Module, positive: nn.Module) -> nn.Module:
-    """`network` as the negative's network, brought to the positive's device and dtype; no copy.
+    """`network` as the negative's network, brought to the positive's device and dtypes; no copy.
 
     Raises UserError where a weight is not finite, or where all are equal to the positive's.
     """
     differs = has_adapters(positive)
     positive_state = plain_state(positive)
     for name, value in network.state_dict().items():
+        value = with_arithmetic(value)
         if not value.isfinite().all():
             raise UserError(f"negative: the given {type(network).__name__} is damaged: {name} is not finite")
         like = positive_state[name]
-        differs = differs or like.is_meta or not torch.equal(value.to(like), like)
+        differs = differs or like.is_meta or not torch.equal(*map(with_arithmetic, (value.to(like), like)))
     if not differs:
         raise UserError("negative: the given module equals the positive model: guidance would have no effect")
-    first = next(positive.parameters())
-    if not first.is_meta:
-        network = network.to(first.device)
-    if network.dtype != first.dtype:
-        network = network.to(first.dtype)
+    match_placement(network, positive)
     return network.eval().requires_grad_(False)
 
 

@@ -1,120 +1,96 @@
-"""Reading LoRA files in diffusers' old and new naming, PEFT's and kohya's, all as `Deltas`.
+"""Reading LoRA files in diffusers' old and new naming, PEFT's, kohya's and OneTrainer's.
 
-diffusers itself renames the keys. No adapter is injected into the denoiser: the file's keys are
-compared with the denoiser's layers. Every key belongs to a layer, or one line names one that does
-not.
+All become `Deltas`. No adapter is injected into the denoiser: the file's keys are compared with the
+denoiser's layers (`negatives.names`). Every key belongs to a layer, or one line names one that does
+not. Names and shapes are checked in the file's header, before a factor is read.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from selfnpo_fast.models import Family, family_of
+from selfnpo_fast.negatives.formats import quantisation_of, unsupported_adapter
+from selfnpo_fast.negatives.lora_scaling import Scaling
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes
-from selfnpo_fast.negatives.sources import PEFT_CONFIG, read_json, refuse_pickle, tensor_names
+from selfnpo_fast.negatives.names import Factor, factor_of, layer_paths, unwrapped
+from selfnpo_fast.negatives.sources import PEFT_CONFIG, read_object, refuse_pickle
 from selfnpo_fast.negatives.weights import without_adapter
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.limits import MAX_RANK
+from selfnpo_fast.runtime.tensor_files import open_tensors, quantised_as, text_object, with_arithmetic
 
 StateDict = dict[str, torch.Tensor]
-
-_UNSUPPORTED = {
-    r"\bhada_": "LoHa",
-    r"\blokr_": "LoKr",
-    r"\boft_": "OFT",
-    r"\bvera_": "VeRA",
-    r"\bdora_scale|lora_magnitude_vector": "DoRA",
-    r"\blora_mid": "LoCon with a core tensor",
-    r"^lora_controlnet": "Control-LoRA",
-    r"lora_embedding_": "LoRA of embeddings",
-    r"lora_(B|up|linear_layer\.up|\.up)\.bias$": "LoRA with biases",
-    r"\.diff(_b)?$": "LyCORIS of full differences",
-    r"\.(glora|ia3)": "GLoRA or IA3",
-}
-"""Forms of updates that are not the product of two matrices, by a pattern of a key."""
 RECORD_KEY = "selfnpo_base"
 """Key in a LoRA file's metadata of the record of its base (`fingerprint.base_record`)."""
 _PEFT = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
-class _Scaling:
-    """Where the scale of a file's updates comes from."""
+class _Content:
+    """What a LoRA file holds, as its header says it."""
 
-    alphas: dict[str, float]
-    """alpha by the path of the layer."""
-    alpha: float | None = None
-    """alpha of all other layers; None: equal to the rank."""
-    rank_stabilised: bool = False
-    """Whether alpha is divided by the root of the rank (rsLoRA) instead of the rank."""
-
-    def scale(self, layer: str, rank: int) -> float:
-        """The factor of the product up down."""
-        alpha = self.alphas.get(layer, self.alpha)
-        if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+    shapes: dict[str, tuple[int, ...]]
+    """The shape of every tensor by its key."""
+    dtypes: dict[str, str]
+    """The dtype of every tensor by its key, as safetensors calls it."""
+    config: dict
+    """PEFT's config in the metadata, whose keys begin with the part's name, as in `<denoiser>.r`;
+    empty without one."""
+    peft_config: dict | None
+    """The content of adapter_config.json; None where none lies next to the file."""
+    read: Callable[[Iterable[str]], StateDict]
+    """The tensors of some keys."""
 
 
 def read_lora(source: str | Path | StateDict, denoiser: nn.Module, field: str = "negative") -> Deltas:
     """The low-rank updates in a safetensors file, or in the state dict of one, by layer.
 
-    Tensors stay on the CPU in the file's dtype. The denoiser is not changed. The scale is
-    alpha / rank. alpha comes from the file's metadata, its `.alpha` keys or the adapter_config.json
-    next to the file; where none of them has it, alpha is the rank. Weights of text encoders are
-    left out with a warning.
+    Tensors stay on the CPU in the file's dtype, but float8 becomes float32. The denoiser is not
+    changed. The scale is alpha / rank. alpha comes from the file's metadata, its `.alpha` keys or
+    the adapter_config.json next to the file; where none of them has it, alpha is the rank. Weights
+    of text encoders are left out with a warning.
 
     Raises UserError, one line that names `field` and the source, where
     - the file is truncated, pickled, not finite or of an unsupported form,
     - a key belongs to no layer, or a shape does not fit its layer,
-    - all updates are zero.
+    - an update is larger than any weight can be, or all updates are zero.
     """
     name = "the state dict" if isinstance(source, dict) else str(source)
     try:
-        metadata: dict
-        if isinstance(source, dict):
-            tensors, metadata, config = dict(source), {}, None
-        else:
-            tensors, metadata, config = _read(Path(source), field)
-        _refuse_unsupported(tensors)
-        family = family_of(denoiser)
-        tensors = _without_text_encoders(tensors, family, name)
-        layers, scaling = _to_peft(tensors, denoiser, family, metadata, config)
-        return _join_factors(layers, scaling, denoiser)
+        content = _of_state(source) if isinstance(source, dict) else _of_file(Path(source), field)
+        return _deltas(content, denoiser, name)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{field}: {name} {one_line(error)}") from error
 
 
-def _read(path: Path, field: str) -> tuple[StateDict, dict, dict | None]:
-    """(tensors, PEFT's config from the metadata, adapter_config.json) of a LoRA file.
+def _of_state(state: StateDict) -> _Content:
+    """The content of a state dict."""
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    dtypes = {key: "F32" if value.is_floating_point() else str(value.dtype) for key, value in state.items()}
+    return _Content(shapes, dtypes, {}, None, lambda keys: {key: with_arithmetic(state[key]) for key in keys})
 
-    The config in the metadata is diffusers': its keys begin with the part's name, as in
-    `<denoiser>.r`.
-    """
+
+def _of_file(path: Path, field: str) -> _Content:
+    """The content of a file. Raises UserError where the file or a config cannot be read."""
     refuse_pickle(path, field)
-    tensor_names(path, field)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
-    metadata = _metadata_object(path, "lora_adapter_metadata", field) or {}
+    file = open_tensors(path, field)
     config_file = path.with_name(PEFT_CONFIG)
-    config = None
-    if any(key.startswith(_PEFT) for key in tensors) and config_file.is_file():
-        config = read_json(config_file, str(path), field)
-    return tensors, metadata, config
+    peft_config = None
+    if any(key.startswith(_PEFT) for key in file.shapes) and os.path.isfile(config_file):
+        peft_config = read_object(config_file, str(path), field)
+    config = text_object(file, "lora_adapter_metadata") or {}
+    return _Content(file.shapes, file.dtypes, config, peft_config, file.read)
 
 
 def read_record(path: Path, field: str) -> dict | None:
@@ -122,158 +98,120 @@ def read_record(path: Path, field: str) -> dict | None:
 
     Raises UserError where the file or the record cannot be read.
     """
-    return _metadata_object(path, RECORD_KEY, field)
+    return text_object(open_tensors(path, field), RECORD_KEY)
 
 
-def _metadata_object(path: Path, key: str, field: str) -> dict | None:
-    """The JSON object under `key` in a file's metadata; None without the key. Raises UserError."""
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(key)
-        if not text:
-            return None
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"its {key} is no JSON object")
-        return value
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
-
-
-def _refuse_unsupported(tensors: StateDict) -> None:
-    """Raise ValueError for a form that is no plain LoRA, and for a tensor that is not finite."""
-    for key, value in tensors.items():
-        for pattern, form in _UNSUPPORTED.items():
-            if re.search(pattern, key):
-                raise ValueError(f"is a {form} ({key}), which is not supported; give a plain LoRA")
+def _deltas(content: _Content, denoiser: nn.Module, name: str) -> Deltas:
+    """The updates. Raises ValueError, see `read_lora`."""
+    family = family_of(denoiser)
+    unsupported = unsupported_adapter(content.shapes)
+    if unsupported is not None:
+        raise ValueError(f"is a {unsupported[0]} ({unsupported[1]}), which is not supported; give a plain LoRA")
+    quantised = quantisation_of(content.shapes)
+    if quantised is not None:
+        raise ValueError(f"is quantised ({quantised}); give a LoRA in fp32, bf16 or fp16")
+    keys = _without_text_encoders(content.shapes, family, name)
+    layers = _layers(keys, denoiser, family)
+    for path, key_of in layers.items():
+        _check_layer(path, without_adapter(denoiser.get_submodule(path)), key_of, content)
+    scaling = _scaling(content, keys, layers, family)
+    # Only now are factors read.
+    factors = content.read([key_of[factor] for key_of in layers.values() for factor in ("down", "up")])
+    for key, value in factors.items():
         if not value.isfinite().all():
             raise ValueError(f"is damaged: {key} is not finite")
-
-
-def _without_text_encoders(tensors: StateDict, family: Family, name: str) -> StateDict:
-    """The tensors that are not for text encoders; warns where some are left out."""
-    text = [key for key in tensors if key.startswith(family.text_lora_prefixes)]
-    if text and len(text) < len(tensors):
-        logger.warning(
-            "%s also holds %d weights for text encoders (%s, ...): the negative branch does not use them",
-            name, len(text), text[0],
-        )  # fmt: skip
-    return {key: value for key, value in tensors.items() if key not in set(text)}
-
-
-def _to_peft(
-    tensors: StateDict, denoiser: nn.Module, family: Family, metadata: dict, config: dict | None
-) -> tuple[StateDict, _Scaling]:
-    """Tensors named `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, and their scaling.
-
-    Raises ValueError for a key that belongs to no layer, and for an alpha that is missing or is not
-    a single number.
-    """
-    if not tensors:
-        raise ValueError("matches no layer of the model: it holds nothing for the denoiser")
-    prefix = f"{family.denoiser_name}."
-    scaling = _Scaling({})
-    foreign = family.from_foreign_lora(tensors, denoiser)
-    if foreign is not None:
-        # Another program's naming, such as kohya's: the family renames the keys and reads alpha.
-        tensors, alphas = foreign
-        scaling = replace(scaling, alphas=alphas)
-    elif all(key.startswith(_PEFT) for key in tensors):
-        # PEFT's naming: alpha is in adapter_config.json.
-        if config is None:
-            raise ValueError(
-                "is a PEFT adapter without its adapter_config.json, which holds alpha; put it next to the file"
-            )
-        tensors = {key.removeprefix(_PEFT): value for key, value in tensors.items()}
-        scaling = _from_config(config, tensors)
-    elif any(key.startswith(prefix) for key in tensors):
-        # diffusers' naming: alpha is in the metadata, where there is any.
-        others = sorted(key for key in tensors if not key.startswith(prefix))
-        if others:
-            raise ValueError(f"does not fit the model: {others[0]} is not the {family.denoiser_name}'s")
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        scaling = _from_config(config, tensors) if config else scaling
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
-    # Older names become PEFT's, and keys that end in `.alpha` override the scaling.
-    tensors = convert_unet_state_dict_to_peft(tensors)
-    alpha_tensors = {key.removesuffix(".alpha"): value for key, value in tensors.items() if key.endswith(".alpha")}
-    layers = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
-    if any(value.numel() != 1 for value in alpha_tensors.values()):
-        raise ValueError("is damaged: an alpha in it is not a single number")
-    return layers, replace(scaling, alphas=scaling.alphas | {key: value.item() for key, value in alpha_tensors.items()})
-
-
-def _from_config(config: dict, tensors: StateDict) -> _Scaling:
-    """The scaling of a PEFT LoraConfig: its lora_alpha, alpha_pattern and use_rslora.
-
-    Raises ValueError for a form that is not supported, and for a config that is not readable.
-    """
-    if config.get("use_dora") or config.get("lora_bias"):
-        raise ValueError(f"is a {'DoRA' if config.get('use_dora') else 'LoRA with biases'}, which is not supported")
-    alpha, pattern = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    if not isinstance(alpha, int | float) or not isinstance(pattern, dict):
-        raise ValueError(f"says lora_alpha {alpha!r}, alpha_pattern {pattern!r} of itself: expected a number, a table")
-    layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
-    alphas = {}
-    try:
-        for layer in layers:
-            for key, value in pattern.items():
-                # PEFT takes the first pattern that matches.
-                if re.match(rf"(.*\.)?({key})$", layer):
-                    alphas[layer] = float(value)
-                    break
-    except (re.error, TypeError) as error:
-        raise ValueError(f"has an alpha_pattern that is not readable: {one_line(error)}") from error
-    return _Scaling(alphas, float(alpha), bool(config.get("use_rslora")))
-
-
-def _join_factors(tensors: StateDict, scaling: _Scaling, denoiser: nn.Module) -> Deltas:
-    """Join the two factors of every layer into its update.
-
-    Raises ValueError where a key or a shape does not fit the denoiser, a factor is missing, or all
-    updates are zero.
-    """
-    modules = dict(denoiser.named_modules())
-    # Sort the tensors by layer and factor.
-    factors: dict[str, StateDict] = {}
-    for key, value in tensors.items():
-        match = _FACTOR.fullmatch(key)
-        if not match:
-            raise ValueError(f"does not fit the model: the key {key} is not that of a LoRA")
-        factors.setdefault(match[1], {})[match[2]] = value
-    # Every layer, and every alpha, has to belong to the denoiser.
-    unknown = sorted(path for path in factors if path not in modules)
-    if len(unknown) == len(factors):
-        raise ValueError(f"matches no layer of the model: it has no {unknown[0]}; was it trained on another?")
-    if unknown:
-        raise ValueError(f"does not fit the model: it has no {unknown[0]}")
-    stray = sorted(scaling.alphas.keys() - factors.keys())
-    if stray:
-        raise ValueError(f"does not fit the model: it has an alpha but no LoRA for {stray[0]}")
-    # Build the updates.
     deltas = {}
-    for path, pair in sorted(factors.items()):
-        if pair.keys() != {"A", "B"}:
-            raise ValueError(f"is incomplete: {path} has only one of its two factors")
-        _check_layer(path, modules[path], pair["A"], pair["B"])
-        scale = scaling.scale(path, len(pair["A"]))
-        if not math.isfinite(scale):
-            raise ValueError(f"is damaged: alpha of {path} is not finite")
-        deltas[path] = LowRank(down=pair["A"], up=pair["B"], scale=scale)
+    for path, key_of in sorted(layers.items()):
+        down, up = factors[key_of["down"]], factors[key_of["up"]]
+        deltas[path] = LowRank(down=down, up=up, scale=scaling.scale(path, len(down)))
+        if deltas[path].is_too_large():
+            raise ValueError(f"is damaged: the update of {path} is larger than any weight can be")
     if not any(delta.scale and delta.down.any() and delta.up.any() for delta in deltas.values()):
         raise ValueError("changes nothing: all its updates are zero, the negative would equal the positive")
     return deltas
 
 
-def _check_layer(path: str, layer: nn.Module, down: torch.Tensor, up: torch.Tensor) -> None:
-    """Raise ValueError where a layer takes no update, or none of these shapes."""
-    layer = without_adapter(layer)
+def _without_text_encoders(keys: Iterable[str], family: Family, name: str) -> list[str]:
+    """The keys that are not for text encoders; warns where some are left out."""
+    keys = list(keys)
+    text = [key for key in keys if key.startswith(family.text_lora_prefixes)]
+    if len(text) == len(keys):
+        raise ValueError("matches no layer of the model: it holds nothing for the denoiser")
+    if text:
+        logger.warning(
+            "%s also holds %d weights for text encoders (%s, ...): the negative branch does not use them",
+            name, len(text), text[0],
+        )  # fmt: skip
+    return [key for key in keys if not key.startswith(family.text_lora_prefixes)]
+
+
+def _layers(keys: list[str], denoiser: nn.Module, family: Family) -> dict[str, dict[Factor, str]]:
+    """The keys of each layer's factors and alpha by the layer's path.
+
+    Raises ValueError for a key that belongs to no layer, and where a factor is missing or is there
+    twice.
+    """
+    paths = layer_paths(denoiser)
+    layers: dict[str, dict[Factor, str]] = {}
+    unknown = []
+    for key in keys:
+        found = factor_of(key)
+        if found is None:
+            raise ValueError(f"does not fit the model: the key {key} is not that of a LoRA")
+        layer, factor = unwrapped(found[0], paths, family), found[1]
+        if layer not in paths:
+            unknown.append(layer)
+            continue
+        key_of = layers.setdefault(paths[layer], {})
+        if factor in key_of:
+            raise ValueError(f"holds one factor of {paths[layer]} twice, as {key_of[factor]} and as {key}")
+        key_of[factor] = key
+    if unknown and not layers:
+        raise ValueError(f"matches no layer of the model: it has no {min(unknown)}; was it trained on another?")
+    if unknown:
+        raise ValueError(f"does not fit the model: it has no {min(unknown)}")
+    for path, key_of in sorted(layers.items()):
+        if key_of.keys() == {"alpha"}:
+            raise ValueError(f"does not fit the model: it has an alpha but no LoRA for {path}")
+        if "down" not in key_of or "up" not in key_of:
+            raise ValueError(f"is incomplete: {path} has only one of its two factors")
+    return layers
+
+
+def _check_layer(path: str, layer: nn.Module, key_of: dict[Factor, str], content: _Content) -> None:
+    """Raise ValueError where a layer takes no update, or none of these shapes and dtypes."""
     if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"does not fit the model: {path} is a {type(layer).__name__}, whose updates are not supported")
-    rank, shape = len(down), tuple(layer.weight.shape)
-    if rank < 1 or (tuple(down.shape), tuple(up.shape)) != factor_shapes(shape, rank):
-        raise ValueError(
-            f"does not fit the model: {path} has shape {shape}, its LoRA {tuple(up.shape)} by {tuple(down.shape)}"
-        )
+    down, up = content.shapes[key_of["down"]], content.shapes[key_of["up"]]
+    rank, shape = down[0] if down else 0, tuple(layer.weight.shape)
+    if rank > MAX_RANK:
+        raise ValueError(f"does not fit the model: its LoRA of {path} has rank {rank:,}; expected at most {MAX_RANK:,}")
+    if rank < 1 or (down, up) != factor_shapes(shape, rank):
+        raise ValueError(f"does not fit the model: {path} has shape {shape}, its LoRA {up} by {down}")
+    for key in (key_of["down"], key_of["up"]):
+        if quantised_as(content.dtypes[key]):
+            raise ValueError(f"is quantised: {key} is stored as {content.dtypes[key]}; give fp32, bf16 or fp16")
+
+
+def _scaling(content: _Content, keys: list[str], layers: dict[str, dict[Factor, str]], family: Family) -> Scaling:
+    """Where each layer's alpha comes from.
+
+    Raises ValueError where a config is wrong or missing, and for an alpha that is not a single
+    number.
+    """
+    prefix = f"{family.denoiser_name}."
+    if all(key.startswith(_PEFT) for key in keys):
+        if content.peft_config is None:
+            raise ValueError(
+                "is a PEFT adapter without its adapter_config.json, which holds alpha; put it next to the file"
+            )
+        scaling = Scaling.of_config(content.peft_config, layers)
+    else:
+        config = {key.removeprefix(prefix): value for key, value in content.config.items() if key.startswith(prefix)}
+        scaling = Scaling.of_config(config, layers) if config else Scaling({})
+    alphas = {path: key_of["alpha"] for path, key_of in layers.items() if "alpha" in key_of}
+    for key in alphas.values():
+        if math.prod(content.shapes[key]) != 1 or content.dtypes[key].lower().startswith(("c", "torch.c")):
+            raise ValueError(f"is damaged: the alpha {key} is not a single number")
+    values = content.read(alphas.values())
+    return replace(scaling, alphas=scaling.alphas | {path: float(values[key].item()) for path, key in alphas.items()})

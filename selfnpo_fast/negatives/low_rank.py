@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+MAX_UPDATE = 65_504.0
+"""Largest size of an element of an update: float16's largest number. No weight of a network that
+works comes near it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,17 @@ class LowRank:
     def rank(self) -> int:
         """r."""
         return len(self.down)
+
+    def is_too_large(self) -> bool:
+        """Whether an element of the update is beyond MAX_UPDATE or is not finite."""
+        down, up = self.down.float().flatten(1), self.up.float().flatten(1)
+        if not down.numel() or not up.numel():
+            return not math.isfinite(self.scale)
+        # An element is a row of `up` times a column of `down`: at most the product of their norms.
+        bound = abs(self.scale) * up.norm(dim=1).max().item() * down.norm(dim=0).max().item()
+        if bound <= MAX_UPDATE:
+            return False
+        return not self.delta().abs().max().item() <= MAX_UPDATE  # also where it is not a number
 
     def delta(self) -> torch.Tensor:
         """The whole update as one float32 tensor of the weight's shape.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from selfnpo_fast.diffusion.schedule_facts import check_same_schedule, combined
 from selfnpo_fast.models import denoiser_names, family_of
 from selfnpo_fast.negatives.fingerprint import base_record
-from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files, read_full_weights
+from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files
 from selfnpo_fast.negatives.sources import RECORD, locate
 from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
-from selfnpo_fast.runtime.errors import RunError, UserError, one_line
-from selfnpo_fast.runtime.folders import ASIDE, check_writable, finish_aside, remove
+from selfnpo_fast.runtime.errors import RunError, UserError, one_line, shortened
+from selfnpo_fast.runtime.folders import begin_aside, check_writable, finish_aside, remove
+from selfnpo_fast.runtime.locks import LOCK
 
 
 def merge(
@@ -43,44 +46,62 @@ def merge(
     check_strengths(alpha, beta)
     if positive is None and alpha != 1:
         raise UserError(f"alpha: {alpha} has no effect without a positive model; give --positive, or leave alpha at 1")
-    folder = check_writable(str(output))
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"output: {folder} is not empty; name a new folder")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {shortened(dtype)} is not possible; expected one of {', '.join(DTYPES)}")
+    folder = _new_folder(output)
     # The base gives the architecture, theta its weights.
     base_files = locate(base, denoiser_names(), "base")
     if base_files.is_lora or base_files.config is None:
         raise UserError(f"base: {base} is no diffusers folder with a config.json; give one, or a Hub id")
     model = empty_model(base_files.config, str(base))
     denoiser = family_of(model).denoiser_name
-    theta = read_full_weights(base_files, model, "base")
+    loaded_base = read_files(base_files, model, "base")
+    theta = loaded_base.content
+    assert isinstance(theta, WeightReader)
     # The positive: theta, or a fine-tune, or theta plus the updates of a LoRA.
-    tuned, tuned_name = theta, str(base)
+    tuned, tuned_name, schedules = theta, str(base), [loaded_base.schedule]
     if positive is not None:
-        content = read_files(locate(positive, [denoiser], "positive"), model, "positive").content
+        loaded_positive = read_files(locate(positive, [denoiser], "positive"), model, "positive")
+        check_same_schedule(loaded_positive.schedule, loaded_base.schedule, "positive")
+        content = loaded_positive.content
         if not isinstance(content, WeightReader):
             content = mixture(theta, theta, content, 0.0, 1.0, str(positive))
-        tuned, tuned_name = content, str(positive)
+        tuned, tuned_name, schedules = content, str(positive), [loaded_positive.schedule, *schedules]
     # The negative, and the mixture, of which nothing is computed before it is written.
     loaded = read_files(locate(negative, [denoiser], "negative"), model, "negative")
+    for schedule in schedules:
+        check_same_schedule(loaded.schedule, schedule)
     check_base(loaded, theta, alpha, beta, str(base))
     result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
 
     # Write next to the folder, and rename at the end.
-    aside = folder.with_name(ASIDE + folder.name)
+    aside = None
     try:
-        if aside.exists():
-            remove(aside)  # of a merge that was killed
-        (aside / denoiser).mkdir(parents=True)
+        aside = begin_aside(folder)
+        (aside / denoiser).mkdir()
         model.save_config(aside / denoiser)  # type: ignore[operator]
         write_weights(aside / denoiser, _checked(result, tuned, dtype), dtype)
-        record = json.dumps(base_record(tuned_name, None, tuned), indent=1)
+        known = combined(tuned_name, [*schedules, loaded.schedule])
+        record = json.dumps(base_record(tuned_name, None, tuned, known), indent=1)
         (aside / RECORD).write_text(record, encoding="utf-8")
         finish_aside(aside, folder)
     except OSError as error:
         raise RunError(f"{folder} could not be written: {one_line(error)}") from error
     finally:
-        if aside.exists():
-            remove(aside)
+        with suppress(OSError):  # a folder that is left is removed by the next merge
+            if aside is not None:
+                remove(aside)
+    return folder
+
+
+def _new_folder(output: str | Path) -> Path:
+    """The folder to write, which is empty or does not exist. Raises UserError."""
+    folder = check_writable(str(output))
+    try:
+        if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+            raise UserError(f"output: {folder} is not empty; name a new folder")
+    except OSError as error:
+        raise UserError(f"output: {one_line(error)}; name another folder") from error
     return folder
 
 

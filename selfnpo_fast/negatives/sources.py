@@ -6,18 +6,21 @@ fetches one of the files. No pickle is read.
 
 from __future__ import annotations
 
-import json
 import os
+import posixpath
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from selfnpo_fast.models import resolve_path
+from selfnpo_fast.negatives.formats import is_adapter
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
+from selfnpo_fast.runtime.files import read_json
+from selfnpo_fast.runtime.hub import open_repository
+from selfnpo_fast.runtime.limits import MAX_FOLDER_ENTRIES
+from selfnpo_fast.runtime.tensor_files import open_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -26,11 +29,11 @@ PEFT_CONFIG = "adapter_config.json"
 WEIGHTS = "diffusion_pytorch_model"
 RECORD = "selfnpo.json"
 """A file next to a negative of full weights: the record of its base (`fingerprint.base_record`)."""
+SCHEDULER = "scheduler/scheduler_config.json"
+"""A pipeline's file that says which noise levels and which prediction type its denoiser is for."""
 PICKLED = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[^/]+)*)")
-_ADAPTER = re.compile(r"lora|hada_|lokr_|oft_|dora_scale|\.diff(_b)?$|\.glora|\.ia3|vera_")
-"""Keys that a file of full weights never has."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class ModelFiles:
     """The denoiser's config.json; None where no such file lies with the weights."""
     record: dict | None = None
     """The content of RECORD; None where there is no such file."""
+    scheduler: dict | None = None
+    """The content of SCHEDULER next to the denoiser; None where there is no such file."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +73,21 @@ class _Listing:
 
     def json(self, name: str) -> dict:
         """The JSON object in one file. Raises UserError where it is none."""
-        return read_json(self.fetch(name), self.name, self.field)
+        return read_object(self.fetch(name), self.name, self.field)
+
+    def object(self, name: str) -> dict | None:
+        """The JSON object in one file; None where there is no such file. Raises like `json`."""
+        return self.json(name) if name in self.files else None
 
 
-def read_json(path: Path, name: str, field: str) -> dict:
+def read_object(path: Path, name: str, field: str) -> dict:
     """The JSON object in a file. Raises UserError that names `field`, the file and its source."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected a JSON object, not {type(values).__name__}")
-        return values
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{field}: cannot load {path.name} from {name}: {one_line(error)}") from error
+    values = read_json(path, f"{field}: cannot load {path.name} from {name}")
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{field}: cannot load {path.name} from {name}: expected a JSON object, not {type(values).__name__}"
+        )
+    return values
 
 
 def locate(
@@ -102,72 +110,88 @@ def locate(
     refuse_pickle(path, field)
     if os.path.isdir(path):  # Path.is_dir raises for very long names
         return _choose(_folder(name, Path(path), denoiser_names, field), denoiser_names, variant)
-    if os.path.isfile(path):
-        return _file(name, Path(path), field)
+    if os.path.exists(path):
+        return _file(name, Path(path), field, denoiser_names)
     hub_id = _HUB_ID.fullmatch(name)
     if not hub_id or name.startswith((".", "~")):
         raise UserError(
-            f"{field}: no such folder or file: {name}; give a run's output folder, a diffusers folder, a .safetensors "
-            "file or a Hub id"
+            f"{field}: no such folder or file: {one_line(name)}; give a run's output folder, a diffusers folder, a "
+            ".safetensors file or a Hub id"
         )
     repository, subfolder = hub_id[1], hub_id[2].strip("/")
     if subfolder.endswith(".safetensors"):
         listing = _repository(repository, "", field, revision)
         if subfolder not in listing.files:
             raise listing.error(f"{repository} on the Hub has no file {subfolder}")
-        return _file(name, listing.fetch(subfolder), field)
+        return _file(name, listing.fetch(subfolder), field, denoiser_names)
     return _choose(_repository(repository, subfolder, field, revision), denoiser_names, variant)
 
 
 def refuse_pickle(path: str | Path, field: str) -> None:
-    """Raise UserError where the file's name is that of a pickle; reads nothing."""
-    if str(path).lower().endswith(PICKLED):
+    """Raise UserError where the file's name is that of a pickle or of quantised weights; reads
+    nothing."""
+    name = str(path).lower()
+    if name.endswith(PICKLED):
         raise UserError(
             f"{field}: cannot load {path}: it is a pickle, which may run code when it is read; give a .safetensors file"
+        )
+    if name.endswith(".gguf"):
+        raise UserError(
+            f"{field}: cannot load {path}: it is a GGUF file, which is quantised; give weights in fp32, bf16 or fp16"
         )
 
 
 def _folder(name: str, folder: Path, denoiser_names: Sequence[str], field: str) -> _Listing:
     """The files of a folder on this machine that may belong to a model."""
-    files: set[str] = set()
-    for part in ("", "negative", *denoiser_names, *(f"negative/{denoiser}" for denoiser in denoiser_names)):
-        try:
-            entries = list((folder / part).iterdir()) if (folder / part).is_dir() else []
-        except OSError as error:
-            raise UserError(f"{field}: cannot load {name}: {one_line(error)}") from error
-        files |= {f"{part}/{path.name}".lstrip("/") for path in entries if path.is_file()}
+    parts = ["", "negative", "scheduler", "negative/scheduler"]
+    parts += [f"{part}{denoiser}" for part in ("", "negative/") for denoiser in denoiser_names]
+    files = {file for part in parts for file in _entries(folder, part, name, field)}
+    if folder.name in denoiser_names:  # the files next to a pipeline's denoiser
+        for file in (RECORD, SCHEDULER):
+            if os.path.isfile(folder.parent / file):
+                files.add(f"../{file}")
     return _Listing(name, field, frozenset(files), lambda file: folder / file)
+
+
+def _entries(folder: Path, part: str, name: str, field: str) -> list[str]:
+    """The regular files in one part of a folder that a model may consist of, relative to the
+    folder.
+
+    Raises UserError where the part cannot be read or has more than MAX_FOLDER_ENTRIES entries.
+    """
+    found = []
+    try:
+        if not os.path.isdir(folder / part):
+            return []
+        with os.scandir(folder / part) as entries:
+            for i, entry in enumerate(entries):
+                if i >= MAX_FOLDER_ENTRIES:
+                    raise UserError(
+                        f"{field}: {name} has more than {MAX_FOLDER_ENTRIES:,} entries in {part or 'it'}; name the "
+                        "folder or file of the model itself"
+                    )
+                wanted = entry.name.lower().endswith((".safetensors", ".json", ".gguf", *PICKLED))
+                if wanted and os.path.isfile(entry.path):  # false for a link that leads nowhere
+                    found.append(f"{part}/{entry.name}".lstrip("/"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: cannot load {name}: {one_line(error)}") from error
+    return found
 
 
 def _repository(repository: str, subfolder: str, field: str, revision: str | None) -> _Listing:
     """A Hub repository or one folder of it; without network, the files downloaded before."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
     name = f"{repository}/{subfolder}".rstrip("/")
-    try:
-        try:
-            files = HfApi().list_repo_files(repository, revision=revision)
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception:  # offline, a timeout, a proxy: each is another type
-            root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
-            logger.warning("%s: the Hub was not reached; what was downloaded before is used", name)
-            files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    except Exception as error:
-        raise UserError(
-            f"{field}: no such folder or file: {name}, and it was not found on the Hub: {one_line(error, 200)}"
-        ) from error
+    found = open_repository(repository, revision, field, f"no such folder or file: {name}, and it")
 
     def fetch(file: str) -> Path:
         """Download one file of the folder. Raises UserError."""
-        try:
-            return Path(hf_hub_download(repository, f"{subfolder}/{file}".lstrip("/"), revision=revision))
-        except Exception as error:  # a lost connection surfaces as any of a dozen types
-            raise UserError(f"{field}: cannot download {file} of {name}: {one_line(error, 200)}") from error
+        return found.download(posixpath.normpath(f"{subfolder}/{file}".lstrip("/")))
 
     prefix = f"{subfolder}/" if subfolder else ""
-    return _Listing(name, field, frozenset(f.removeprefix(prefix) for f in files if f.startswith(prefix)), fetch)
+    inside = {file.removeprefix(prefix) for file in found.files if file.startswith(prefix)}
+    beside = {file: posixpath.normpath(f"{subfolder}/../{file}") for file in (RECORD, SCHEDULER)}
+    inside |= {f"../{file}" for file, path in beside.items() if subfolder and path in found.files}
+    return _Listing(name, field, frozenset(inside), fetch)
 
 
 def _choose(listing: _Listing, denoiser_names: Sequence[str], variant: str | None) -> ModelFiles:
@@ -177,27 +201,39 @@ def _choose(listing: _Listing, denoiser_names: Sequence[str], variant: str | Non
     for a denoiser at the top; then for a single safetensors file.
     """
     for part in ("", "negative/"):
-        record = listing.json(f"{part}{RECORD}") if f"{part}{RECORD}" in listing.files else None
         for denoiser in denoiser_names:
             if f"{part}{denoiser}/config.json" in listing.files:
-                return _full(listing, f"{part}{denoiser}/", variant, record)
+                return _full(listing, f"{part}{denoiser}/", variant, part)
         for file in (LORA_FILE, PEFT_FILE):
             if part + file in listing.files:
                 if part + PEFT_CONFIG in listing.files:
                     listing.fetch(part + PEFT_CONFIG)  # lora_files looks for it next to the weights
                 return ModelFiles(listing.name, (listing.fetch(part + file),), is_lora=True)
     if "config.json" in listing.files and any(name.startswith(WEIGHTS) for name in listing.files):
-        return _full(listing, "", variant, None)
-    top_level = [name for name in listing.files if "/" not in name and name.endswith(".safetensors")]
+        return _full(listing, "", variant, "../")
+    top_level = sorted(name for name in listing.files if "/" not in name and name.endswith(".safetensors"))
     if len(top_level) == 1:
-        return _file(listing.name, listing.fetch(top_level[0]), listing.field)
-    pickled = sorted(name for name in listing.files if name.lower().endswith(PICKLED))
-    hint = f"; {pickled[0]} is a pickle, which is not read" if pickled else ""
+        return _file(listing.name, listing.fetch(top_level[0]), listing.field, denoiser_names)
+    hint = ""
+    if top_level:
+        shown = ", ".join(shortened(name) for name in top_level[:5])
+        hint = f"; it has {len(top_level)} safetensors files, of which one is to be named: {shown}"
+        hint += ", ..." if len(top_level) > 5 else ""
+    others = sorted(name for name in listing.files if name.lower().endswith((".gguf", *PICKLED)))
+    if others and not hint:
+        kind = (
+            "quantised, which is not supported"
+            if others[0].lower().endswith(".gguf")
+            else "a pickle, which is not read"
+        )
+        hint = f"; {shortened(others[0])} is {kind}"
     raise listing.error(f"{listing.name} holds neither {denoiser_names[0]}/config.json nor {LORA_FILE}{hint}")
 
 
-def _full(listing: _Listing, part: str, variant: str | None, record: dict | None) -> ModelFiles:
+def _full(listing: _Listing, part: str, variant: str | None, beside: str) -> ModelFiles:
     """Full weights in the folder `part`, which is empty or ends in a slash: one file, or shards.
+
+    `beside` is the folder that holds the record and the scheduler's folder, written likewise.
 
     Raises UserError where the variant or a shard is missing, or the index names other files than
     safetensors.
@@ -222,9 +258,10 @@ def _full(listing: _Listing, part: str, variant: str | None, record: dict | None
             f"(there is: {shown})"
         )
     config = listing.json(f"{part}config.json")
+    facts = {"record": listing.object(beside + RECORD), "scheduler": listing.object(beside + SCHEDULER)}
     entry = file_of_variant[variant]
     if not entry.endswith(".json"):
-        return ModelFiles(listing.name, (listing.fetch(entry),), False, config, record)
+        return ModelFiles(listing.name, (listing.fetch(entry),), False, config, **facts)
     # Follow the index to its shards, none of which may lie elsewhere or be a pickle.
     weight_map = listing.json(entry).get("weight_map")
     shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
@@ -233,21 +270,17 @@ def _full(listing: _Listing, part: str, variant: str | None, record: dict | None
     missing = [name for name in shards if part + name not in listing.files]
     if missing:
         raise listing.error(f"cannot load {label} from {listing.name}: {missing[0]} is missing")
-    return ModelFiles(listing.name, tuple(listing.fetch(part + name) for name in shards), False, config, record)
+    return ModelFiles(listing.name, tuple(listing.fetch(part + name) for name in shards), False, config, **facts)
 
 
-def _file(name: str, path: Path, field: str) -> ModelFiles:
-    """A single safetensors file, whose keys tell a LoRA from full weights."""
-    return ModelFiles(name, (path,), is_lora=any(_ADAPTER.search(key) for key in tensor_names(path, field)))
+def _file(name: str, path: Path, field: str, denoiser_names: Sequence[str]) -> ModelFiles:
+    """A single safetensors file, whose keys tell a LoRA from full weights.
 
-
-def tensor_names(path: Path, field: str) -> list[str]:
-    """The names of the tensors in a safetensors file.
-
-    Raises UserError where the file is truncated or no safetensors file.
+    The record and the scheduler's config count where the file lies in a pipeline's denoiser.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
+    is_lora = any(is_adapter(key) for key in open_tensors(path, field).shapes)
+    beside = [path.parent.parent / file for file in (RECORD, SCHEDULER)]
+    if is_lora or path.parent.name not in denoiser_names:
+        return ModelFiles(name, (path,), is_lora)
+    record, scheduler = (read_object(file, name, field) if os.path.isfile(file) else None for file in beside)
+    return ModelFiles(name, (path,), is_lora, record=record, scheduler=scheduler)

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from selfnpo_fast.models import Family, family_of
+from selfnpo_fast.diffusion.schedule_facts import SCHEDULE_MARKS
+from selfnpo_fast.models import family_of
+from selfnpo_fast.negatives.formats import quantisation_of
 from selfnpo_fast.negatives.low_rank import Deltas
-from selfnpo_fast.negatives.sources import ModelFiles, tensor_names
-from selfnpo_fast.runtime.errors import UserError, one_line
+from selfnpo_fast.negatives.names import WHOLE_MODEL, unwrapped, weight_names
+from selfnpo_fast.negatives.sources import ModelFiles
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
+from selfnpo_fast.runtime.tensor_files import TensorFile, open_tensors, quantised_as, with_arithmetic
 
 
 @dataclass(frozen=True)
@@ -95,43 +98,62 @@ def module_weights(module: nn.Module, source: str) -> WeightReader:
     return WeightReader(source, {name: tuple(value.shape) for name, value in state.items()}, state.__getitem__)
 
 
-def file_weights(source: ModelFiles, family: Family, config: dict, field: str) -> WeightReader:
-    """Weights in safetensors files, in diffusers' naming or Stable Diffusion's original one.
+def file_weights(source: ModelFiles, model: nn.Module, field: str) -> WeightReader:
+    """Weights in safetensors files, in diffusers' naming or the original authors', by the names of
+    `model`, which they are for.
 
-    `config` is that of the denoiser which the weights are for. A file is mapped into memory only
-    while one of its tensors is read.
+    Names may stand behind what wrappers put before them (`names.unwrapped`). In a checkpoint of a
+    whole model the parts next to the denoiser are left out. A file is mapped into memory only while
+    one of its tensors is read.
 
     Raises UserError where a file is truncated, is no safetensors file, or holds quantised weights.
     """
-    file_of_key = {key: path for path in source.files for key in tensor_names(path, field)}
-    try:
-        key_of_name = family.from_original_names(list(file_of_key), config) or {key: key for key in file_of_key}
-    except ValueError as error:
-        raise UserError(f"{field}: {source.name} {one_line(error)}") from error
+    files = [open_tensors(path, field) for path in source.files]
+    file_of_key: dict[str, TensorFile] = {}
+    for file in files:
+        twice = min(file_of_key.keys() & file.shapes.keys(), default=None)
+        if twice is not None:
+            raise UserError(f"{field}: {source.name} holds {one_line(twice, 120)} in two files")
+        file_of_key |= dict.fromkeys(file.shapes, file)
+    form = quantisation_of(file_of_key, source.config)
+    if form is not None:
+        raise UserError(f"{field}: {source.name} is quantised ({form}); give weights in fp32, bf16 or fp16")
+    # Names and shapes come from the headers: no weight is read here.
+    key_of_name: dict[str, str] = {}
+    for key, name in _names(list(file_of_key), model).items():
+        if name in key_of_name:
+            first, second = one_line(key_of_name[name], 120), one_line(key, 120)
+            raise UserError(f"{field}: {source.name} holds {one_line(name, 120)} twice, as {first} and as {second}")
+        if quantised_as(file_of_key[key].dtypes[key]):
+            raise UserError(
+                f"{field}: {source.name} is quantised: {one_line(name, 120)} is stored as "
+                f"{file_of_key[key].dtypes[key]}; give weights in fp32, bf16 or fp16"
+            )
+        key_of_name[name] = key
+    shapes = {name: file_of_key[key].shapes[key] for name, key in key_of_name.items()}
 
     def read(name: str) -> torch.Tensor:
         """One tensor from its file."""
-        path = file_of_key[key_of_name[name]]
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(key_of_name[name])
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{field}: cannot load {path}: {one_line(error)}") from error
+        key = key_of_name[name]
+        return file_of_key[key].read([key])[key]
 
-    # Shapes and dtypes come from the headers: no weight is read here.
-    shapes = {}
-    for path in source.files:
-        with safe_open(path, "pt") as file:
-            for name, key in key_of_name.items():
-                if file_of_key[key] == path:
-                    header = file.get_slice(key)
-                    if not header.get_dtype().startswith(("F", "BF")):
-                        raise UserError(
-                            f"{field}: {source.name} is quantised: {name} is stored as {header.get_dtype()}; "
-                            "give weights in fp32, bf16 or fp16"
-                        )
-                    shapes[name] = tuple(header.get_shape())
     return WeightReader(source.name, shapes, read)
+
+
+def _names(keys: list[str], model: nn.Module) -> dict[str, str]:
+    """The name of the model's weight that each key of a file stands for, as far as it is the
+    denoiser's.
+
+    A key that stands for none keeps its name, which then does not fit the model.
+    """
+    family = family_of(model)
+    known = weight_names(model, list(plain_state(model)))
+    for prefix in (*WHOLE_MODEL, f"{family.denoiser_name}."):
+        if any(key.startswith(prefix) for key in keys):
+            keys = [key for key in keys if key.startswith(prefix)]
+            break
+    names = {key: unwrapped(key, known, family) for key in keys if key not in SCHEDULE_MARKS}
+    return {key: known.get(name, name) for key, name in names.items()}
 
 
 def check_class(config: dict, model: nn.Module, source: str, field: str) -> None:
@@ -141,7 +163,7 @@ def check_class(config: dict, model: nn.Module, source: str, field: str) -> None
     """
     cls, inert = type(model), family_of(model).inert_options
     if config.get("_class_name") != cls.__name__:
-        shown = one_line(config.get("_class_name"), 60)
+        shown = shortened(config.get("_class_name"), 60).strip("'\"")
         raise UserError(f"{field}: {source} does not fit the model: it is a {shown}, the model a {cls.__name__}")
     model_config = config_of(model)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -149,7 +171,7 @@ def check_class(config: dict, model: nn.Module, source: str, field: str) -> None
             continue
         value, expected = (values.get(name, parameter.default) for values in (config, model_config))
         if not _same(value, expected):
-            shown = one_line(value, 60)
+            shown = shortened(value, 60).strip("'\"")
             raise UserError(
                 f"{field}: {source} does not fit the model: its {name} is {shown}, the model's {expected}; "
                 "train it from this model"
@@ -171,8 +193,8 @@ def check_shapes(weights: WeightReader, expected: dict[str, tuple[int, ...]], fi
         shape, wanted = weights.shapes.get(name), expected.get(name)
         if shape != wanted:
             raise UserError(
-                f"{field}: {weights.source} does not fit the model: {name} has shape {shape}, "
-                f"the model has {wanted}; train it from this model"
+                f"{field}: {weights.source} does not fit the model: {one_line(name, 120)} has shape "
+                f"{shortened(shape)}, the model has {wanted}; train it from this model"
             )
 
 
@@ -191,12 +213,31 @@ def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Modul
     for name, like in plain_state(model).items():
         device = torch.device("cpu") if like.is_meta else like.device
         state[name] = value = weights.read(name).to(device, like.dtype, copy=True)
-        if not value.isfinite().all():
-            raise UserError(f"{field}: {weights.source} is damaged: {name} is not finite")
-        differs = differs or like.is_meta or not torch.equal(value, like)
+        if not with_arithmetic(value).isfinite().all():
+            raise UserError(
+                f"{field}: {weights.source} is damaged, or too large for {like.dtype}: {name} is not finite"
+            )
+        differs = differs or like.is_meta or not torch.equal(with_arithmetic(value), with_arithmetic(like))
     if not differs:
         raise UserError(f"{field}: {weights.source} equals the positive model: guidance would have no effect")
     with init_empty_weights():
         network = type(model).from_config(model.config)  # type: ignore[attr-defined]
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def match_placement(network: nn.Module, positive: nn.Module) -> None:
+    """Bring a network to the positive's device, and each tensor to the dtype of the positive's.
+
+    The positive is of the same class; some of its layers may be in float32 on purpose. A positive
+    on the meta device, whose weights are offloaded, leaves the network's device as it is.
+    """
+    named = {
+        name.replace(".base_layer.", "."): value
+        for name, value in (*positive.named_parameters(), *positive.named_buffers())
+    }
+    first = next(positive.parameters())
+    device = None if first.is_meta else first.device
+    own = (*network.named_parameters(), *network.named_buffers())
+    dtypes = {id(value): named[name].dtype for name, value in own if name in named}
+    network._apply(lambda value: value.to(device, dtypes.get(id(value), value.dtype)))

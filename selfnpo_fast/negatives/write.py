@@ -42,15 +42,18 @@ def save_negative(
     written next to full weights, or into a LoRA file's metadata. All ranks take part; rank 0
     writes.
 
-    Raises RunError on all ranks where the folder cannot be written.
+    Raises RunError on all ranks where the folder cannot be written, and NotFiniteError where a
+    weight is not finite in `dtype`.
     """
     writer = Writer(folder, world)
     if lora:
         weights = {name: value.to("cpu", dtype, copy=True) for name, value in trained if world.is_main}
+        writer.look(LORA_FILE, weights)
         writer.run("LoRA", lambda: write_lora(writer.folder, network, weights, adapter, base))
     else:
         name = f"{adapter.denoiser_name}/{WEIGHTS}.safetensors"
-        writer.save(name, chain(trained, frozen), write=world.is_main, dtype=dtype, metadata={"format": "pt"})
+        tensors = chain(trained, frozen)
+        writer.save(name, tensors, write=world.is_main, finite=True, dtype=dtype, metadata={"format": "pt"})
         writer.run(
             "config.json",
             lambda: network.save_config(writer.folder / adapter.denoiser_name),  # type: ignore[operator]

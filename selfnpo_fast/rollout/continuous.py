@@ -8,6 +8,8 @@ Shape letters: B pairs of one micro-batch, which are also the slots of one group
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from selfnpo_fast.rollout.grid import continuous_frequencies, life_states, lockstep_frequencies
@@ -15,6 +17,8 @@ from selfnpo_fast.rollout.lockstep import walk
 from selfnpo_fast.rollout.pairs import PairMaker, Pairs
 from selfnpo_fast.runtime.capture import Capture, Step, no_capture
 from selfnpo_fast.runtime.compiling import compiled
+from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
+from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
 from selfnpo_kernels import Draw, TdftTables, affine_noise, normal, randint, tdft_step
 
 _COLUMNS = ("index", "ids", "left", "rows")
@@ -127,11 +131,18 @@ class ContinuousRollout:
             self.final[group] = x
             self.x[group][at_start] = self._first_states(ids, start)[at_start]
 
-    def fill(self) -> None:
-        """Fill all groups that are still empty, instead of each when it is first needed."""
-        for group in range(self.filled, self.groups):
+    def fill(self, turns: int | None = None, before_group: Callable[[], None] | None = None) -> None:
+        """Fill those groups that are still empty: all of them, or those of the next `turns` calls.
+
+        `before_group` is called before each of them. Where it raises, all of them are as good as
+        empty, and a later call fills them.
+        """
+        last = self.groups if turns is None else min(self.cursor + turns, self.groups)
+        for group in range(self.filled, last):
+            if before_group is not None:
+                before_group()
             self._stagger(group)
-        self.filled = self.groups
+        self.filled = max(self.filled, last)
 
     @torch.no_grad()
     def next_pairs(self) -> Pairs:
@@ -139,10 +150,8 @@ class ContinuousRollout:
 
         A group is filled on its first turn: the first update need not wait for the other groups.
         """
+        self.fill(1)
         group = self.cursor
-        if group == self.filled:
-            self._stagger(group)
-            self.filled += 1
         step = self._step_of(group)
         self.cursor = (group + 1) % self.groups
         self.maker.predictor.forwards += self.maker.predictor.forwards_per_state * self.batch
@@ -190,7 +199,15 @@ class ContinuousRollout:
         return state if self.final is None else state | {"final": self.final}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue from `state_dict()`. Raises ValueError where it is none of this rollout's."""
+        check_layout(layout_of(state.items()), layout_of(self.state_dict().items()))
+        maker = self.maker
+        check_range("index", state["index"], -1, maker.config.grid_steps - 1)
+        check_range("ids", state["ids"], 0, MAX_SAMPLE_ID)
+        check_range("left", state["left"], 0, maker.config.grid_steps)
+        check_range("rows", state["rows"], 0, maker.num_prompts)
+        check_range("cursor", state["cursor"], 0, self.groups - 1)
+        check_range("filled", state["filled"], 0, self.groups)
         self.slots.copy_(torch.stack([state[name] for name in _COLUMNS], dim=1))
         self.x.copy_(state["x"])
         if self.final is not None:

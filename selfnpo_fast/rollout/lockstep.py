@@ -5,12 +5,15 @@ Shape letter: B samples of one micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.rollout.pairs import GuidedPredictor, PairMaker, Pairs
+from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
+from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
 from selfnpo_kernels import Draw, NoiseKey, affine_noise, guided_step, normal, randint
 
 
@@ -146,7 +149,7 @@ class LockstepRollout:
             renoise=maker.key(Draw.RENOISE, ids, stop),
         )
 
-    def fill(self) -> None:
+    def fill(self, turns: int | None = None, before_group: Callable[[], None] | None = None) -> None:
         """Does nothing: no sample outlives its micro-batch."""
 
     @torch.no_grad()
@@ -174,6 +177,8 @@ class LockstepRollout:
         return {"next_id": torch.tensor(self.next_id - self.offset), **self.maker.predictor.state_dict()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue from `state_dict()`. Raises ValueError where it is none of this rollout's."""
+        check_layout(layout_of(state.items()), layout_of(self.state_dict().items()))
+        check_range("next_id", state["next_id"], 0, MAX_SAMPLE_ID)
         self.next_id = int(state["next_id"]) + self.offset
         self.maker.predictor.load_state_dict(state)

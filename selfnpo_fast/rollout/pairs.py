@@ -14,6 +14,8 @@ from selfnpo_fast.models.base import Predict
 from selfnpo_fast.models.conditioning import EMPTY_ROW, ConditioningTable
 from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
+from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
+from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, draw_id, permute, randint, uniform
 
 BranchOutputs = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -186,6 +188,16 @@ class PairMaker:
         if self.latents is None:
             return None
         return self.latents[self.prompt_index(sample_ids).to(self.latents.device)].to(self.device)
+
+    def check_pairs(self, pairs: dict[str, torch.Tensor], lead: tuple[int, ...]) -> None:
+        """ValueError where saved fields of pairs, each (*lead, ...), are none that this maker makes."""
+        last = self.grid.schedule.num_train_timesteps - 1
+        bounds = {"s": last, "t": last, "rows": self.num_prompts, "sample_ids": MAX_SAMPLE_ID}
+        expected = {name: (torch.int64, lead) for name in bounds} | {"weight": (torch.float32, lead)}
+        expected |= {name: (torch.float32, (*lead, *self.latent_shape)) for name in ("x_s", "target")}
+        check_layout(layout_of(pairs.items()), expected)
+        for name, most in bounds.items():
+            check_range(name, pairs[name], 0, most)
 
     def rules(self, stride: int) -> TdftRules:
         """The constants of `tdft_step`; `stride` is the number of slots of all ranks."""

@@ -14,7 +14,9 @@ from dataclasses import fields, replace
 import torch
 
 from selfnpo_fast.rollout.pairs import GuidedPredictor, Pairs, UpdatePairs
+from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
 from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.stopping import check_stop
 
 State = dict[str, torch.Tensor]
 _FIELDS = [field.name for field in fields(Pairs)]
@@ -38,29 +40,40 @@ def join_lanes(states: list[State], rank: int, world_size: int) -> State:
     return state
 
 
+def _before_group() -> None:
+    check_stop("before all slots were filled")
+
+
 class Producer:
     """Makes the pairs of an update when the trainer asks for them."""
 
     def __init__(self, rollout, predictor: GuidedPredictor, accumulation: int, version: Callable[[], int]) -> None:
         """A producer over a rollout.
 
-        rollout         has next_pairs, fill, state_dict and load_state_dict, as LockstepRollout
+        rollout         has next_pairs, fill, state_dict, load_state_dict, batch and maker, as
+                        LockstepRollout
         predictor       has forwards: the samples that the rollout's reference has forwarded
         accumulation    micro-batches of an update
         version         returns how often the reference has moved
         """
         self.rollout, self.predictor, self.accumulation, self.version = rollout, predictor, accumulation, version
 
-    def _make(self) -> UpdatePairs:
-        """Run the rollout for one update."""
+    def _make(self, before_group: Callable[[], None] | None = None) -> UpdatePairs:
+        """Run the rollout for one update; `before_group` may end it by an exception before it has
+        changed anything."""
         before, version = self.predictor.forwards, self.version()
         with region("reference"):
+            self.rollout.fill(self.accumulation, before_group)
             pairs = tuple(self.rollout.next_pairs() for _ in range(self.accumulation))
         return UpdatePairs(micro_batches=pairs, version=version, forwards=self.predictor.forwards - before)
 
     def take(self) -> UpdatePairs:
-        """The pairs of the next update. They are valid until the next call."""
-        return self._make()
+        """The pairs of the next update. They are valid until the next call.
+
+        Raises Stopped on all ranks, without a change, where the run is to stop before slots are
+        filled.
+        """
+        return self._make(_before_group)
 
     def settle(self) -> None:
         """Returns when the reference may move; re-raises an exception of the pairs in flight."""
@@ -165,12 +178,15 @@ class OverlappedProducer(Producer):
         return replace(update_pairs, micro_batches=buffers)
 
     @torch.no_grad()  # Grad mode belongs to a thread, and this may run in the worker's.
-    def _make(self) -> UpdatePairs:
-        return self._copied(super()._make())
+    def _make(self, before_group: Callable[[], None] | None = None) -> UpdatePairs:
+        return self._copied(super()._make(before_group))
 
     def take(self) -> UpdatePairs:
-        """The pairs of the next update; starts making those of the update after it."""
-        update_pairs = self._worker.finish() if self._in_flight else self._make()
+        """The pairs of the next update; starts making those of the update after it.
+
+        Raises Stopped like `Producer.take`, but not while pairs are in flight.
+        """
+        update_pairs = self._worker.finish() if self._in_flight else self._make(_before_group)
         self._worker.begin(self._make)
         self._in_flight = True
         return update_pairs
@@ -194,9 +210,12 @@ class OverlappedProducer(Producer):
         return super().state_dict() | pending
 
     def load_state_dict(self, state: State) -> None:
-        """Continue from `state_dict()`."""
-        super().load_state_dict({name: value for name, value in state.items() if not name.startswith(_PENDING)})
-        if f"{_PENDING}version" not in state:
+        """Continue from `state_dict()`. Raises ValueError where it is none of this producer's."""
+        pending = {name: value for name, value in state.items() if name.startswith(_PENDING)}
+        if pending:
+            self._check_pending(pending)
+        super().load_state_dict({name: value for name, value in state.items() if name not in pending})
+        if not pending:
             return
         device = self.rollout.maker.device
         micro_batches = (
@@ -209,6 +228,15 @@ class OverlappedProducer(Producer):
         )
         self._worker.begin(lambda: self._copied(saved))
         self._in_flight = True
+
+    def _check_pending(self, pending: State) -> None:
+        """ValueError where tensors by their names in a state are no pairs of this producer."""
+        pairs = {name.removeprefix(_PENDING): value for name, value in pending.items()}
+        counters = {name: pairs.pop(name, torch.empty(0)) for name in ("version", "forwards")}
+        check_layout(layout_of(counters.items()), dict.fromkeys(counters, (torch.int64, ())))
+        for name, value in counters.items():
+            check_range(name, value, 0, 2**53)
+        self.rollout.maker.check_pairs(pairs, (self.accumulation, self.rollout.batch))
 
     def close(self) -> None:
         """Waits until the pairs in flight are made, or their making has failed."""

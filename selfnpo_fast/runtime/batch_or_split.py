@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.layout import check_range
 
 BRANCHES = ("auto", "batched", "split")
 MARGIN = 0.05
@@ -61,7 +62,8 @@ class BatchOrSplit:
         return {"branches": torch.tensor(-1 if self.batched is None else int(self.batched))}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over the choice of a `state_dict()`, if it was final."""
+        """Take over the choice of a `state_dict()`, if it was final. Raises ValueError for others."""
+        check_range("branches", state["branches"], -1, 1)
         if state["branches"] >= 0:
             self.batched = bool(state["branches"])
 

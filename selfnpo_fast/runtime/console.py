@@ -8,6 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from selfnpo_fast.runtime.errors import one_line
+from selfnpo_fast.runtime.screen import printable, safe
+
 logger = logging.getLogger("selfnpo")
 
 _CHATTY = ("DeepSpeed", "bitsandbytes", "diffusers", "transformers", "datasets", "torch.distributed", "peft", "httpx")
@@ -42,6 +45,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+class _Lines(logging.Formatter):
+    """Formats each record as one line: what is no visible character is escaped."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def setup_logging(rank: int, log_file: Path | None = None) -> None:
     """Set up our logger: plain lines on standard error, and the same with times in `log_file`.
 
@@ -50,13 +61,17 @@ def setup_logging(rank: int, log_file: Path | None = None) -> None:
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    screen = logging.StreamHandler(sys.stderr)
-    screen.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    screen = logging.StreamHandler(safe(sys.stderr))
+    screen.setFormatter(_Lines("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     logger.addHandler(screen)
     if log_file is not None and rank == 0:
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        try:
+            file = logging.FileHandler(log_file, encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s could not be written: %s; the lines are on the screen alone", log_file, one_line(error))
+            return
         file.handleError = lambda record: None  # on a full disk the screen still has the line
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 
 

@@ -8,12 +8,22 @@ import reprlib
 class UserError(ValueError):
     """Bad input. A command prints only the message and leaves with exit code 2."""
 
+    of_one_rank = False
+    """Whether other ranks may know nothing of the error, so that this one has to print it."""
+
 
 class RunError(RuntimeError):
     """A run that cannot go on, with exit code 1.
 
     Causes are a full disk, a lost rank or gradients that stay non-finite.
     """
+
+    of_one_rank = False
+    """As for UserError."""
+
+
+class NotFiniteError(RunError):
+    """Values to be written hold NaN or infinity. Nothing has been written."""
 
 
 def one_line(value: object, limit: int = 300) -> str:

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import UserError, one_line
-from selfnpo_fast.runtime.plain_yaml import load_yaml
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
+from selfnpo_fast.runtime.files import read_text
+from selfnpo_fast.runtime.plain_yaml import MAX_YAML_CHARACTERS, load_yaml
 
 OptionsT = TypeVar("OptionsT")
 ConfigT = TypeVar("ConfigT")
+_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
+"""NUL, which no file name holds, and surrogates, for which UTF-8 has no bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ def parse_options(cls: type[OptionsT], argv: Sequence[str], prog: str) -> Option
     parser = _parser(prog, cls)
     _add_options(parser, cls)
     with _user_errors():
-        return cls(**vars(parser.parse_args(_underscored(argv, cls))))
+        values = vars(parser.parse_args(_underscored(argv, cls)))
+        _check_text(values)
+        return cls(**values)
 
 
 def parse_with_config(
@@ -73,8 +81,10 @@ def parse_with_config(
         logger.info("no --config given: running %s", default)
         words = ["--config", str(default), *words]
 
+    _check_config_files(words)
     # The parser, with a loader of YAML that imports nothing.
-    set_loader("plain_yaml", lambda text: load_yaml(text, sections), exceptions=(yaml.YAMLError, UserError))
+    texts = text_names(config_cls)
+    set_loader("plain_yaml", lambda text: load_yaml(text, sections, texts), exceptions=(yaml.YAMLError, UserError))
     parser = _parser(prog, cls, parser_mode="plain_yaml")
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     _add_config(parser, config_cls)
@@ -84,6 +94,7 @@ def parse_with_config(
         values = parser.parse_args(words)
         values.pop("config")
         options = {field.name: values.pop(field.name) for field in fields(cls)}
+        _check_text(options)
         for name, kind in get_type_hints(cls).items():
             # A config file may hold the key, too, and jsonargparse takes any value of a flag there.
             if kind is bool and not isinstance(options[name], bool):
@@ -96,9 +107,50 @@ def parse_with_config(
         )
 
 
+def _check_config_files(words: Sequence[str]) -> None:
+    """Raise UserError for a config file that is no regular file, too large or no UTF-8.
+
+    jsonargparse would wait for a pipe, and read a device for ever.
+    """
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        path = value if equals else following
+        if name == "--config":
+            _check_text({name: path})
+            if os.path.exists(path):  # what is not there is refused by jsonargparse
+                read_text(path, name, 4 * MAX_YAML_CHARACTERS)
+
+
 def section_names(config_cls: type) -> frozenset[str]:
     """The fields of a config dataclass that hold dataclasses."""
     return frozenset(name for name, kind in get_type_hints(config_cls).items() if is_dataclass(kind))
+
+
+def text_names(config_cls: type, prefix: str = "") -> frozenset[str]:
+    """The dotted names of all fields of a config dataclass whose values are text, or lists of it."""
+    names = set()
+    for name, kind in get_type_hints(config_cls).items():
+        if is_dataclass(kind):
+            names |= text_names(kind, f"{prefix}{name}.")
+        elif _is_text(kind):
+            names.add(prefix + name)
+    return frozenset(names)
+
+
+def _is_text(kind: object) -> bool:
+    """Whether a field's type is str, a Literal of str, a list of these, or one of these or None."""
+    parts = [part for part in get_args(kind) if part is not NoneType]
+    return kind is str or (bool(parts) and all(isinstance(part, str) or _is_text(part) for part in parts))
+
+
+def _check_text(values: dict[str, object]) -> None:
+    """Raise UserError for text that no file or file name can hold."""
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and _UNWRITABLE.search(text):
+                raise UserError(
+                    f"{name}: {shortened(text)} is not possible; expected text without NUL, and of UTF-8's characters"
+                )
 
 
 def _underscored(argv: Sequence[str], cls: type) -> list[str]:
@@ -125,6 +177,8 @@ def _add_options(parser, cls: type) -> None:
     kinds, helps, defaults = get_type_hints(cls), _field_docs(cls), cls()
     for field in fields(cls):
         kind, default = kinds[field.name], getattr(defaults, field.name)
+        if kind == str | None:
+            kind = str  # else words such as `# one` or `&c`, which YAML reads as nothing, are lost
         if kind is bool:
             form = {"action": "store_true"}
         elif get_origin(kind) is list:

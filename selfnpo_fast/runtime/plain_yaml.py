@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from selfnpo_fast.runtime.errors import UserError, shortened
 
@@ -11,10 +11,12 @@ MAX_YAML_DEPTH = 20  # a config has 3 levels; the recursion of libyaml can overf
 _CODE_KEYS = ("class_path", "init_args")  # jsonargparse imports the class that such keys name
 
 
-def load_yaml(text: str, sections: Collection[str] = ()) -> object:
+def load_yaml(text: str, sections: Collection[str] = (), texts: Collection[str] = ()) -> object:
     """The value of a YAML text made of plain mappings, lists and scalars.
 
-    `sections` are the keys of the outermost mapping whose values have to be mappings. Raises
+    `sections` are the keys of the outermost mapping whose values have to be mappings. `texts` are
+    the dotted names whose values are text or lists of it: there `off`, `1e3` and `0123` stay what
+    is written, where YAML reads a truth value or a number. Raises
     yaml.YAMLError for a text that is not YAML. Raises UserError for tags and anchors, for keys that
     are repeated or no plain words, for sections that are no mappings, and for a text that is too
     long or too deeply nested.
@@ -38,7 +40,26 @@ def load_yaml(text: str, sections: Collection[str] = ()) -> object:
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if key.value in sections and not isinstance(value, yaml.MappingNode):
             raise UserError(f"{key.value}: it has no value of its own; write its fields, indented, below it")
+    # Text is quoted, from the end of the file to its beginning, so that positions stay right.
+    for scalar in reversed(list(_unquoted(node, "", texts))):
+        quoted = "'" + scalar.value.replace("'", "''") + "'"
+        text = text[: scalar.start_mark.index] + quoted + text[scalar.end_mark.index :]
     return get_loader("yaml")(text)
+
+
+def _unquoted(node, name: str, texts: Collection[str]) -> Iterator:
+    """The scalars, in order, that are in a node, are named in `texts`, and have no quotes.
+
+    `name` is the node's dotted name; the entries of a list have the list's. Null stays null.
+    """
+    if not isinstance(getattr(node, "value", None), list):
+        plain = node is not None and not node.style and node.tag != "tag:yaml.org,2002:null"
+        if plain and name in texts and "\n" not in node.value:
+            yield node
+        return
+    for entry in node.value:
+        key, value = entry if isinstance(entry, tuple) else (None, entry)
+        yield from _unquoted(value, name if key is None else f"{name}.{key.value}".lstrip("."), texts)
 
 
 def _check_keys(node) -> None:

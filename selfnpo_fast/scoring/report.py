@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfnpo_fast.runtime.folders import whole_file, write_file
 from selfnpo_fast.scoring.intervals import Interval
 from selfnpo_fast.scoring.plots import comparison_grid, plot_accuracy, plot_frontier
 from selfnpo_fast.scoring.results import ACCURATE, Comparison, Results, Row, Verdict
@@ -37,12 +38,15 @@ def write_report(results: Results, folder: Path, config: Mapping[str, Any]) -> d
     if not results.has_frontier:
         names.remove("frontier.png")
     paths = {name: folder / name for name in names}
-    paths["report.json"].write_text(json.dumps(as_json(results, config), indent=1, allow_nan=False) + "\n")
-    paths["report.md"].write_text(markdown(results, config))
-    if results.has_frontier:
-        plot_frontier(results).savefig(paths["frontier.png"])
-    plot_accuracy(results).savefig(paths["accuracy.png"])
-    comparison_grid(results).save(paths["grid.png"])
+    record = json.dumps(as_json(results, config), indent=1, allow_nan=False)
+    write_file(paths["report.json"], record + "\n")
+    write_file(paths["report.md"], markdown(results, config))
+    plots = {"accuracy.png": plot_accuracy} | ({"frontier.png": plot_frontier} if results.has_frontier else {})
+    for name, plot in plots.items():
+        with whole_file(paths[name]) as file:
+            plot(results).savefig(file, format="png")
+    with whole_file(paths["grid.png"]) as file:
+        comparison_grid(results).save(file, format="PNG")
     return paths
 
 

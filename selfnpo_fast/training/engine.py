@@ -12,6 +12,7 @@ from torch import nn
 
 from selfnpo_fast.config import OptimizerConfig, TrainConfig
 from selfnpo_fast.runtime.console import logger, quiet_libraries
+from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 
@@ -200,9 +201,10 @@ class StudentEngine:
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The network's parameters, whose dtype is its precision."""
-        return self.module.parameters()
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the network computes in."""
+        return network_dtype(self.module)
 
     def gather(self, params: list[nn.Parameter], modify: bool = False) -> AbstractContextManager:
         """A context in which ZeRO-3 parameters are whole.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from selfnpo_fast.runtime.layout import Layout, check_keys, check_layout, check_number, check_whole_number, layout_of
 from selfnpo_fast.runtime.writer import NamedTensors
 from selfnpo_fast.training.engine import StudentEngine
 
@@ -17,11 +18,22 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """Attributes of DeepSpeed's dynamic loss scaler."""
 
 
+def _trained_layout(engine: StudentEngine) -> Layout:
+    """A float32 tensor of each trained parameter's whole shape, which ZeRO 3 keeps elsewhere."""
+    return {name: (torch.float32, tuple(getattr(p, "ds_shape", p.shape))) for name, p in engine.trainable}
+
+
 class StudentWeights:
     """The trained parameters and their fp32 masters."""
 
+    required = True
+
     def __init__(self, engine: StudentEngine) -> None:
         self.engine = engine
+
+    def layout(self) -> Layout:
+        """That of `state_dict()`."""
+        return _trained_layout(self.engine)
 
     def state_dict(self) -> NamedTensors:
         """Every trained parameter, whole."""
@@ -57,8 +69,13 @@ class EngineCounters:
     def load_state_dict(self, state: dict) -> None:
         """Restore the learning rate and the loss scale.
 
-        The optimiser's own step counts are restored with its moments.
+        The optimiser's own step counts are restored with its moments. Raises ValueError for values
+        that `state_dict()` cannot have returned.
         """
+        check_keys(state, ("steps", "lr_steps", "loss_scale"))
+        check_whole_number("steps", state["steps"])
+        check_whole_number("lr_steps", state["lr_steps"])
+        self._check_scale(state["loss_scale"])
         scheduler, steps = self.engine.lr_scheduler, state["lr_steps"]
         scheduler.load_state_dict(scheduler.state_dict() | {"last_epoch": steps, "_step_count": steps + 1})
         rates = [base * rule(steps) for base, rule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -69,6 +86,19 @@ class EngineCounters:
             setattr(self.engine.engine.optimizer.loss_scaler, name, value)
         self.steps = state["steps"]
 
+    def _check_scale(self, saved: object) -> None:
+        """ValueError unless `saved` has the names of this engine's loss scale, and numbers."""
+        present = loss_scale(self.engine)
+        if present is None:
+            if saved is not None:
+                raise ValueError("loss_scale is there, but this run has none")
+            return
+        check_keys(saved, present)
+        check_number("cur_scale", saved["cur_scale"], 2.0**-60)
+        for name in present:
+            if name != "cur_scale":
+                check_whole_number(name, saved[name], -1)
+
 
 class Moment:
     """One of Adam's two moments. It exists after the first step that is not skipped."""
@@ -76,6 +106,15 @@ class Moment:
     def __init__(self, engine: StudentEngine, key: str, counters: EngineCounters) -> None:
         """`key` names the moment in the optimiser's state; `counters` hold its number of steps."""
         self.engine, self.key, self.counters = engine, key, counters
+
+    @property
+    def required(self) -> bool:
+        """Whether the counters speak of steps, so that there has to be a moment."""
+        return self.counters.steps > 0
+
+    def layout(self) -> Layout:
+        """That of `state_dict()`, where there is one."""
+        return _trained_layout(self.engine)
 
     def state_dict(self) -> NamedTensors | None:
         """The moment of every trained parameter, whole; None before there are any."""
@@ -125,17 +164,26 @@ class NativeMoments:
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore the state on the same rank of a world of the same size."""
-        by_param: dict[str, dict[str, torch.Tensor]] = {}
-        for name, value in state.items():
-            index, _, key = name.partition(".")
-            by_param.setdefault(index, {})[key] = value
-        optimizer_state = self.engine.engine.basic_optimizer.state
-        for i, p in enumerate(_native_params(self.engine)):
-            values = by_param.get(str(i))
-            if values:
-                step = int(values.pop("step"))  # bitsandbytes keeps an int
-                optimizer_state[p] = {"step": step, **{key: value.to(p.device) for key, value in values.items()}}
+        """Restore the state on the same rank of a world of the same size.
+
+        Raises ValueError where `state` is none of this run's optimiser.
+        """
+        if not state:  # before the first step
+            return
+        if moment_names(self.engine):
+            raise ValueError("8-bit moments are there, but this run's optimiser has none")
+        optimizer, params = self.engine.engine.basic_optimizer, _native_params(self.engine)
+        # Make the state that the optimiser's first step would make; the saved one has to look like
+        # it.
+        for p in params:
+            optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
+        check_layout(layout_of(state.items()), layout_of(self.state_dict().items()))
+        for i, p in enumerate(params):
+            own = optimizer.state[p]
+            values = {key: state[f"{i}.{key}"].to(p.device) for key in own}
+            step = int(values.pop("step"))  # bitsandbytes keeps an int
+            check_whole_number("step", step)
+            own.update(values, step=step)
 
     def reshard(self, states: list, world) -> None:
         """None: a run with 8-bit moments and another number of ranks is refused before this."""

@@ -6,18 +6,24 @@ Shape letter: N prompts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.data.prompts import fingerprint
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.input_record import InputRecord
 from selfnpo_fast.training.methods import find_method
+from selfnpo_fast.training.resumable import read_state
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,17 @@ class Inputs:
     """The base model's denoiser on this rank's device, in the precision of training."""
     base: dict
     """The record of the base for the negative model's files (`negatives.fingerprint`)."""
+    record: InputRecord | None = None
+    """What checkpoints record of all this; on rank 0 alone, which writes it."""
+
+    def refuse_changed(self, checkpoint: Path, world: World) -> None:
+        """UserError on all ranks where these are not the inputs that a checkpoint records."""
+
+        def look() -> None:
+            assert self.record is not None, "rank 0 has it"
+            self.record.refuse_changed(read_state(checkpoint).get("inputs"), checkpoint)
+
+        world.on_main(look)
 
 
 def load_inputs(config: TrainConfig, world: World) -> Inputs:
@@ -47,8 +64,25 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     if config.log.sample_every >= 0:
         adapter.check_steps(config.log.sample_steps, "log.sample_steps")
     inputs = method.read_inputs(config, adapter, world)
+    _refuse_different(inputs.prompts, world)
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
     student = adapter.load_denoiser(dtype).to(world.device)
-    base = base_record(model.path, model.revision, module_weights(student, model.path))
-    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base)
+    weights = module_weights(student, model.path)
+    schedule = ScheduleFacts.of(adapter.schedule, model.path)
+    commit = adapter.folder.commit
+    base = base_record(model.path, commit or model.revision, weights, schedule)
+    record = None
+    if world.is_main:
+        named = ((name, weights.read(name)) for name in weights.shapes)
+        record = InputRecord(inputs, table, schedule, named, commit=commit)
+    return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
+
+
+def _refuse_different(prompts: list[str], world: World) -> None:
+    """Raises UserError on all ranks where hosts have read different prompts.
+
+    Ranks would train on other pairs than one rank does, and encode in another number of rounds.
+    """
+    if len(set(world.gather(fingerprint(prompts)))) > 1:
+        raise UserError("prompts.source: not all ranks have read the same prompts; give all hosts the same files")

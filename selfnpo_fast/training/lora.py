@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.models import Family
+from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError
 
 LIVE, AVERAGE = "default", "average"
@@ -191,6 +192,19 @@ class Variant:
     def __call__(self, *args, **kwargs):
         return self.network(*args, low_rank=self.weights, **kwargs)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the network computes in."""
+        return network_dtype(self.network)
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters of the network; callers read its dtype and device off them."""
+        """All parameters of the network; callers read its device off them."""
         return self.network.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters of the network by name, low-rank ones too."""
+        return self.network.named_parameters()
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All buffers of the network by name."""
+        return self.network.named_buffers()

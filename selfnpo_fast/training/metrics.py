@@ -14,6 +14,7 @@ import torch
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.rollout import Pairs
+from selfnpo_fast.runtime.layout import check_layout, layout_of
 from selfnpo_fast.runtime.world import World
 
 NOISE_BINS = 4
@@ -65,7 +66,8 @@ class Metrics:
         self.update_loss, self.update_count = torch.zeros(every, device=device), torch.zeros(every, device=device)
         self.forwards = torch.zeros(1, dtype=torch.float64)
         # The same on all ranks: sum and number of finite norms, and which updates moved weights.
-        self.norm = torch.zeros((), device=device)
+        # Norms are finite in float32, and so is their sum in float64.
+        self.norm = torch.zeros((), dtype=torch.float64, device=device)
         self.finite = torch.zeros((), device=device)
         self.applied = torch.ones(every, dtype=torch.bool, device=device)
         self.pending = 0  # updates since the last flush
@@ -129,8 +131,16 @@ class Metrics:
         return {name: getattr(self, name) for name in _RANK_SUMS}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Continue from `state_dict()`. With another `log.every` the sums start from zero."""
-        if len(state["update_loss"]) == len(self.update_loss):
+        """Continue from `state_dict()`. With another `log.every` the sums start from zero.
+
+        Raises ValueError where `state` holds other tensors.
+        """
+        expected = layout_of(self.state_dict().items())
+        if "update_loss" in state and state["update_loss"].ndim == 1:
+            every = tuple(state["update_loss"].shape)
+            expected |= {name: (torch.float32, every) for name in ("update_loss", "update_count")}
+        check_layout(layout_of(state.items()), expected)
+        if len(state["update_loss"]) == self.every:
             for name in _RANK_SUMS:
                 getattr(self, name).copy_(state[name])
 

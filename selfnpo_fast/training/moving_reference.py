@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from selfnpo_fast.runtime.layout import Layout, check_range
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.lora import Variant
 from selfnpo_kernels import ema_update
@@ -25,6 +26,9 @@ class Reference:
     `version` counts its moves.
     """
 
+    required = True
+    """A checkpoint holds a file of the reference, though one without tensors where it is frozen."""
+
     def __init__(self, module: nn.Module | Variant) -> None:
         self.module, self.version = module, 0
 
@@ -34,6 +38,10 @@ class Reference:
     def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of what the base's weights do not hold; all ranks iterate together."""
         return iter(())
+
+    def layout(self) -> Layout:
+        """dtype and shape of each tensor of `state_dict()`; nothing is exchanged among ranks."""
+        return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state_dict()`."""
@@ -164,8 +172,15 @@ class MovingReference(Reference):
         yield "version", torch.tensor(self.version)
         yield "updates", torch.tensor(self.updates)
 
+    def layout(self) -> Layout:
+        """dtype and shape of each tensor of `state_dict()`; nothing is exchanged among ranks."""
+        masters = {name: (torch.float32, tuple(shadow.shape)) for name, shadow in self._shadow.items()}
+        return masters | {"version": (torch.int64, ()), "updates": (torch.int64, ())}
+
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore masters and rewrite the shadows."""
+        """Restore masters and rewrite the shadows. Raises ValueError for impossible counters."""
+        check_range("version", state["version"], 0, 2**53)
+        check_range("updates", state["updates"], 0, 2**53)
         for name, shadow in self._shadow.items():
             shadow.data.copy_(state[name])
             if name in self._master and self._master[name] is not shadow:

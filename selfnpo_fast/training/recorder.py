@@ -13,10 +13,11 @@ from PIL import Image
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.rollout import Pairs
+from selfnpo_fast.runtime.layout import check_keys, check_number, check_whole_number
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.metrics import NOISE_BINS, Metrics
 from selfnpo_fast.training.outputs import RunOutputs
-from selfnpo_fast.training.spikes import Skips, Spikes
+from selfnpo_fast.training.spikes import RECENT, Skips, Spikes
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -133,7 +134,11 @@ class RecorderCounters:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`. With another `log.every` the sums start from zero."""
+        """Continue from `state_dict()`. With another `log.every` the sums start from zero.
+
+        Raises ValueError for values that `state_dict()` cannot have returned.
+        """
+        self._check(state)
         metrics, skips, recent = self.recorder.metrics, self.recorder.skips, self.recorder.spikes.recent
         if state["every"] == metrics.every:
             metrics.norm.fill_(state["norm"])
@@ -143,3 +148,23 @@ class RecorderCounters:
         skips.in_all, skips.in_a_row = state["skipped"], state["skipped_in_a_row"]
         recent.clear()
         recent.extend(state["recent"])
+
+    @staticmethod
+    def _check(state: dict) -> None:
+        """ValueError for values that `state_dict()` cannot have returned."""
+        check_keys(state, ("every", "norm", "finite", "pending", "applied", "skipped", "skipped_in_a_row", "recent"))
+        check_whole_number("every", state["every"], 1)
+        for name in ("norm", "finite"):
+            check_number(name, state[name])
+        check_whole_number("pending", state["pending"], 0, state["every"] - 1)
+        for name in ("skipped", "skipped_in_a_row"):
+            check_whole_number(name, state[name])
+        applied, recent = state["applied"], state["recent"]
+        if not isinstance(applied, list) or len(applied) != state["every"]:
+            raise ValueError("applied is no list of as many values as `every` says")
+        if not all(isinstance(value, bool) for value in applied):
+            raise ValueError("applied holds values other than true and false")
+        if not isinstance(recent, list) or len(recent) > RECENT:
+            raise ValueError(f"recent is no list of at most {RECENT} losses")
+        for loss in recent:
+            check_number("recent", loss)

@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.folders import begin_aside, finish_aside
+from selfnpo_fast.runtime.folders import begin_aside, finish_aside, writing
 from selfnpo_fast.runtime.images import image_grid
+from selfnpo_fast.runtime.stopping import check_stop
+from selfnpo_fast.training.outputs import json_row
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.trainer import Trainer
 
@@ -31,10 +33,12 @@ def replay(trainer: Trainer, recorder: Recorder, step: int) -> None:
     pairs.jsonl          one line per pair, worst loss first
     grid.png             the worst pairs, decoded
 
-    Nothing else in the folder changes. All ranks take part; rank 0 writes.
+    Nothing else in the folder changes. All ranks take part; rank 0 writes. Raises RunError where it
+    cannot.
     """
     logger.info("making updates %d to %d again, without recording them", trainer.update + 1, step)
     while trainer.update < step - 1:
+        check_stop(f"before update {step} was reached; nothing is written")
         trainer.train_update(recorder)
         recorder.discard()
     pairs = _pairs_of_all_ranks(trainer)
@@ -42,11 +46,13 @@ def replay(trainer: Trainer, recorder: Recorder, step: int) -> None:
         return
     rows = _rows(pairs, trainer.prompts)
     target = trainer.output / "replay" / f"update-{step:07d}"
-    aside = begin_aside(target)
-    save_file(pairs, aside / "pairs.safetensors")
-    (aside / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    _grid(trainer, pairs, rows).save(aside / "grid.png")
-    finish_aside(aside, target)
+    lines, grid = "".join(json.dumps(json_row(row)) + "\n" for row in rows), _grid(trainer, pairs, rows)
+    with writing(target):
+        aside = begin_aside(target)
+        save_file(pairs, aside / "pairs.safetensors")
+        (aside / "pairs.jsonl").write_text(lines, encoding="utf-8")
+        grid.save(aside / "grid.png")
+        finish_aside(aside, target)
     for row in rows[:LOGGED]:
         logger.info("loss %(loss).4g  s %(s)d  t %(t)d  sample %(sample_id)d  %(prompt)r", row)
     logger.info("all %d pairs of update %d, worst first: %s", len(rows), step, target)

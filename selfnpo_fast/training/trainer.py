@@ -15,10 +15,11 @@ from selfnpo_fast.rollout import Pairs
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
-from selfnpo_fast.runtime.errors import RunError
+from selfnpo_fast.runtime.errors import NotFiniteError, RunError, UserError
 from selfnpo_fast.runtime.profiling import region
+from selfnpo_fast.runtime.stopping import Stopped, StopRequest, check_stop
 from selfnpo_fast.runtime.world import World
-from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, newest_whole, save_checkpoint
+from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine
 from selfnpo_fast.training.engine_state import (
     EngineCounters,
@@ -29,12 +30,12 @@ from selfnpo_fast.training.engine_state import (
     moment_names,
 )
 from selfnpo_fast.training.inputs import Inputs
-from selfnpo_fast.training.lifecycle import StopRequest
 from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
 from selfnpo_fast.training.recorder import Recorder
-from selfnpo_fast.training.samples import sample_grid
+from selfnpo_fast.training.resumable import MOMENTS, newest_good, update_of
+from selfnpo_fast.training.samples import SampleGrids
 
 
 def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
@@ -71,8 +72,9 @@ class Trainer:
         """All parts of a run that writes to the folder `output`; all ranks take part."""
         self.config, self.world, self.output = config, world, output
         self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
-        self.base = inputs.base
+        self.base, self.record = inputs.base, inputs.record
         self.update = 0  # updates made so far
+        self.saved: Path | None = None  # the newest checkpoint that this run has written or continued from
         student, family = inputs.student, self.adapter.family
         # Split off the reference before DeepSpeed touches the student.
         reference, average = _split(student, config)
@@ -91,6 +93,8 @@ class Trainer:
         self.reference = self._make_reference(reference, average)
         self.method = find_method(config.method)(config, self.adapter, self.table, world)
         self.producer = self.method.make_producer(self.reference, inputs.latents)
+        self.grids = SampleGrids(self.adapter, self._base, self.engine, self.table, self.prompts, config.log, world)
+        self._loaded_base: nn.Module | None = None
 
     def _make_reference(self, network: nn.Module | Variant, average: dict[str, nn.Parameter] | None) -> Reference:
         """The frozen or moving reference of the config over what `_split` has returned."""
@@ -153,16 +157,29 @@ class Trainer:
         Returns the folder of the negative model. A request to stop is honoured after the present
         update: the run writes a checkpoint, and returns None.
 
-        Raises RunError where too many updates in a row were skipped, and where the negative model
-        or, with `log.on_save_error: stop`, a checkpoint could not be written.
+        Raises RunError where too many updates in a row were skipped, where weights, moments or
+        reference are not finite when they are to be saved, and where the negative model or, with
+        `log.on_save_error: stop`, a checkpoint could not be written.
         """
+        try:
+            return self._run(recorder, stop)
+        except NotFiniteError as error:
+            # No later update makes such a state finite again.
+            raise RunError(
+                f"{error} after update {self.update}; the newest finite checkpoint is {self._newest_good()}; start "
+                "again with a lower optimizer.lr, or look at the pairs of an update with --replay-step"
+            ) from error
+
+    def _run(self, recorder: Recorder, stop: StopRequest) -> Path | None:
+        """`run`, whose NotFiniteError names no checkpoint yet."""
         log = self.config.log
         while self.update < self.config.updates:
-            # Stop, where any rank was asked to.
-            if self.world.any(stop.signal is not None):
+            # One update, unless any rank was asked to stop before it, or while it fills its slots.
+            try:
+                check_stop("between two updates")
+                self.train_update(recorder)
+            except Stopped:
                 return self._stop_early(recorder, stop)
-            # One update.
-            self.train_update(recorder)
             last = self.update == self.config.updates
             # Metrics.
             if self.update % log.every == 0 or last:
@@ -217,17 +234,32 @@ class Trainer:
                 skip.update, skip.in_a_row, skip.in_all, scale,
             )  # fmt: skip
             if skip.in_a_row == self.config.optimizer.max_skipped:
-                last = newest_whole(self.output / "checkpoints")
                 raise RunError(
                     f"{skip.in_a_row} updates in a row had a loss or gradient that is not finite "
-                    f"(optimizer.max_skipped); the last good checkpoint is {last or 'none: none was written'}; lower "
+                    f"(optimizer.max_skipped); the newest finite checkpoint is {self._newest_good()}; lower "
                     f"optimizer.lr, or look at the pairs with --replay-step {skip.update}"
                 )
 
+    def _newest_good(self) -> str:
+        """The newest checkpoint that is whole and finite, for a message; all ranks take part."""
+
+        def look() -> str:
+            try:
+                return str(newest_good(self.output / "checkpoints") or "none: none was written")
+            except UserError as error:
+                return f"none: {error}"
+
+        return self.world.on_main(look)
+
     def _try_to_save(self, recorder: Recorder) -> None:
-        """Write a checkpoint; a failure is a warning or an error, as `log.on_save_error` says."""
+        """Write a checkpoint; a failure is a warning or an error, as `log.on_save_error` says.
+
+        A state that is not finite is an error always.
+        """
         try:
             self.save_checkpoint(recorder)
+        except NotFiniteError:
+            raise
         except RunError as error:
             if self.config.log.on_save_error == "stop":
                 raise
@@ -235,18 +267,26 @@ class Trainer:
 
     def draw_samples(self, recorder: Recorder) -> None:
         """Record a grid of pictures, base above base + negative; all ranks take part."""
-        grid = sample_grid(self.adapter, self._base(), self.engine, self.table, self.prompts, self.config.log)
-        recorder.picture(self.update, "samples", grid)
+        grid = self.grids.draw()
+        if self._loaded_base is not None:
+            self._loaded_base.to("cpu")  # until the next grid
+        if grid is not None:
+            recorder.picture(self.update, "samples", grid)
         recorder.restart_clock()
 
     def _base(self) -> nn.Module | Variant:
-        """The base model: with LoRA the network without low-rank weights.
+        """The base model: the network without low-rank weights, or the frozen reference.
 
-        With full weights it is loaded again, since every network of the run has moved.
+        Where every network of the run has moved, it is loaded for the first grid, and kept in host
+        memory after that.
         """
         if self.config.lora.rank:
             return Variant(self.engine.module, LoraWeights.OFF)
-        return self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
+        if self.config.reference.kind == "frozen":
+            return self.reference.module
+        if self._loaded_base is None:
+            self._loaded_base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision])
+        return self._loaded_base.to(self.world.device)
 
     def _parts(self, recorder: Recorder) -> Parts:
         """All of the run that a checkpoint holds."""
@@ -258,7 +298,7 @@ class Trainer:
                 "method": self.method,
                 "recorder": recorder.metrics,
                 "rng": Generators(self.world),
-                "optimizer": NativeMoments(self.engine),
+                MOMENTS: NativeMoments(self.engine),
             },
             counters={"engine": counters, "recorder": recorder.counters},
         )
@@ -266,17 +306,27 @@ class Trainer:
     def save_checkpoint(self, recorder: Recorder) -> Path:
         """Write a checkpoint of the present state; all ranks take part. Returns its folder.
 
-        Raises RunError on all ranks where it could not be written.
+        A state that has its checkpoint already is not written again. Raises RunError on all ranks
+        where it could not be written.
         """
-        folder = self.output / "checkpoints"
-        path = save_checkpoint(folder, self.update, self._parts(recorder), self.config, self.world)
+        saved, folder = self.saved, self.output / "checkpoints"
+        if saved and update_of(saved) == self.update and self.world.on_main(saved.is_dir):
+            return saved
+        parts, inputs = self._parts(recorder), self.record and self.record.values
+        self.saved = save_checkpoint(folder, self.update, parts, self.config, self.world, inputs)
         recorder.restart_clock()
-        return path
+        return self.saved
 
     def resume(self, path: Path, recorder: Recorder) -> None:
         """Continue from a checkpoint of the same recipe, as `newest_checkpoint` has found it.
 
-        Raises UserError where it cannot be read.
+        Raises UserError where it cannot be read, or is no state of this run.
         """
-        self.update = load_checkpoint(path, self._parts(recorder), self.world)
+        self.update, self.saved = load_checkpoint(path, self._parts(recorder), self.world), path
+        # The sums have room for the updates between two flushes.
+        pending, most = recorder.metrics.pending, self.update % self.config.log.every
+        if pending > most:
+            raise UserError(
+                f"{path} does not fit this run: {pending} updates are pending, of {most} since the last row"
+            )
         logger.info("resumed from %s", path)

@@ -206,8 +206,10 @@ MISTAKES = {
     "negative of other shapes": ([*DRAW, "--negative", "{misfit}"], "negative: .* does not fit the model"),
     "steps 0": ([*DRAW, "--steps", "0"], "steps: 0 is not possible"),
     "steps beyond the schedule": ([*DRAW, "--steps", "1001"], "steps: 1001 "),
-    "scale below 1": ([*DRAW, "--guidance_scale", "0.5"], "guidance_scale: 0.5 is not possible"),
+    "scale below 0": ([*DRAW, "--guidance_scale", "-0.5"], "guidance_scale: -0.5 is not possible"),
+    "prompt too long": (["sample", "--prompt", "x" * 10_001], "prompt: entry 0 has 10,001 characters"),
     "scale nan": ([*DRAW, "--guidance_scale", "nan"], ".*guidance_scale.*nan"),
+    "too many images": ([*DRAW, "--images_per_prompt", str(10**9)], "images_per_prompt: 1000000000 is not possible"),
     "no images": ([*DRAW, "--images_per_prompt", "0"], "images_per_prompt: 0 is not possible"),
     "huge seed": ([*DRAW, "--seed", str(2**63)], "seed: "),
     "resolution no multiple": ([*DRAW, "--resolution", "30"], "model.resolution: 30 is no multiple of 4"),
@@ -225,11 +227,14 @@ MISTAKES = {
     "evaluate: no such negative": (["evaluate", "--negative", "{folder}/none"], "negative: no such folder"),
     "evaluate: other shapes": (["evaluate", "--negative", "{misfit}"], "negative: .* does not fit"),
     "evaluate: one negative twice": (["evaluate", "--negative", "{negative}", "{negative}"], "negative: "),
-    "evaluate: scale below 1": (["evaluate", "--guidance_scales", "2", "0.5"], "guidance_scale: 0.5"),
+    "evaluate: scale below 1": (["evaluate", "--guidance_scales", "2", "0.5"], "guidance_scales: 0.5"),
     "evaluate: scale nan": (["evaluate", "--guidance_scales", "nan"], ".*guidance_scales"),
     "evaluate: a scale twice": (["evaluate", "--guidance_scales", "2", "2"], "guidance_scales: "),
     "evaluate: no scale": (["evaluate", "--guidance_scales"], "argument --guidance_scales"),
     "evaluate: too few images": (["evaluate", "--images", "3"], "cases: 3 are too few"),
+    "evaluate: huge seed": (["evaluate", "--seed", str(2**63)], "seed: 9223372036854775808 is not possible"),
+    "evaluate: the last seed is too large": (["evaluate", "--seed", str(2**62)], "seed: 4611686018427387904 is"),
+    "evaluate: negative seed": (["evaluate", "--seed", "-1"], "seed: -1 is not possible; expected an integer from 0"),
     "evaluate: unknown option": (["evaluate", "--colour", "red"], ".*--colour"),
 }
 
@@ -261,6 +266,44 @@ def test_a_file_for_the_output_folder_is_refused_before_any_work(tmp_path, monke
     assert main([*command, "--output", str(output)]) == 2
     assert capfd.readouterr().err == f"error: output: {output} is a file; name a folder\n"
     assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [[*DRAW, "--guidance_scale"], ["evaluate", "--images", "12", "--guidance_scales"]])
+def test_numbers_that_are_not_finite_are_no_pictures(tmp_path, capfd, command):
+    assert main([*command, "1e38", "--steps", "3", "--output", str(tmp_path / "out")]) == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: latents: \d+ of \d+ are not finite at guidance_scale 1e\+38", line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_distilled_models_scale_of_0_is_the_positive_alone(tmp_path):
+    for scale in (0, 1):
+        assert sample(tmp_path / str(scale), "--prompt", PROMPT, "--guidance_scale", scale) == 0
+    zero, one = (Image.open(tmp_path / str(scale) / "0000-seed0.png") for scale in (0, 1))
+    assert zero.tobytes() == one.tobytes()
+
+
+def test_the_models_own_scheduler_is_a_solver(tmp_path):
+    """That of the digits is DDIM."""
+    drawn = {}
+    for solver in ("own", "ddim", "euler"):
+        assert sample(tmp_path / solver, "--prompt", PROMPT, "--solver", solver) == 0
+        drawn[solver] = Image.open(tmp_path / solver / "0000-seed0.png").tobytes()
+    assert drawn["own"] == drawn["ddim"] != drawn["euler"]
+
+
+@pytest.mark.parametrize("words", [DRAW, ["evaluate"], ["merge", "--base", "digits", "--negative", "none"]])
+def test_an_output_without_a_name_is_refused(words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--output", " "]) == 2
+    assert capfd.readouterr().err == "error: output: no name is given; name a folder\n"
+    assert contents(tmp_path) == set()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**80])
+def test_correlate_refuses_seeds_before_it_reads_a_model(seed, capfd):
+    assert main(["correlate", "--negative", "nowhere", "--seed", str(seed)]) == 2
+    assert capfd.readouterr().err.startswith(f"error: seed: {seed} is not possible; expected 0 to 2^63 - 4")
 
 
 def test_a_second_run_overwrites_file_by_file(tmp_path):

@@ -17,7 +17,10 @@ from fuzzing import assert_one_line, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from selfnpo_fast.data.prompts import DATASET_ID, MAX_CHARACTERS, MAX_LINE_BYTES, PromptError, read_prompts
+from selfnpo_fast.data.image_sources import DATASET_ID
+from selfnpo_fast.data.prompts import read_prompts
+from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.limits import MAX_LINE_BYTES, MAX_PROMPT_CHARACTERS
 
 ROOT = Path(__file__).parents[2]
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
@@ -65,14 +68,14 @@ def read(path: Path, **kwargs) -> list[str] | None:
     """The prompts, which have to be stripped, or None where one line with the path refuses them."""
     try:
         prompts = read_prompts(str(path), **kwargs)
-    except PromptError as error:
+    except UserError as error:
         assert_one_line(str(error), str(path))
         assert str(error).startswith("prompts: ")
         return None
     assert prompts
     for prompt in prompts:
         assert prompt == prompt.strip() != ""
-        assert len(prompt) <= MAX_CHARACTERS
+        assert len(prompt) <= MAX_PROMPT_CHARACTERS
         assert "\0" not in prompt
         prompt.encode("utf-8")
     return prompts
@@ -147,7 +150,7 @@ def test_damaged_files(folder, kind, prompts, cut, share, bit, junk):
 def test_any_column_and_limit(folder, kind, column, prompts, limit):
     path = write(folder / f"column{kind}", prompts)
     if limit < 1:
-        with pytest.raises(PromptError) as caught:
+        with pytest.raises(UserError) as caught:
             read_prompts(str(path), column=column, limit=limit)
         assert_one_line(str(caught.value), str(limit))
     else:
@@ -171,7 +174,7 @@ def test_any_text_as_a_source(source):
     """Names that are neither there nor ids of datasets are refused before the Hub is asked."""
     if DATASET_ID.fullmatch(source) or ("\0" not in source and os.path.exists(source)):
         return
-    with pytest.raises(PromptError) as caught:
+    with pytest.raises(UserError) as caught:
         read_prompts(source)
     assert_one_line(str(caught.value))
 
@@ -211,7 +214,7 @@ def measured(path: Path, limit: int) -> tuple[int, str, int]:
     From /proc: what getrusage says starts with the memory of the process that forked this one.
     """
     command = [sys.executable, "-c", MEASURE, str(path), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     count, _, last, grown = done.stdout.split()
     return int(count), last, int(grown)
 

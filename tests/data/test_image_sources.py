@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from selfnpo_fast.data.image_sources import Picture, open_source
+from selfnpo_fast.data.image_sources import open_source
+from selfnpo_fast.data.listing import Picture
 from selfnpo_fast.runtime.errors import UserError
 
 
@@ -47,7 +48,7 @@ def sample(i: int) -> list[tuple[str, bytes]]:
 
 
 def read(source: Path | str, limit: int = 100) -> list[Picture]:
-    return open_source(str(source), limit).pictures()
+    return open_source(str(source), limit).listing().pictures
 
 
 def assert_holds(pictures: list[Picture], expected: dict[str, int]) -> None:
@@ -242,7 +243,7 @@ def long_caption(folder: Path) -> str:
 
 def nothing(folder: Path) -> str:
     write_tar(folder / "a.tar", [("0.txt", b"x")])
-    return "holds no images with captions"
+    return "holds no captioned images .*; passed over: captions without a picture .1, such as .*a.tar, member '0.txt'"
 
 
 def no_tar(folder: Path) -> str:
@@ -303,7 +304,7 @@ def test_mistakes_are_told_in_one_line(mistake, tmp_path):
         ("{3..0}.tar", "stands for no name"),
         ("{0..999999}.tar", "or for more than 100,000"),
         ("{0..9999}{0..9999}.tar", "or for more than 100,000"),
-        ("nowhere.tar", "no such folder"),
+        ("nowhere.tar", "no such folder, file or dataset: .*nowhere.tar"),
     ],
 )
 def test_patterns_that_lead_nowhere(pattern, expected, tmp_path):

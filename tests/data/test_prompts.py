@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
+import os
+import tarfile
 import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fuzzing import assert_one_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfnpo_fast.data.prompts import ASSETS, MAX_CHARACTERS, MAX_LINE_BYTES, PromptError, read_prompts
+from selfnpo_fast.data.prompts import ASSETS, fingerprint, read_prompts
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.limits import MAX_LINE_BYTES, MAX_PROMPT_CHARACTERS
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 MIXED = ["a plain prompt", "ein Käfer, naß", "🦊 in the snow 👩‍🌾", "قطة على السطح", "חתול אפור, \u200fשמש", "雨の街"]
@@ -43,8 +48,8 @@ def cleaned(prompts: list[str]) -> list[str]:
 
 
 def message(source: str | Path, **kwargs) -> str:
-    """The PromptError that refuses `source`: one short line."""
-    with pytest.raises(PromptError) as caught:
+    """The UserError that refuses `source`: one short line."""
+    with pytest.raises(UserError) as caught:
         read_prompts(str(source), **kwargs)
     text = str(caught.value)
     assert isinstance(caught.value, UserError)
@@ -98,7 +103,7 @@ def test_parquet_text_types(tmp_path):
 
 
 def test_a_prompt_of_greatest_length(tmp_path):
-    prompt = "ß" * MAX_CHARACTERS
+    prompt = "ß" * MAX_PROMPT_CHARACTERS
     for kind in KINDS:
         assert read_prompts(write(tmp_path / f"p{kind}", [f"  {prompt}  "])) == [prompt]
 
@@ -134,7 +139,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, kind, content):
     path.write_bytes(content)
     try:
         prompts = read_prompts(str(path))
-    except PromptError as error:
+    except UserError as error:
         assert "\n" not in str(error)
     else:
         assert prompts == cleaned(prompts) != []
@@ -230,7 +235,7 @@ def test_half_a_surrogate_pair(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_too_long(tmp_path, kind):
-    refusal = message(write(tmp_path / f"p{kind}", ["fine", "y" * (MAX_CHARACTERS + 1)]))
+    refusal = message(write(tmp_path / f"p{kind}", ["fine", "y" * (MAX_PROMPT_CHARACTERS + 1)]))
     unit, number = {".parquet": ("row", 2), ".csv": ("line", 3)}.get(kind, ("line", 2))
     assert f"{unit} {number}:" in refusal
     assert "10,001" in refusal
@@ -256,7 +261,8 @@ def test_bare_carriage_returns(tmp_path):
         ("9" * 5_000, ["no JSON"]),
         ('{"prompt": null}', ["nothing (null)"]),
         ('{"prompt": 7}', ["int 7", "write a string"]),
-        ('{"prompt": ["a"]}', ["list ['a']"]),
+        ('{"prompt": []}', ["list []"]),
+        ('{"prompt": [["a"]]}', ["list ['a']"]),
         ('{"prompt": {"a": 1}}', ["dict"]),
         ('{"caption": "a", "id": 3}', ["no column 'prompt'", "'caption', 'id'"]),
         ("{}", ["no column 'prompt'", "none"]),
@@ -328,7 +334,7 @@ def test_missing_files_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["", "a red fox, oil paint", "https://host/p.txt", "nul\0.text", "x" * 5000 + " "])
 def test_neither_file_nor_id(source):
-    with pytest.raises(PromptError, match="neither a file nor the id of a dataset") as caught:
+    with pytest.raises(UserError, match="neither a file nor the id of a dataset") as caught:
         read_prompts(source)
     assert len(str(caught.value)) < 300
 
@@ -341,14 +347,102 @@ def test_other_things_than_files(tmp_path):
     assert "no regular file" in message("/dev/null")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_several_lines_and_of_no_text(tmp_path, kind):
+    path = os.fsencode(tmp_path) + b"/caf\xe9\nx" + kind.encode()
+    for content in (b"\xff\0", b"\n", b'{"prompt": 1}\n\xff'):
+        with open(path, "wb") as file:
+            file.write(content)
+        with pytest.raises(UserError, match=r"^prompts: .*caf\\udce9\\nx") as caught:
+            read_prompts(os.fsdecode(path))
+        assert_one_line(str(caught.value))
+        str(caught.value).encode()
+
+
 def test_unreadable_file(tmp_path, monkeypatch):
     path = Path(write(tmp_path / "p.txt", MIXED))
 
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)  # chmod does not stop root
+    monkeypatch.setattr(os, "open", denied)  # chmod does not stop root
     assert "Permission denied" in message(path)
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_follows_texts_and_order():
+    texts = ["a cat", "zwei Käfer", "", "line\nbreak"]
+    others = [
+        texts[::-1],
+        texts[:3],
+        [*texts, ""],
+        ["a cat\n", *texts[1:]],
+        ["a cat", "zwei Käfer", "", "line", "break"],
+    ]
+    assert fingerprint(texts) == fingerprint(iter(texts))
+    assert len(fingerprint(texts)) == 64
+    assert len({fingerprint(each) for each in [texts, *others]}) == 6
+
+
+# Captions of pictures as prompts
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of two captioned pictures and one without, which need not be pictures for this."""
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for name, caption in {"b": "from a .txt", "sub/a": "from a .caption"}.items():
+        (folder / f"{name}.png").write_bytes(b"not read")
+        (folder / f"{name}{caption[-4:] if name == 'b' else '.caption'}").write_text(caption)
+    return folder
+
+
+def test_captions_of_a_folder_are_prompts(pictures):
+    assert read_prompts(str(pictures)) == ["from a .txt", "from a .caption"]
+    assert read_prompts(str(pictures), limit=1) == ["from a .txt"]
+    (pictures / "z.png").write_bytes(b"")
+    refusal = message(pictures)
+    assert refusal.startswith("prompts: ")
+    assert "z.png has no caption" in refusal
+
+
+def test_captions_of_a_table_are_prompts_in_any_column(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a", "other": ["b", "c"]}')
+    (tmp_path / "a.png").write_bytes(b"not read")
+    assert read_prompts(str(tmp_path)) == ["a"]
+    assert read_prompts(str(tmp_path), column="other") == ["b"]
+
+
+def test_captions_of_tars_are_prompts(tmp_path):
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name, content in {"0.png": b"not read", "0.txt": f"number {number}".encode()}.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    assert read_prompts(str(tmp_path / "1.tar")) == ["number 1"]
+    assert read_prompts(str(tmp_path)) == ["number 0", "number 1", "number 2"]
+    assert read_prompts(str(tmp_path / "{1..2}.tar")) == ["number 1", "number 2"]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_of_a_list_the_first_is_used(tmp_path, kind):
+    rows = [["a cat", "a feline"], ["two birds"]]
+    path = tmp_path / f"p{kind}"
+    if kind == ".parquet":
+        pq.write_table(pa.table({"prompt": rows}), path)
+    else:
+        path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    assert read_prompts(str(path)) == ["a cat", "two birds"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipe_is_not_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / f"p{kind}")
+    assert "no regular file" in message(tmp_path / f"p{kind}")
 
 
 # Hugging Face datasets

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +220,17 @@ def test_digits_fit_no_other_model(tmp_path):
         load("digits", adapter=adapter)
 
 
+def test_column_and_on_bad_of_the_config(tmp_path):
+    save(tmp_path / "images", "a.png", picture(0))
+    rows = [{"file_name": "gone.png", "long": "x"}, {"file_name": "a.png", "text": "short", "long": ["long", "longer"]}]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(source=str(tmp_path / "images"), column="long", on_bad="skip", store=str(tmp_path / "stores"))
+    world = World(0, 1, torch.device("cpu"))
+    assert_holds(load_real_data(TrainConfig(data=data), Mirror(), world), {"long": picture(0)})
+    with pytest.raises(UserError, match=r"^data\.source: cannot read the image .*gone\.png"):
+        load_real_data(TrainConfig(data=replace(data, on_bad="stop")), Mirror(), world)
+
+
 def no_captions(folder: Path) -> str:
     save(folder, "a.png", picture(0))
     return "a.png has no caption; put it into a.txt"
@@ -236,22 +249,22 @@ def empty_table(folder: Path) -> str:
 def bad_json(folder: Path) -> str:
     save(folder, "a.png", picture(0))
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name":\n')
-    return "metadata.jsonl line 2 is not JSON"
+    return "metadata.jsonl, line 2: no JSON"
 
 
 def list_for_a_row(folder: Path) -> str:
     (folder / "metadata.jsonl").write_text('["a.png", "x"]\n')
-    return "metadata.jsonl row 1 needs the strings file_name and text"
+    return "metadata.jsonl, line 1: JSON, but no object"
 
 
 def number_for_a_text(folder: Path) -> str:
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": 7}\n')
-    return "metadata.jsonl row 1 needs the strings file_name and text"
+    return "metadata.jsonl, line 1: the caption is int 7, not text"
 
 
 def short_record(folder: Path) -> str:
     (folder / "metadata.csv").write_text("file_name,text\na.png\n")
-    return "metadata.csv row 1 needs the strings file_name and text"
+    return "metadata.csv, line 2: 1 fields, 'a.png', where the first line has 2"
 
 
 def outside_by_parent(folder: Path) -> str:
@@ -266,11 +279,80 @@ def outside_by_root(folder: Path) -> str:
     return "secret.png' lies outside"
 
 
-def outside_by_link(folder: Path) -> str:
-    save(folder.parent, "secret.png", picture(0))
-    (folder / "link.png").symlink_to(folder.parent / "secret.png")
-    (folder / "metadata.jsonl").write_text('{"file_name": "link.png", "text": "x"}\n')
-    return "'link.png' lies outside"
+def outside_by_linked_folder(folder: Path) -> str:
+    save(folder.parent, "secrets/secret.png", picture(0))
+    (folder / "link").symlink_to(folder.parent / "secrets")
+    (folder / "metadata.jsonl").write_text('{"file_name": "link/secret.png", "text": "x"}\n')
+    return "'link/secret.png' lies outside .*, or behind a link to a folder"
+
+
+def nul_in_a_name(folder: Path) -> str:
+    (folder / "metadata.jsonl").write_text('{"file_name": "a\\u0000/b.png", "text": "x"}\n')
+    return "metadata.jsonl, line 1: .*a.x00/b.png' lies outside"
+
+
+def surrogate_in_a_name(folder: Path) -> str:
+    (folder / "metadata.jsonl").write_text('{"file_name": "a\\ud800.png", "text": "x"}\n')
+    return "cannot read the image .*a.*ud800.png"
+
+
+def no_name(folder: Path) -> str:
+    (folder / "metadata.jsonl").write_text('{"file_name": null, "text": "x"}\n')
+    return "metadata.jsonl, line 1: file_name is None"
+
+
+def pipe_as_image(folder: Path) -> str:
+    os.mkfifo(folder / "a.png")
+    (folder / "a.txt").write_text("x")
+    return "cannot read the image .*a.png: it is no regular file"
+
+
+def device_as_image(folder: Path) -> str:
+    (folder / "a.png").symlink_to("/dev/zero")
+    (folder / "a.txt").write_text("x")
+    return "cannot read the image .*a.png: it is no regular file"
+
+
+def pipe_as_caption(folder: Path) -> str:
+    save(folder, "a.png", picture(0))
+    os.mkfifo(folder / "a.txt")
+    return "a.txt is no regular file"
+
+
+def pipe_as_table(folder: Path) -> str:
+    os.mkfifo(folder / "metadata.jsonl")
+    return "metadata.jsonl is no regular file"
+
+
+def link_to_nothing(folder: Path) -> str:
+    (folder / "a.png").symlink_to("gone.png")
+    (folder / "a.txt").write_text("x")
+    return "cannot read the image .*a.png: .*No such file"
+
+
+def long_caption(folder: Path) -> str:
+    save(folder, "a.png", picture(0))
+    (folder / "a.txt").write_text("x" * 10_001)
+    return "a.txt: a caption of 10,001 characters"
+
+
+def huge_caption(folder: Path) -> str:
+    save(folder, "a.png", picture(0))
+    with (folder / "a.txt").open("w") as file:
+        file.truncate(1 << 40)  # a sparse terabyte
+    return "a.txt is larger than 1,048,576 bytes"
+
+
+def long_caption_in_a_table(folder: Path) -> str:
+    save(folder, "a.png", picture(0))
+    (folder / "metadata.csv").write_text(f"file_name,text\na.png,{'x' * 10_001}\n")
+    return "metadata.csv, line 2: a caption of 10,001 characters"
+
+
+def nul_in_a_caption(folder: Path) -> str:
+    save(folder, "a.png", picture(0))
+    (folder / "a.txt").write_text("red\0fox")
+    return "a.txt: a NUL character after 'red'"
 
 
 def no_such_image(folder: Path) -> str:
@@ -326,7 +408,19 @@ MISTAKES = [
     short_record,
     outside_by_parent,
     outside_by_root,
-    outside_by_link,
+    outside_by_linked_folder,
+    nul_in_a_name,
+    surrogate_in_a_name,
+    no_name,
+    pipe_as_image,
+    device_as_image,
+    pipe_as_caption,
+    pipe_as_table,
+    link_to_nothing,
+    long_caption,
+    huge_caption,
+    long_caption_in_a_table,
+    nul_in_a_caption,
     no_such_image,
     no_image_at_all,
     cut_off_image,
@@ -348,5 +442,5 @@ def test_mistakes_are_told_in_one_line(tmp_path, mistake):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"^data\.source: no such folder: /nowhere/images; "):
+    with pytest.raises(UserError, match=r"^data\.source: no such folder, file or dataset: /nowhere/images; "):
         load("/nowhere/images")

@@ -256,7 +256,7 @@ def test_full_size_networks_from_their_configs(tmp_path, family, count):
     for name, values in parts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(values))
-    denoiser = FakeDenoiser(load_adapter(str(tmp_path)), torch.bfloat16, FULL)
+    denoiser = FakeDenoiser(load_adapter(str(tmp_path), configs_only=True), torch.bfloat16, FULL)
     assert denoiser.parameter_counts.total == count
     assert denoiser.parameter_counts.weight_bytes == 2 * count
     assert denoiser.forward_peak(1) < count, "activations of a forward are small next to such weights"
@@ -406,9 +406,9 @@ def test_bytes_are_those_of_a_real_trainer(world, tmp_path, sd, optimizer, lora,
     sections = {"lora": LoraConfig(rank=lora), "reference": ReferenceConfig(kind=reference)}
     config = tiny_config(sd, optimizer=OptimizerConfig(name=optimizer), **sections)
     trainer, resident = real(world, tmp_path, config), costs.memory(traced(config)).resident
-    ours, theirs = storages(trainer.engine.parameters()), storages(trainer.reference.module.parameters())
+    ours, theirs = storages(trainer.engine.module.parameters()), storages(trainer.reference.module.parameters())
     assert ("reference" in resident) == (reference == "ema"), "the base under low-rank weights is no copy"
-    both = storages([*trainer.engine.parameters(), *trainer.reference.module.parameters()])
+    both = storages([*trainer.engine.module.parameters(), *trainer.reference.module.parameters()])
     # With LoRA they are one network, which holds the average as well.
     assert (ours, theirs) == ((both, both) if lora else (resident["weights"], resident["reference"]))
     assert both == resident["weights"] + resident.get("reference", 0)

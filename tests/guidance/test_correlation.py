@@ -75,8 +75,7 @@ def synthetic_adapter(plain: float):
             return Synthetic(plain).predict(x, t)
         return network.predict(x, t)
 
-    config = dict(tiny.scheduler().config)
-    return SimpleNamespace(scheduler_config=config, latent_shape=SHAPE, predict=predict)
+    return SimpleNamespace(scheduler=tiny.scheduler(), latent_shape=SHAPE, predict=predict)
 
 
 def measure(negative: nn.Module, plain: float = 0.98, **options):

@@ -13,9 +13,11 @@ import stock
 import tiny
 import torch
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from selfnpo_fast.guidance.lora_layers import LowRankConv2d, LowRankLinear, Rows, install
+from selfnpo_fast.guidance.lora_backbone import install
+from selfnpo_fast.guidance.lora_layers import LowRankConv2d, LowRankLinear, Rows
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank
 from selfnpo_fast.runtime.errors import UserError
 
@@ -308,16 +310,16 @@ def half_precision_float8() -> nn.Module:
     return layer
 
 
-def fused() -> nn.Module:
-    layer = nn.Linear(4, 4)
-    layer.fused_projections, layer.processor = True, FusedAttnProcessor2_0()
-    return layer
-
-
 def offloaded() -> nn.Module:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     return add_hook_to_module(nn.Linear(4, 4), ModelHook())
+
+
+def patched() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: 2 * x
+    return layer
 
 
 MISTAKES = {
@@ -331,8 +333,8 @@ MISTAKES = {
     "another kind": (lambda: one(nn.LayerNorm(4)), "layer is a LayerNorm"),
     "a subclass": (lambda: one(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)), "NonDynamicallyQuantizable"),
     "float8": (lambda: one(half_precision_float8()), "float8_e4m3fn weights"),
-    "fused": (lambda: one(fused()), "projections are fused"),
     "offloaded": (lambda: one(offloaded()), "offloaded on its own; attach the negative first"),
+    "patched": (lambda: one(patched()), "the forward of layer was replaced"),
     "on meta": (lambda: one(nn.Linear(4, 4, device="meta")), "offloaded on its own"),
     "nothing": (lambda: (nn.ModuleDict(), {}), "holds no layer"),
 }
@@ -358,12 +360,163 @@ def test_two_updates_of_one_layer_are_refused():
     install(network, stock.low_rank(network))
 
 
-def test_projections_fused_later_are_noticed():
+def test_one_row_for_both_branches_is_refused():
+    """As of a network that embeds one timestep for the whole batch: its update would be lost."""
+    layer = nn.Sequential(nn.Linear(4, 4))
+    backbone = install(layer, stock.low_rank(layer))
+    with backbone.rows(Rows.ALL):
+        layer(torch.ones(1, 4))
+    with backbone.rows(Rows.FIRST_HALF), pytest.raises(UserError, match=r"was given 1 rows for both") as caught:
+        layer(torch.ones(1, 4))
+    assert "\n" not in str(caught.value)
+
+
+# Attentions whose projections are fused: the layers that the LoRA changes are out of use.
+
+
+def fuse_unet(network: nn.Module) -> None:
+    network.fuse_qkv_projections()
+
+
+class FusedUnderAnotherName(FusedAttnProcessor2_0):
+    """A user's processor."""
+
+
+FusedUnderAnotherName.__name__ = "QuickProcessor"
+
+
+def fuse_unet_by_hand(network: nn.Module) -> None:
+    network.fuse_qkv_projections()
+    network.set_attn_processor(FusedUnderAnotherName())
+
+
+class TinyFlux(nn.Module):
+    """An attention that goes by a flag, as those of diffusers' transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = FluxAttention(query_dim=8, heads=2, dim_head=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x)
+
+    def unfuse_qkv_projections(self) -> None:
+        self.attn.unfuse_projections()
+
+
+class HomeMade(TinyFlux):
+    """An attention of no library, which uses what is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({f"to_{name}": nn.Linear(8, 8) for name in "qkv"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "to_qkv" in self.attn:
+            q, k, v = self.attn["to_qkv"](x).chunk(3, dim=-1)
+        else:
+            q, k, v = (self.attn[f"to_{name}"](x) for name in "qkv")
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def fuse(self) -> None:
+        self.attn["to_qkv"] = fused = nn.Linear(8, 24)
+        for name in ("weight", "bias"):
+            parts = [getattr(self.attn[f"to_{part}"], name).data for part in "qkv"]
+            getattr(fused, name).data = torch.cat(parts)
+
+    def unfuse_qkv_projections(self) -> None:
+        del self.attn["to_qkv"]
+
+
+@torch.no_grad()
+def tokens_output(network: nn.Module) -> torch.Tensor:
+    return network(torch.randn(ROWS, 5, 8, generator=torch.Generator().manual_seed(3)))
+
+
+FUSED = {
+    "unet": (unet, fuse_unet, output),
+    "unet, a user's processor": (unet, fuse_unet_by_hand, output),
+    "flag": (TinyFlux, lambda network: network.attn.fuse_projections(), tokens_output),
+    "home-made": (HomeMade, HomeMade.fuse, tokens_output),
+}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_projections_are_refused_when_they_are_used(case, order):
+    make, fuse, call = FUSED[case]
+    network = make()
+    plain = call(network)
+    deltas = stock.low_rank(network)
+    clone = copy.deepcopy(network)
+    with install(clone, deltas).rows(Rows.FIRST_HALF):
+        expected = call(clone)
+    assert not torch.equal(expected, plain)
+    if order == "before":
+        fuse(network)
+        if case in ("unet", "flag"):  # where it is certain, nothing is attached
+            with pytest.raises(UserError, match=r"^negative: the attention projections are fused"):
+                install(network, deltas)
+            network.unfuse_qkv_projections()
+    backbone = install(network, deltas)
+    if order == "after":
+        fuse(network)
+    if order == "after" or case not in ("unet", "flag"):
+        with pytest.raises(UserError, match=r"projections are fused.*call unfuse") as caught:
+            with backbone.rows(Rows.FIRST_HALF):
+                call(network)
+        assert "\n" not in str(caught.value)
+        torch.testing.assert_close(call(network), plain, rtol=0, atol=1e-5)  # no rows, nothing lost
+        network.unfuse_qkv_projections()
+    with backbone.rows(Rows.FIRST_HALF):
+        assert torch.equal(call(network), expected)
+    backbone.remove()
+    fuse(network)
+    torch.testing.assert_close(call(network), plain, rtol=0, atol=1e-5)
+
+
+def test_fused_projections_that_the_lora_does_not_change_are_no_obstacle():
+    network = unet()
+    network.fuse_qkv_projections()
+    deltas = {path: delta for path, delta in stock.low_rank(network).items() if "attn" not in path}
+    with install(network, deltas).rows(Rows.FIRST_HALF):
+        output(network)
+
+
+def test_fused_layers_may_carry_the_update_themselves():
+    """An attention that has no other projections."""
+    network = HomeMade()
+    network.fuse()
+    deltas = {path: delta for path, delta in stock.low_rank(network).items() if "qkv" in path}
+    expected = tokens_output(stock.merged(network, deltas))
+    with install(network, deltas).rows(Rows.ALL):
+        torch.testing.assert_close(tokens_output(network), expected)
+
+
+# Layers that change after the update was installed.
+
+
+def test_a_layer_that_was_replaced_is_noticed():
     network = unet()
     backbone = install(network, stock.low_rank(network))
-    network.fuse_qkv_projections()
-    with pytest.raises(UserError, match="projections are fused"), backbone.rows(Rows.ALL):
-        pass
-    network.unfuse_qkv_projections()
-    with backbone.rows(Rows.ALL):
-        pass
+    backbone.check()
+    before = network.mid_block.attentions[0].transformer_blocks[0].attn1.to_k
+    network.mid_block.attentions[0].transformer_blocks[0].attn1.to_k = nn.Linear(16, 16, bias=False)
+    with pytest.raises(UserError, match=r"^negative: mid_block.*to_k was replaced .* detach_negative\(pipe\)"):
+        backbone.check()
+    network.mid_block.attentions[0].transformer_blocks[0].attn1.to_k = before
+    backbone.check()
+    under_peft(network, stock.low_rank(network, seed=11))  # a style LoRA keeps the layers
+    backbone.check()
+
+
+def test_a_forward_around_a_layers_own_is_said_once(caplog):
+    network = unet()
+    backbone = install(network, stock.low_rank(network))
+    forward = network.conv_in.forward
+    network.conv_in.forward = lambda x: forward(x)
+    backbone.check()
+    backbone.check()
+    (record,) = [record for record in caplog.records if record.name == "selfnpo"]
+    assert record.message.startswith("negative: the forward of conv_in was replaced")

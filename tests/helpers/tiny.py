@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -140,3 +141,8 @@ def write_sdxl(folder: Path, seed: int = 0) -> Path:
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(folder)
     return folder
+
+
+def edit(path: Path, **changes) -> None:
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,9 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from selfnpo_fast import GuidedSampler, attach_negative, cli, models, train
-from selfnpo_fast.models.base import Adapter, Conditioning, Family, loading
+from selfnpo_fast.models.base import Adapter, Conditioning
+from selfnpo_fast.models.family import Family
+from selfnpo_fast.models.folder import loading
 from selfnpo_fast.negatives.load import as_network, load_negative
 from selfnpo_fast.negatives.merge import merge
 from selfnpo_fast.runtime.errors import UserError
@@ -119,8 +122,8 @@ class TokenAdapter(Adapter):
     """Latents (L, C) of L tokens; a token is shown as a patch of its first three channels."""
 
     @property
-    def default_resolution(self) -> int:
-        return self.denoiser_config["side"] * PIXELS
+    def default_size(self) -> tuple[int, int]:
+        return (self.denoiser_config["side"] * PIXELS,) * 2
 
     def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int]:
         if height % PIXELS or width % PIXELS:
@@ -159,8 +162,11 @@ class Tokens(Family):
     denoiser_class = "TokenTransformer"
     denoiser_name = "transformer"
     library = __name__
+    part_classes: Mapping[str, tuple[str, ...]] = {"text_encoder": ("CLIPTextModel",), "tokenizer": ("CLIPTokenizer",)}
     guided_pipelines = ("TokenPipeline",)
     repeated_blocks = ("TokenBlock",)
+    row_names = frozenset({"timestep", "words", "tone"})
+    first_method = "encode"
 
 
 TokenAdapter.family = Tokens()
@@ -269,6 +275,10 @@ def test_attached_and_sampled_it_equals_two_networks(model, runs, kind):
     with attach_negative(pipe, runs / kind):
         torch.testing.assert_close(pipe(prompts, start, steps, scale), expected, rtol=2e-6, atol=2e-5)
         assert torch.equal(pipe(prompts, start, steps, 1.0), _by_hand(pipe, None, prompts, start, steps, 1.0))
+        transformer, pipe.transformer = pipe.transformer, TokenTransformer()
+        with pytest.raises(UserError, match=r"^pipe: its transformer was replaced, by a TokenTransformer"):
+            pipe(prompts, start, steps, scale)
+        pipe.transformer = transformer
     assert torch.equal(pipe(prompts, start, steps, scale), plain)
 
 

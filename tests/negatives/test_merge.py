@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers import UNet2DConditionModel
-from fuzzing import assert_refused, call
+from fuzzing import assert_one_line, assert_refused, call
 from safetensors.torch import load_file, save_file
 from tiny_negatives import merged, moved, save_with_diffusers, with_lora
 
 from selfnpo_fast import cli
 from selfnpo_fast.models import load_adapter
+from selfnpo_fast.negatives import merge as merge_module
 from selfnpo_fast.negatives import write as write_module
 from selfnpo_fast.negatives.load import load_negative
 from selfnpo_fast.negatives.merge import merge
@@ -131,7 +136,6 @@ def test_the_command(models, tmp_path):
         [sys.executable, "-m", "selfnpo_fast.cli", *words, "--dtype", "bf16"],
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"negative model: {tmp_path / 'out'}\n"
@@ -218,3 +222,51 @@ def test_a_full_disk_leaves_nothing_behind(models, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"out could not be written: .*No space left"):
         merge(models.paths["base"], models.paths["negative"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 5_000])
+def test_a_disk_that_fills_up_on_the_way_is_one_line(models, tmp_path, size):
+    """It takes nothing, a part of config.json, or a part of the weights."""
+    with largest_file(size):
+        code, error = call(cli.main, words_for(models, tmp_path / "out"))
+    assert code == 1
+    assert_one_line(error.removesuffix("\n"), f"error: {tmp_path}/out could not be written")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["sync", "record", "removal"])
+def test_a_disk_that_fails_in_the_end_is_one_line(models, tmp_path, monkeypatch, place):
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    if place == "record":
+        monkeypatch.setattr(Path, "write_text", fail)
+    else:
+        monkeypatch.setattr(os, "fsync", fail)
+    if place == "removal":
+        monkeypatch.setattr(merge_module, "remove", fail)
+    with pytest.raises(RunError, match=r"out could not be written: .*Input/output error") as caught:
+        merge(models.paths["base"], models.paths["negative"], tmp_path / "out")
+    assert_one_line(str(caught.value))
+    assert bool(list(tmp_path.iterdir())) == (place == "removal")
+
+
+@pytest.mark.parametrize("name", ["x\0y", "x\ud800y", "n" * 250, "loop/x", "file/x"])
+def test_odd_output_folders(models, tmp_path, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, RunError)) as caught:
+        merge(models.paths["base"], models.paths["negative"], tmp_path / name)
+    assert_one_line(str(caught.value))
+    assert {path.name for path in tmp_path.iterdir()} == {"loop", "file"}

@@ -1,4 +1,5 @@
-"""Files that an earlier state of the code wrote, before its modules moved: they load bit for bit.
+"""Files that an earlier state of the code wrote, before its modules moved: they load bit for bit,
+but for the latent store, whose pixels were read in another way.
 
 tests/data/written_before_rooms holds a negative with full weights, one as a LoRA, both trained for
 two updates from `tiny.write_sd`, and a latent store of three pictures.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from selfnpo_fast.data import latent_store
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.negatives.load import load_negative
-from selfnpo_fast.runtime.folders import MANIFEST, write_manifest
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 
 OLD = Path(__file__).parents[1] / "data" / "written_before_rooms"
@@ -49,38 +49,33 @@ def test_a_lora(adapter):
         assert delta.scale == 1.0
 
 
-@dataclass
-class NeverEncodes:
-    """The adapter's facts about a store; asked for a latent it fails."""
+def test_a_latent_store_of_the_first_format(adapter, tmp_path):
+    """It is refused by name: its latents may be of other pixels than are read now.
 
-    path: str
-    resolution: int
-    latent_shape: tuple[int, ...]
-    vae_sha256: str
-
-    def encode(self, *arguments):
-        raise AssertionError("the store was not used")
-
-
-def test_a_latent_store(adapter, tmp_path):
-    """The store is named after its source's path and times, which are this machine's: those are
-    written anew."""
+    Deleted, as the error asks for, it is encoded again; these plain pictures have the pixels that
+    they had. The source's path is that of this machine.
+    """
     shutil.copytree(OLD / "images", tmp_path / "images")
     (old,) = (OLD / "store").iterdir()
     facts = json.loads((old / "store.json").read_text())
+    assert facts["recipe"]["format"] == 1
     assert adapter.vae_sha256 == facts["recipe"]["vae_sha256"]
-    shape = tuple(facts["shape"][1:])
-    stand_in = NeverEncodes(adapter.path, facts["recipe"]["resolution"], shape, facts["recipe"]["vae_sha256"])
+    copy = tmp_path / "stores" / old.name
+    shutil.copytree(old, copy)
+    facts["recipe"]["source"] = str(tmp_path / "images")
+    (copy / "store.json").write_text(json.dumps(facts))
     recipe = {key: facts["recipe"][key] for key in ("limit", "seed")}
-    identity = latent_store._identify(str(tmp_path / "images"), str(tmp_path / "stores"), stand_in, **recipe)
-    assert identity.recipe.keys() == facts["recipe"].keys()
-    assert identity.recipe["format"] == facts["recipe"]["format"]
-    shutil.copytree(old, identity.folder)
-    (identity.folder / "store.json").write_text(json.dumps(facts | {"recipe": identity.recipe}))
-    (identity.folder / MANIFEST).unlink()
-    write_manifest(identity.folder)
-    latents, captions = latent_store.stored_latents(
-        str(tmp_path / "images"), str(tmp_path / "stores"), stand_in, **recipe, world=World(0, 1, CPU)
+    arguments = str(tmp_path / "images"), str(tmp_path / "stores"), adapter
+    expected = (
+        rf"^data\.store: {copy} was written by an older version, .*; delete it, and its images are encoded again$"
     )
-    assert torch.equal(latents, load_file(old / "latents.safetensors")["latents"])
+    with pytest.raises(UserError, match=expected):
+        latent_store.stored_latents(*arguments, **recipe, world=World(0, 1, CPU))
+    assert [path.name for path in (tmp_path / "stores").iterdir()] == [old.name]
+    latent_store.stored_latents(
+        *arguments, limit=2, seed=5, world=World(0, 1, CPU)
+    )  # another recipe than the old one's
+    shutil.rmtree(copy)
+    latents, captions, _ = latent_store.stored_latents(*arguments, **recipe, world=World(0, 1, CPU))
+    torch.testing.assert_close(latents, load_file(old / "latents.safetensors")["latents"], rtol=1e-5, atol=1e-6)
     assert captions == ["a cat", "two birds", "a red blot"]

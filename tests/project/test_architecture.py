@@ -203,7 +203,7 @@ def test_folder_is_no_package(folder):
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """Run to the end; a failure shows what the command wrote."""
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120
+        [str(part) for part in command], cwd=cwd, env=os.environ | env, capture_output=True, text=True
     )
     said = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert done.returncode == 0, f"{done.args} left with {done.returncode}\n{said}"

@@ -18,7 +18,7 @@ NOISE = ("Warning", "WARNING", "warn(", "[transformers]", "[diffusers]", "DeepSp
 def run(*words: str) -> str:
     command = [str(SELFNPO), *words]
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     output = done.stdout + done.stderr
     assert not [line for line in output.splitlines() if any(word in line for word in NOISE)]

@@ -163,3 +163,19 @@ def test_reader_of_links(tmp_path):
 def test_reader_of_commands():
     text = "selfnpo prose, `selfnpo\ndoctor --x`, `selfnpo COMMAND`\n\n```sh\nselfnpo-x a\nbin/selfnpo dance\n```\n"
     assert documented_commands(text) == {"doctor", "dance"}
+
+
+TEST_FILE = re.compile(r"(?<![\w/])(?:tests/)?(\w+/test_[a-z_0-9]+\.py)")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_the_tests_that_a_page_names_are_there(path):
+    named = TEST_FILE.findall(path.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
+
+
+def test_troubleshooting_names_the_tests_that_hold_what_it_says():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    paragraphs = re.split(r"^(?=- )", page, flags=re.MULTILINE)[1:]
+    assert paragraphs
+    assert [text.splitlines()[0] for text in paragraphs if not TEST_FILE.search(text)] == []

@@ -34,7 +34,14 @@ class Counting:
 
     def __init__(self) -> None:
         self.calls, self.forwards, self.threads, self.maker = 0, 0, [], self
-        self.device = CPU
+        self.device, self.batch = CPU, 2
+
+    def check_pairs(self, pairs: dict[str, torch.Tensor], lead: tuple[int, ...]) -> None:
+        assert pairs.keys() == set(FIELDS)
+        assert all(value.shape[:2] == lead for value in pairs.values())
+
+    def fill(self, turns: int | None = None, before_group=None) -> None:
+        """Nothing outlives its micro-batch."""
 
     def next_pairs(self) -> Pairs:
         self.calls += 1

@@ -3,10 +3,13 @@
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.files import open_regular, read_json, read_text
 from selfnpo_fast.runtime.limits import check_count
+from selfnpo_fast.runtime.tensor_files import open_tensors
 
 
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path):
@@ -43,3 +46,19 @@ def test_counts_have_bounds(value):
     check_count("log.every", 1)
     with pytest.raises(UserError, match=r"^log.every: .*expected an integer from 1 to 1,000,000"):
         check_count("log.every", value)
+
+
+def test_the_shapes_of_tensors_are_those_that_safetensors_reads(tmp_path):
+    tensors = {"a": torch.zeros(2, 3), "b.c": torch.zeros(()), "d": torch.zeros(0, 4, dtype=torch.float16)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    found = open_tensors(tmp_path / "x.safetensors", "field").shapes
+    assert found == {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (9).to_bytes(8, "little") + b"{}"]
+)
+def test_what_is_no_safetensors_file_costs_a_line(tmp_path, content):
+    (tmp_path / "x").write_bytes(content + b'{"a": 1}')
+    with pytest.raises(UserError, match=r"^field: cannot load .*x: "):
+        open_tensors(tmp_path / "x", "field")

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import os
 import re
 import textwrap
 from dataclasses import dataclass, field, fields
@@ -331,3 +332,46 @@ def test_every_option_of_every_command_has_its_help(command, capsys):
     for name, help in helps.items():
         at = listing.index(name)
         assert squeezed(help) in listing[at : at + 1000], name
+
+
+# Text in YAML.
+
+
+@pytest.mark.parametrize(
+    "word", ["off", "on", "no", "yes", "True", "1e3", "0123", "12", "1_0", ".5", "0x1f", "12:30", "it's"]
+)
+def test_text_in_yaml_stays_what_is_written(word, tmp_path):
+    """YAML reads a truth value or a number where nobody has put quotes."""
+    file = tmp_path / "config.yaml"
+    # A comment in two alphabets: positions are counted in characters.
+    file.write_text(f"# für 猫 👩\nname: {word}  # a name\nshelves: [{word}, 'top']\nheat: {{lid: off, watts: 1_0}}\n")
+    config = parse_with_config(Options, Config, ["--config", str(file)], "selfnpo boil", Path("none")).config
+    assert (config.name, config.shelves) == (word, [word, "top"])
+    assert (config.heat.lid, config.heat.watts) == (False, 10), "what is no text is read as ever"
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", '"off"'])
+def test_a_choice_may_be_called_off(word, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"engine:\n  compile: {word}\n  channels_last: off\noutput: 1e3\nmodel:\n  variant: null\n")
+    config = parse_with_config(Options, TrainConfig, ["--config", str(file)], "selfnpo train", Path("none")).config
+    assert (config.engine.compile, config.engine.channels_last) == ("off", False)
+    assert (config.output, config.model.variant) == ("1e3", None)
+
+
+def test_a_config_is_a_regular_file(tmp_path):
+    """A pipe would be waited for, and a device read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    expected = {
+        str(tmp_path / "pipe"): "is no regular file",
+        "/dev/zero": "is no regular file",
+        str(tmp_path): "is no regular file",
+        str(tmp_path / "latin.yaml"): "is not UTF-8 text",
+        "a\0b": "is not possible; expected text without NUL",
+        "a\udcffb": "is not possible; expected text without NUL",
+    }
+    for path, reason in expected.items():
+        for words in (["--config", path], [f"--config={path}"]):
+            with pytest.raises(UserError, match=f"^--config: .*{reason}"):
+                parse_with_config(Options, Config, words, "selfnpo boil", Path("none"))

@@ -19,9 +19,9 @@ from selfnpo_fast import train
 from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.runtime.folders import why_not_whole, write_manifest
 from selfnpo_fast.runtime.world import init_world
-from selfnpo_fast.training.checkpoint import recipe
 from selfnpo_fast.training.engine import StudentEngine, start_deepspeed
 from selfnpo_fast.training.engine_state import EngineCounters, loss_scale
+from selfnpo_fast.training.resumable import recipe
 
 PACKAGE = Path(__file__).parents[2] / "selfnpo_fast"
 CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}

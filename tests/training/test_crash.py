@@ -1,4 +1,4 @@
-"""A few SIGKILLs; `python tests/tools/crash.py --kills 50` is the long form."""
+"""Six attacks of all kinds; `python tests/tools/crash.py --kills 50` is the long form."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("case", [FEW[0], pytest.param(FEW[1], marks=pytest.mark.slow)], ids=str)
 def test_a_killed_run_ends_in_the_same_bits(case, model, tmp_path):
-    crash.crash(case, 3, tmp_path, model, random.Random(3))
+    kinds = ["ranks", "rival", "launcher", "full disk", "ranks", "interrupt"]
+    assert set(kinds) == set(crash.KINDS)
+    crash.crash(case, kinds, tmp_path, model, random.Random(3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in crash.all_cases() if case not in FEW][::7], ids=str)
 def test_more_of_them(case, model, tmp_path):
-    crash.crash(case, 2, tmp_path, model, random.Random(4))
+    crash.crash(case, ["ranks", "ranks"], tmp_path, model, random.Random(4))
 
 
 def test_the_comparison_sees_a_single_bit(model, tmp_path):

@@ -48,7 +48,7 @@ class NoisePairs:
         self.forwards += BATCH
         return Pairs(x_s=x, s=t, target=target, t=t, rows=rows, weight=torch.ones(BATCH), sample_ids=ids)
 
-    def fill(self) -> None:
+    def fill(self, turns: int | None = None, before_group=None) -> None:
         """Nothing outlives its micro-batch."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:

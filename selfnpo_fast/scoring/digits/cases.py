@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.limits import check_count
 from selfnpo_fast.scoring.digits.domain import Domain, digits_domain
 from selfnpo_fast.scoring.results import Case
 
@@ -20,8 +21,7 @@ def make_cases(n: int, seed: int = 0, domain: Domain | None = None) -> list[Case
     """
     if not 1 <= n <= SEEDS_PER_RUN:
         raise UserError(f"cases: {n} is not possible; give a number from 1 to {SEEDS_PER_RUN}")
-    if seed < 0:
-        raise UserError(f"seed: {seed} is not possible; give 0 or more")
+    check_count("seed", seed, least=0, most=2**63 // SEEDS_PER_RUN - 1)
     domain = domain or digits_domain()
     labels = domain.labels()
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -29,6 +29,8 @@ class MethodInputs:
     """N prompts, or the captions of N latents; repeated prompts are encoded once."""
     latents: torch.Tensor | None = None
     """(N, ...) float32 scaled latents of real data, in host memory or mapped; None without data."""
+    latents_fingerprint: str | None = None
+    """The SHA-256 of the latents, by which a resumed run knows them; None without data."""
 
 
 class Method:

@@ -50,7 +50,7 @@ class SelfNPO(Method):
         Grid.check(adapter.schedule, config.rollout.grid_steps)
         if config.rollout.start == "data":
             data = load_real_data(config, adapter, world)
-            return MethodInputs(data.captions, data.latents)
+            return MethodInputs(data.captions, data.latents, data.fingerprint)
         source = config.prompts
         return MethodInputs(read_prompts(source.source, column=source.column, limit=source.limit))
 

@@ -1,0 +1,128 @@
+"""The facts about a model family.
+
+Everything outside models/ and diffusion/ asks `Family` and `base.Adapter`, and names no family.
+docs/adding_a_model.md lists the steps.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.models.parts import check_config
+
+
+class SharedParts:
+    """What a second network borrows from the denoiser while both run; the base borrows nothing."""
+
+    def follow(self) -> None:
+        """Called before each forward of the second network: take over what the denoiser carries
+        now."""
+
+    def restore(self) -> None:
+        """Give back what was taken over."""
+
+
+class Family:
+    """The facts about one model family. Class attributes are the facts; methods have defaults that
+    suit most families.
+
+    An instance is registered in `selfnpo_fast.models` under its pipeline's class name.
+    """
+
+    adapter: type
+    """The subclass of `base.Adapter` that loads and calls the family's parts."""
+    pipeline_class: str
+    """The class that model_index.json names."""
+    denoiser_class: str
+    """The class of the network that is trained and guided."""
+    denoiser_name: str
+    """The pipeline's attribute, the folder of its weights, and the prefix of its keys in LoRA
+    files."""
+    library: str = "diffusers"
+    """The module that holds both classes."""
+    part_classes: Mapping[str, tuple[str, ...]] = {}
+    """The classes that other parts may be of, by the part's name: text encoders and tokenizers of
+    transformers, whose names begin so, and other networks of diffusers. No other class is loaded.
+    The scheduler may be any of diffusers."""
+    guided_pipelines: tuple[str, ...] = ()
+    """Pipeline classes that a negative can be attached to. Each has been read: at every step it
+    calls its denoiser once, with 2B rows of which the first B are negative where `is_guided` says
+    so, and with unguided rows elsewhere."""
+    first_method: str = "check_inputs"
+    """The method of `guided_pipelines` that every call of theirs begins with. A pipeline without it
+    is not told when its denoiser was replaced while a negative is attached."""
+    repeated_blocks: tuple[str, ...] = ()
+    """Classes of the blocks that a denoiser has many of: they are compiled one by one. diffusers'
+    own list (`_repeated_blocks`) is added."""
+    input_name: str = "hidden_states"
+    """The denoiser's first argument, whose rows are samples."""
+    row_names: frozenset[str] = frozenset({"timestep", "encoder_hidden_states"})
+    """The other arguments whose leading dimension counts samples, where it is not 1; a list's
+    tensors have the list's name, and those of a dict are named `argument.entry`."""
+    not_rows: frozenset[str] = frozenset()
+    """Arguments, named in the same way, whose leading dimension does not count samples. A tensor
+    that is named in neither is refused next to full weights where it is as long as the batch."""
+    inert_options: frozenset[str] = frozenset()
+    """Options of the denoiser's config that leave the function it computes unchanged."""
+    text_lora_prefixes: tuple[str, ...] = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
+    """What keys of text encoders begin with in LoRA files."""
+
+    def load_class(self, name: str) -> type:
+        """A class of `library` by name. Raises AttributeError where there is none."""
+        return getattr(importlib.import_module(self.library), name)
+
+    def new_denoiser(self, config: dict) -> nn.Module:
+        """The denoiser of a config with random weights.
+
+        Raises ValueError for a config that asks for more than any network has, and any error for
+        one that is wrong.
+        """
+        check_config(config)
+        return self.load_class(self.denoiser_class).from_config(config)
+
+    def schedule(self, scheduler: Any) -> NoiseSchedule:
+        """The noise levels and the prediction type that a scheduler instance stands for."""
+        return NoiseSchedule.from_scheduler(scheduler)
+
+    def is_guided(self, pipe: Any) -> bool:
+        """Whether guidance is on for the step that a pipeline of `guided_pipelines` is
+        computing."""
+        return bool(pipe.do_classifier_free_guidance)
+
+    def checkpoint_gradients(self, denoiser: nn.Module, function: Callable | None = None) -> None:
+        """Recompute the blocks' activations in the backward pass, through `function` where one is
+        given."""
+        denoiser.enable_gradient_checkpointing(function)
+
+    def why_unserved(self, config: dict) -> str | None:
+        """Why a denoiser of this config can neither be trained nor sampled from; None where it can.
+
+        Such a denoiser wants inputs that the adapter does not give, or has other outputs.
+        """
+        return None
+
+    def why_unguided(self, config: dict) -> str | None:
+        """Why a denoiser of this config has no negative branch; None where it has one."""
+        return None
+
+    def why_unsampled(self, config: dict) -> str | None:
+        """Why `GuidedSampler` cannot serve a denoiser of this config; None where it can."""
+        return None
+
+    def shared_parts(self, denoiser: nn.Module, network: nn.Module) -> SharedParts:
+        """What a second network has to borrow from the denoiser that it runs next to."""
+        return SharedParts()
+
+    def original_paths(self, paths: Iterable[str]) -> dict[str, str]:
+        """The path that the original authors' code gives to each of the denoiser's modules, by the
+        path here; `paths` are those of all modules.
+
+        Checkpoints and LoRA files of other programs use these names. Modules without one are left
+        out.
+        """
+        return {}

@@ -1,0 +1,168 @@
+"""The text parts of a pipeline: loading them, and what of a prompt an encoder never sees.
+
+Text encoders and tokenizers are classes of transformers. Their names in a pipeline begin with
+`TEXT_ENCODER` and `TOKENIZER`, and end alike where they belong together. Errors are ValueErrors
+unless a function says otherwise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from selfnpo_fast.models.folder import TRANSFORMERS_WEIGHTS, ModelFolder, loading
+from selfnpo_fast.models.parts import check_amount, check_config, check_loaded
+from selfnpo_fast.runtime.console import say_once
+from selfnpo_fast.runtime.errors import one_line, shortened
+from selfnpo_fast.runtime.limits import MAX_TOKENS
+
+TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+UNKNOWN_LENGTH = 10**29
+"""transformers writes 1e30 for a tokenizer that does not know how many tokens its encoder takes."""
+SHOWN = 3
+"""How many prompts a line names."""
+
+
+def text_pipeline(cls: Any, classes: Mapping[str, str], folder: ModelFolder, variant: str | None) -> Any:
+    """A pipeline of class `cls` with its text parts only, whose own encode_prompt is the truth
+    about prompts.
+
+    `classes` names the class of each part. Raises UserError where a part cannot be loaded.
+    """
+    import transformers
+
+    found: dict[str, Any] = {}
+    for part, name in classes.items():
+        with loading(folder.path, part.replace("_", " "), folder.field):
+            if part.startswith(TEXT_ENCODER):
+                found[part] = load_text_encoder(getattr(transformers, name), folder, part, variant)
+            elif part.startswith(TOKENIZER):
+                found[part] = load_tokenizer(getattr(transformers, name), folder, part)
+    for part in [part for part in found if part.startswith(TOKENIZER)]:
+        with loading(folder.path, part.replace("_", " "), folder.field):
+            positions = found[encoder_of(part)].config.max_position_embeddings
+            found[part].model_max_length = token_limit(found[part].model_max_length, positions, folder.path)
+    # The other parts are left out.
+    known = {name: value for name, value in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+    absent: dict[str, Any] = {name: None for name, value in known.items() if value.default is value.empty}
+    if "requires_safety_checker" in known:
+        absent["requires_safety_checker"] = False
+    with loading(folder.path, "text encoder", folder.field):
+        return cls(**(absent | found))
+
+
+def encoder_of(tokenizer: str) -> str:
+    """The name of the text encoder that a tokenizer belongs to."""
+    return tokenizer.replace(TOKENIZER, TEXT_ENCODER)
+
+
+def text_config(cls: Any, config: dict[str, Any]) -> Any:
+    """The config of a text encoder of transformers from its config.json.
+
+    Only fields of the encoder's own architecture are taken: the others can name files, kernels and
+    adapters to load.
+    """
+    from transformers import PreTrainedConfig
+
+    kind = cls.config_class
+    nested = config.get(kind.base_config_key)
+    values = nested if isinstance(nested, dict) else config
+    check_config(config)
+    check_config(values)
+    own = [base for base in kind.__mro__ if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig]
+    known = {"use_attention_mask", *(name for base in own for name in base.__annotations__)}
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def load_text_encoder(cls: Any, folder: ModelFolder, part: str, variant: str | None) -> nn.Module:
+    """A text encoder of transformers in float32, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    config = text_config(cls, folder.json(f"{part}/config.json"))
+    weights = folder.weights(part, TRANSFORMERS_WEIGHTS, variant)
+    with torch.device("meta"):
+        check_amount(cls(config), weights)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weights.files:
+        tensors |= load_file(file)
+    # Without a folder's name transformers reads no file of its own choice.
+    encoder, info = cls.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are named below
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    check_loaded(encoder, info)
+    return encoder.eval()
+
+
+def load_tokenizer(cls: Any, folder: ModelFolder, part: str) -> Any:
+    """A tokenizer of transformers, from its tokenizer.json, or vocab.json and merges.txt."""
+    path = folder.texts(part)
+    own = {name.removeprefix(f"{part}/") for name in folder.files if name.startswith(f"{part}/")}
+    if "tokenizer.json" not in own and not {"vocab.json", "merges.txt"} <= own:
+        raise ValueError("there is neither tokenizer.json nor vocab.json with merges.txt; give a whole pipeline")
+    return cls.from_pretrained(str(path), local_files_only=True)
+
+
+def token_limit(stated: Any, positions: int, where: str) -> int:
+    """How many tokens of a prompt are taken, at most the encoder's `positions`.
+
+    `stated` is a tokenizer's model_max_length. Where that is missing or transformers' number for
+    unknown, the encoder's positions are taken, and a line that begins with `where` says so once.
+    Raises ValueError for other values; two tokens are start and end.
+    """
+    if stated is None or (isinstance(stated, int | float) and stated >= UNKNOWN_LENGTH):
+        say_once(f"{where}: the tokenizer names no model_max_length; the encoder's {positions} tokens are its limit")
+        stated = positions
+    most = min(positions, MAX_TOKENS)
+    if isinstance(stated, bool) or not isinstance(stated, int) or not 2 <= stated <= most:
+        raise ValueError(
+            f"the tokenizer's model_max_length is {shortened(stated)}; expected 2 to {most}, the encoder's positions"
+        )
+    return stated
+
+
+def check_tokenizers(pipe: Any, names: Iterable[str]) -> None:
+    """ValueError where a tokenizer among the attributes `names` of `pipe` would fill up prompts to
+    more tokens than any encoder takes; transformers runs out of memory then, and ends the
+    process."""
+    for name in names:
+        limit = getattr(pipe, name).model_max_length if name.startswith(TOKENIZER) else 1
+        if not 1 <= limit <= MAX_TOKENS:
+            raise ValueError(
+                f"its model_max_length is {shortened(limit)}; set {name}.model_max_length to the text encoder's "
+                "max_position_embeddings"
+            )
+
+
+def say_what_is_cut(pipe: Any, names: Iterable[str], prompts: Sequence[str]) -> None:
+    """Say once how many of the prompts are longer than a tokenizer's limit, and which.
+
+    The tokenizers are those among the attributes `names` of `pipe`. A pipeline cuts such prompts,
+    and of what is cut nothing reaches the picture.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    limits, cut = set(), set()
+    for tokenizer in (getattr(pipe, name) for name in names if name.startswith(TOKENIZER)):
+        texts = distinct
+        if hasattr(pipe, "maybe_convert_prompt"):  # words that stand for several tokens
+            texts = pipe.maybe_convert_prompt(distinct, tokenizer)
+        tokens = tokenizer(texts, verbose=False).input_ids
+        longer = {i for i, ids in enumerate(tokens) if len(ids) > tokenizer.model_max_length}
+        if longer:
+            limits.add(tokenizer.model_max_length)
+            cut |= longer
+    if cut:
+        shown = ", ".join(repr(one_line(distinct[i], 40)) for i in sorted(cut)[:SHOWN])
+        say_once(
+            f"{len(cut)} of {len(distinct)} prompts are longer than the {min(limits)} tokens that the text encoder "
+            f"takes; what lies beyond is cut: {shown}{', ...' if len(cut) > SHOWN else ''}"
+        )

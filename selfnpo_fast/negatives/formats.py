@@ -1,0 +1,88 @@
+"""Formats of updates and of quantised weights that are recognised to be refused by their name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from selfnpo_fast.runtime.errors import shortened
+
+_ADAPTERS = {
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.boft_": "BOFT",
+    r"\.oft_": "OFT",
+    r"\.ia3_|\.on_input$": "(IA)3",
+    r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$|\.glora": "GLoRA",
+    r"\.vera_|^vera_": "VeRA",
+    r"\.fourierft_": "FourierFT",
+    r"\.hra_": "HRA",
+    r"\.(diff|diff_b|set_weight|w_norm|b_norm)$": "LyCORIS of full differences",
+    r"\.lora_mid": "LoCon with a core tensor",
+    r"^lora_controlnet": "Control-LoRA",
+    r"\.lora_embedding_": "LoRA of embeddings",
+    r"lora_(B|up|linear_layer\.up|\.up)(\.default)?\.bias$|\.lora\.up\.bias$": "LoRA with biases",
+}
+"""Forms of updates that are not the product of two matrices, by a pattern of a key."""
+_ANY_ADAPTER = re.compile("|".join(("lora", *_ADAPTERS)))
+
+_QUANTISED = {
+    r"\.quant_state\.bitsandbytes__|\.(nested_)?(absmax|quant_map)$": "bitsandbytes, 4 bit",
+    r"\.SCB$": "bitsandbytes, 8 bit",
+    r"[._:](qdata|tensor_impl|int_data)\b|_weight_(qdata|scale)$|:_data\b": "torchao",
+    r"\.weight\._(data|scale|shift)$": "quanto",
+    r"\.(qweight|qzeros|wscales)$": "GPTQ, AWQ or SVDQuant",
+    r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|input_scale)$|\.comfy_quant$": "scaled float8",
+}
+"""Quantised weights by a pattern of a key."""
+_QUANTISED_MODULES = {
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "optimum.quanto": "quanto",
+    "diffusers.quantizers.gguf": "GGUF",
+}
+"""Libraries by the module that defines their kinds of tensors."""
+
+
+def is_adapter(key: str) -> bool:
+    """Whether a key is one of an update, in this form or another, which full weights never have."""
+    return _ANY_ADAPTER.search(key) is not None
+
+
+def unsupported_adapter(keys: Iterable[str]) -> tuple[str, str] | None:
+    """(format, key) of the first key that belongs to no plain LoRA; None where there is none."""
+    return _first(keys, _ADAPTERS)
+
+
+def quantisation_of(keys: Iterable[str], config: dict | None = None) -> str | None:
+    """How weights with these keys, or with this config.json, are quantised; None where they are
+    not."""
+    said = (config or {}).get("quantization_config")
+    if said:
+        return shortened(said.get("quant_method") if isinstance(said, dict) else said).strip("'\"")
+    found = _first(keys, _QUANTISED)
+    return found and found[0]
+
+
+def _first(keys: Iterable[str], patterns: dict[str, str]) -> tuple[str, str] | None:
+    """(what a pattern stands for, key) of the first key that one of the patterns is found in."""
+    any_of_them = re.compile("|".join(patterns))
+    for key in keys:
+        if any_of_them.search(key):
+            return next(name for pattern, name in patterns.items() if re.search(pattern, key)), key
+    return None
+
+
+def quantisation_of_module(module: nn.Module) -> str | None:
+    """The library that has quantised a network in memory; None where its weights are plain."""
+    for parameter in module.parameters():
+        for kind in (type(parameter), type(parameter.data)):
+            for prefix, name in _QUANTISED_MODULES.items():
+                if kind.__module__.startswith(prefix):
+                    return name
+        if not parameter.dtype.is_floating_point:
+            return str(parameter.dtype).removeprefix("torch.")
+    return None
