@@ -42,7 +42,7 @@ from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
-from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
+from selfnpo_fast.runtime.capture import capture_of
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import RunError, UserError, shortened
@@ -92,8 +92,8 @@ class GuidedSampler:
     Any number of threads may call one sampler. Calls take turns: one lock guards the device, the
     buffers and the tokenizers, which are not thread-safe.
 
-    Each shape of batch, picture and solver has static buffers and, on a GPU with `compile` max, one
-    CUDA graph per kind of step. The `max_shapes` that were used last are kept.
+    Each shape of batch, picture and solver has static buffers and, on a GPU, one CUDA graph per kind
+    of step. The `max_shapes` that were used last are kept.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class GuidedSampler:
         negative: Negative | None = None,
         *,
         compile: Literal["off", "default", "max"] = "off",
+        graphs: bool = True,
         branches: Literal["auto", "batched", "split"] = "auto",
         max_shapes: int = 4,
         solver: Literal["dpm++", "ddim", "euler", "own"] = "dpm++",
@@ -110,8 +111,9 @@ class GuidedSampler:
         """A sampler of a family's adapter and its denoiser, which is on the device to run on.
 
         - negative: None for plain guidance.
-        - compile: torch.compile's mode for the networks' repeated blocks; max also captures steps
-          as CUDA graphs.
+        - compile: torch.compile's mode for the networks' repeated blocks.
+        - graphs: on a GPU, capture steps as CUDA graphs, compiled or not. The first replay of each
+          is compared with the plain step; where they differ, a line says that graphs are off.
         - branches: one batch or two where one network computes both branches; auto takes what is
           faster in the first steps of a shape.
         - max_shapes: how many shapes are kept.
@@ -121,6 +123,8 @@ class GuidedSampler:
         `solver` is own and the model's scheduler is none that the fused step serves.
         """
         check_choice("compile", compile, ("off", "default", "max"))
+        if not isinstance(graphs, bool):
+            raise UserError(f"graphs: {shortened(graphs)} is not possible; expected True or False")
         check_choice("branches", branches, BRANCHES)
         check_integer("max_shapes", max_shapes, 1, MAX_COUNT)
         check_choice("solver", solver, SOLVERS)
@@ -135,7 +139,7 @@ class GuidedSampler:
         """The thread whose turn it is."""
         self._snapshot: Snapshot | None = None
         self._branches = Branches(adapter, denoiser, negative, compile)
-        capture = CudaGraphs(self.device) if compile == "max" and self.device.type == "cuda" else no_capture
+        capture = capture_of(self.device, graphs, "the sampler's steps")
         longest = adapter.schedule.num_train_timesteps
         self._trajectories = Trajectories(self._branches, branches, capture, most=max_shapes, most_steps=longest)
 
@@ -243,7 +247,8 @@ class GuidedSampler:
         """
         if self._drawing == threading.get_ident():
             raise UserError("sampler: progress and cancelled may not call the sampler that calls them")
-        with self._lock, torch.no_grad():
+        # Buffers that a first call made in inference mode could not be written to outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             self._drawing = threading.get_ident()
             try:
                 if self._snapshot is not None:

@@ -396,6 +396,6 @@ def test_cuda_graphs_draw_the_same(tmp_path, kind, algorithm):
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type=algorithm)
     negative = negatives(pipe.unet)[kind]
     pipe.to("cuda")
-    plain, captured = (GuidedSampler.from_pipeline(pipe, negative, compile=how) for how in ("off", "max"))
+    plain, captured = (GuidedSampler.from_pipeline(pipe, negative, graphs=graphs) for graphs in (False, True))
     for options in ({}, {"steps": 12}, {"guidance_interval": (0.3, 0.8)}, {"batch_size": 1}):
         assert_same(draw(captured, **options), draw(plain, **options), 1e-3)

@@ -107,9 +107,19 @@ def test_a_scale_up_to_1_is_the_positive_alone(pipe, kind):
     assert not ran
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_calls_inside_and_outside_of_inference_mode_mix(pipe, first):
+    sampler, pictures = GuidedSampler.from_pipeline(pipe), []
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            pictures.append(draw(sampler))
+    assert torch.equal(pictures[0], pictures[1])
+    assert torch.equal(pictures[0], pictures[2])
+
+
 CONSTRUCTOR = {
-    "compile": ["fast", None, True, 1], "branches": ["both", None, 2], "max_shapes": [0, -1, 1.5, True, "4", NAN],
-    "solver": ["heun", None, 3],
+    "compile": ["fast", None, True, 1], "branches": ["both", None, 2], "graphs": ["on", None, 1],
+    "max_shapes": [0, -1, 1.5, True, "4", NAN], "solver": ["heun", None, 3],
 }  # fmt: skip
 
 
