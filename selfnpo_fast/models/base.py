@@ -194,10 +194,14 @@ class Adapter:
         return cond
 
     def _row_major(self, out: torch.Tensor) -> torch.Tensor:
-        """A channels_last network output made row-major: one copy, counted and said once."""
-        if not self.layout_copies and not torch.compiler.is_compiling():
-            logger.info("network outputs are made row-major: one copy of %s per forward", tuple(out.shape))
-        self.layout_copies += 1
+        """A channels_last network output made row-major: one copy, counted and said once.
+
+        A count in compiled code would be a reason to compile it again at every call.
+        """
+        if not torch.compiler.is_compiling():
+            if not self.layout_copies:
+                logger.info("network outputs are made row-major: one copy of %s per forward", tuple(out.shape))
+            self.layout_copies += 1
         return out.contiguous()
 
     # The schedule
