@@ -152,3 +152,20 @@ def halves(rows: Conditioning) -> tuple[Conditioning, Conditioning]:
     """Two views (B, ...) of (2 B, ...) rows: the negative branch's and the prompts'."""
     half = len(next(iter(rows.values()))) // 2
     return {name: value[:half] for name, value in rows.items()}, {name: value[half:] for name, value in rows.items()}
+
+
+def rows_of_part(rows: Conditioning, part: slice) -> Conditioning:
+    """The rows of some pictures; a single row is that of all pictures."""
+    return {name: value if len(value) == 1 else value[part] for name, value in rows.items()}
+
+
+def joined(negative_rows: Conditioning, prompts: Conditioning, batch: int, dtype: torch.dtype) -> Conditioning:
+    """(2 B, ...) rows in the network's dtype: the negative branch's, then the prompts'.
+
+    Both are (B, ...) or (1, ...), where B is `batch`.
+    """
+    pairs = {name: (negative_rows[name], prompts[name]) for name in prompts}
+    return {
+        name: torch.cat([value.to(dtype).expand(batch, *value.shape[1:]) for value in pair])
+        for name, pair in pairs.items()
+    }

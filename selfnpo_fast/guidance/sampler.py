@@ -24,7 +24,7 @@ from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_sche
 from selfnpo_fast.diffusion.schedulers import OWN, SOLVERS, described, new_scheduler
 from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
 from selfnpo_fast.guidance.attach import has_negative
-from selfnpo_fast.guidance.branches import Branches
+from selfnpo_fast.guidance.branches import Branches, joined, rows_of_part
 from selfnpo_fast.guidance.finite import check_finite
 from selfnpo_fast.guidance.settings import (
     SamplerConfig,
@@ -299,7 +299,7 @@ class GuidedSampler:
         for start in range(0, len(seeds), config.batch_size):
             batch = slice(start, start + config.batch_size)
             with self._turn():
-                latents = self._latents(_part(prompts, batch), empty, seeds[batch], config, solver, shape)
+                latents = self._latents(rows_of_part(prompts, batch), empty, seeds[batch], config, solver, shape)
                 pictures = self.adapter.decode(latents).cpu()
                 self._check(pictures, latents, seeds[batch], config)
             images.append(pictures)
@@ -353,7 +353,7 @@ class GuidedSampler:
             if solver.init_scale != 1:
                 x = affine_noise(x, torch.tensor([[solver.init_scale, 0.0]], device=self.device), x)
             # Both branches' rows, and the buffers of this shape.
-            rows = _join(_part(negative_prompts, batch), _part(prompts, batch), len(x), self.dtype)
+            rows = joined(rows_of_part(negative_prompts, batch), rows_of_part(prompts, batch), len(x), self.dtype)
             trajectory = self._trajectories.of(x, rows, solver, config.guidance_rescale)
             trajectory.begin(x, rows, solver, ids)
             # The steps, between which a call can end.
@@ -394,20 +394,3 @@ def _check_denoiser(pipe, denoiser: nn.Module, family: Family) -> None:
         raise UserError(f"pipe: its {name} {unsampled}")
     if getattr(pipe, "safety_checker", None) is not None:
         logger.warning("the sampler does not run the pipeline's safety checker")
-
-
-def _part(rows: Conditioning, part: slice) -> Conditioning:
-    """The rows of some pictures; a single row is that of all pictures."""
-    return {name: value if len(value) == 1 else value[part] for name, value in rows.items()}
-
-
-def _join(negative_rows: Conditioning, prompts: Conditioning, batch: int, dtype: torch.dtype) -> Conditioning:
-    """(2 B, ...) rows in the network's dtype: the negative branch's, then the prompts'.
-
-    Both are (B, ...) or (1, ...), where B is `batch`.
-    """
-    pairs = {name: (negative_rows[name], prompts[name]) for name in prompts}
-    return {
-        name: torch.cat([value.to(dtype).expand(batch, *value.shape[1:]) for value in pair])
-        for name, pair in pairs.items()
-    }
