@@ -287,6 +287,9 @@ class EngineConfig:
     compiles with max-autotune."""
     graphs: bool = True
     """On a GPU, capture the step of continuous rollouts as a CUDA graph."""
+    tf32: bool = True
+    """On a GPU, let fp32 training multiply and convolve in TF32 (10 bits of mantissa), and let cuDNN
+    choose the fastest algorithms by trying them. false keeps float32 throughout."""
     channels_last: bool = False
     """Keep convolution weights in channels_last order, which GPUs prefer in half precision: those
     of the reference, and with ZeRO 0 those of the student (ZeRO's flat buffers are row-major)."""

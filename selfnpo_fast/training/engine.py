@@ -157,6 +157,20 @@ def start_deepspeed(world: World):
     return deepspeed
 
 
+def allow_tf32(config: TrainConfig, device: torch.device) -> None:
+    """Set torch's switches for float32 arithmetic on a GPU as `engine.tf32` says, and log it.
+
+    They hold for the process, which the run has to itself.
+    """
+    if device.type != "cuda" or config.engine.precision != "fp32":
+        return
+    tf32 = config.engine.tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = tf32
+    chosen = "TF32, by the algorithms that cuDNN finds fastest" if tf32 else "float32 throughout"
+    logger.info("fp32 on the GPU: %s (engine.tf32)", chosen)
+
+
 class _EngineModule(nn.Module):
     """A wrapper around the network, to which DeepSpeed attaches the hooks and timers of its engine.
 

@@ -20,7 +20,7 @@ from selfnpo_fast.runtime.profiling import region
 from selfnpo_fast.runtime.stopping import Stopped, StopRequest, check_stop
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, save_checkpoint
-from selfnpo_fast.training.engine import StudentEngine
+from selfnpo_fast.training.engine import StudentEngine, allow_tf32
 from selfnpo_fast.training.engine_state import (
     EngineCounters,
     Moment,
@@ -71,6 +71,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, inputs: Inputs, world: World, output: Path) -> None:
         """All parts of a run that writes to the folder `output`; all ranks take part."""
         self.config, self.world, self.output = config, world, output
+        allow_tf32(config, world.device)
         self.adapter, self.table, self.prompts = inputs.adapter, inputs.table, inputs.prompts
         self.base, self.record = inputs.base, inputs.record
         self.update = 0  # updates made so far

@@ -9,7 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from benchmarks.profile_step import make_trainer
-from selfnpo_fast.config import OptimizerConfig, TrainConfig
+from selfnpo_fast.config import EngineConfig, OptimizerConfig, TrainConfig
 from selfnpo_fast.training import engine
 from selfnpo_fast.training.engine import deepspeed_config, parameter_groups
 
@@ -62,3 +62,32 @@ def test_every_group_is_trained(stage, monkeypatch, tmp_path):
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
     assert not still
     assert all(p.numel() <= 100_000 for group in optimizer.param_groups for p in group["params"])
+
+
+TF32 = [(torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+TF32 += [(torch.backends.cudnn, "benchmark")]
+
+
+@pytest.fixture
+def switches():
+    """torch's switches are put back."""
+    before = [getattr(owner, name) for owner, name in TF32]
+    yield
+    for (owner, name), value in zip(TF32, before, strict=True):
+        setattr(owner, name, value)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_what_the_config_says(tf32, switches, caplog):
+    for owner, name in TF32:
+        setattr(owner, name, not tf32)
+    config = TrainConfig(engine=EngineConfig(tf32=tf32))
+    engine.allow_tf32(config, torch.device("cpu"))
+    assert torch.backends.cudnn.benchmark is not tf32, "a CPU knows no TF32"
+    with caplog.at_level("INFO", "selfnpo"):
+        engine.allow_tf32(config, torch.device("cuda", 0))
+    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cudnn.benchmark is tf32
+    assert ["engine.tf32" in line for line in caplog.messages] == [True]
+    engine.allow_tf32(TrainConfig(engine=EngineConfig(precision="bf16", tf32=not tf32)), torch.device("cuda", 0))
+    assert torch.backends.cudnn.benchmark is tf32, "bf16 has no use for it"
