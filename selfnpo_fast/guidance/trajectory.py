@@ -82,6 +82,14 @@ class Trajectory:
             self._captured[guided] = self._capture(lambda: self._step(guided, bool(self.batched.batched)), state)
         self._captured[guided]()
 
+    def release(self) -> None:
+        """Drop the captured steps.
+
+        They refer back to this object: its buffers, and the graphs' memory, would stay until
+        Python's next full collection.
+        """
+        self._captured.clear()
+
     def _step(self, guided: bool, batched: bool) -> tuple:
         """The step itself, which reads and overwrites buffers only."""
         neg: torch.Tensor | None
@@ -121,7 +129,7 @@ class Trajectories:
         trajectory = self._by_shape.pop(key, None)
         if trajectory is None:
             while len(self._by_shape) >= self.most:
-                self._by_shape.popitem(last=False)
+                self._by_shape.popitem(last=False)[1].release()
             trajectory = Trajectory(self.branches, self.choice, self.capture, x, rows, solver, rescale, self.most_steps)
         self._by_shape[key] = trajectory
         return trajectory
@@ -131,4 +139,6 @@ class Trajectories:
 
     def clear(self) -> None:
         """Drop all trajectories."""
+        for trajectory in self._by_shape.values():
+            trajectory.release()
         self._by_shape.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -220,6 +222,26 @@ def test_new_seeds_are_told(sd):
     again = sampler(PROMPTS, seeds=first.seeds, steps=2)
     assert [list(image.getdata()) for image in again.images] == [list(image.getdata()) for image in first.images]
     assert first.images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("how", ["evicted", "closed"])
+def test_the_buffers_of_a_dropped_shape_are_freed_at_once(sd, how):
+    """On a GPU they may be a picture's gigabytes: Python's next full collection may be far off."""
+    sampler = GuidedSampler.from_pipeline(sd, max_shapes=1, branches="batched")
+    draw(sampler, steps=2)
+    (trajectory,) = sampler._trajectories._by_shape.values()
+    buffer = weakref.ref(trajectory.x)
+    del trajectory
+    gc.collect()
+    gc.disable()
+    try:
+        if how == "evicted":
+            draw(sampler, steps=2, height=32, width=32)
+        else:
+            sampler.close()
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 def test_shapes_are_kept_and_the_oldest_goes(sd):
