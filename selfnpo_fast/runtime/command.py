@@ -63,9 +63,9 @@ def short_spin() -> dict[str, str]:
     """What commands add to `os.environ`, so that OpenMP's threads soon wait for each other asleep.
 
     GNU's OpenMP, which torch uses on CPUs, lets a thread spin at a barrier for milliseconds. Where
-    other work shares the cores, training then becomes up to a hundred times slower. 3,000 rounds
-    cost nothing on an idle machine (benchmarks/bench_busy.py). OpenMP reads the variable when torch
-    is imported, so this comes first. What the user has set is kept.
+    other work shares the cores, it spins in that work's time. benchmarks/bench_busy.py measures
+    what 3,000 rounds gain there, and the few percent that they cost on an idle machine. OpenMP
+    reads the variable when torch is imported, so this comes first. What the user has set is kept.
     """
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
     return {} if chosen else {"GOMP_SPINCOUNT": "3000"}
