@@ -146,9 +146,9 @@ def test_another_config_is_refused_with_every_field_named(copied, model, capfd):
         assert field in error
 
 
-def test_length_log_and_folder_may_change(copied, model, tmp_path):
+def test_length_log_folder_and_graphs_may_change(copied, model, tmp_path):
     moved = copied.rename(tmp_path / "moved")
-    assert run(model, moved, "--updates", "15", "--log.every", "5", "--resume") == 0
+    assert run(model, moved, "--updates", "15", "--log.every", "5", "--engine.graphs", "false", "--resume") == 0
     assert [row["update"] for row in crash.metrics(moved)] == [3, 6, 9, 12, 15]
     assert newest(moved).name == "update-0000015"
 
