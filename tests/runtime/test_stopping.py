@@ -46,11 +46,15 @@ def work(seconds=0.0):
 
 def stuck():
     "The main thread waits in a library, which no signal interrupts."
-    import ctypes
+    import ctypes, threading
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    with stopping.StopRequest(World()):
-        libc.pthread_mutex_lock(mutex)
+    def ready():
+        while ctypes.c_int.from_buffer(mutex).value != 2:  # as glibc marks a mutex that is waited for
+            time.sleep(0.001)
         announce("ready")
+    with stopping.StopRequest(World()):
+        threading.Thread(target=ready, daemon=True).start()
+        libc.pthread_mutex_lock(mutex)
         libc.pthread_mutex_lock(mutex)
 """
 
