@@ -176,8 +176,8 @@ class PromptConfig:
     """`shipped` or `digits`, the prompts of the package; a .txt, .jsonl, .csv or .parquet file; the
     id of a Hugging Face dataset; or a folder or tars of captioned images, as in data.source."""
     column: str = "prompt"
-    """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets; captions
-    of images are found without it."""
+    """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets;
+    captions of images are found without it."""
     limit: int = 8192
     """Use at most this many prompts; their text embeddings are held in memory."""
     dropout: float = 0.0
@@ -288,8 +288,8 @@ class EngineConfig:
     graphs: bool = True
     """On a GPU, capture the step of continuous rollouts as a CUDA graph."""
     tf32: bool = True
-    """On a GPU, let fp32 training multiply and convolve in TF32 (10 bits of mantissa), and let cuDNN
-    choose the fastest algorithms by trying them. false keeps float32 throughout."""
+    """On a GPU, let fp32 training multiply and convolve in TF32 (10 bits of mantissa), and let
+    cuDNN choose the fastest algorithms by trying them. false keeps float32 throughout."""
     channels_last: bool = False
     """Keep convolution weights in channels_last order, which GPUs prefer in half precision: those
     of the reference, and with ZeRO 0 those of the student (ZeRO's flat buffers are row-major)."""

@@ -131,7 +131,8 @@ def _files(folder: Path, kind: str, listing: Listing) -> list[Path]:
 
 
 def is_dataset(source: str) -> bool:
-    """Whether `source`, which is no path, can be the id of a dataset or a folder of one, with a split.
+    """Whether `source`, which is no path, can be the id of a dataset or a folder of one, with a
+    split.
 
     A mistyped path is then reported as one, and is not looked up on the Hub.
     """

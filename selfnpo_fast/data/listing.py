@@ -100,7 +100,8 @@ class Listing:
         return len(self.pictures) >= self.limit
 
     def pass_over(self, reason: str, name: object) -> None:
-        """Count something that looks like a picture, or like a caption, and is not meant to be used."""
+        """Count something that looks like a picture, or like a caption, and is not meant to be
+        used."""
         count, first = self.passed_over.get(reason, (0, shown(name)))
         self.passed_over[reason] = count + 1, first
 
@@ -118,7 +119,8 @@ def passed(passed_over: dict[str, tuple[int, str]], bad: tuple[int, str]) -> lis
 
 
 def summary(used: int, passed_over: dict[str, tuple[int, str]], bad: tuple[int, str], more: bool) -> str | None:
-    """The line "N of M pictures used; passed over: ..." with counts and reasons; None if all are used.
+    """The line "N of M pictures used; passed over: ..." with counts and reasons; None if all are
+    used.
 
     The arguments are those of a Listing; `bad` may hold those found later.
     """

@@ -211,9 +211,11 @@ _SERVED: dict[str, dict[str, tuple]] = {
         "solver_order": (2, 1),
         "thresholding": (False,),
         "use_flow_sigmas": (False,),
-        # DDPM's variances come along in a config and are not used; learned ones cut the network's output.
+        # DDPM's variances come along in a config and are not used; learned ones cut the
+        # network's output.
         "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     },
     "EulerDiscreteScheduler": {},
 }
-"""For each class of scheduler: the values that are served of the options that matter to the step."""
+"""For each class of scheduler: the values that are served of the options that matter to the step.
+"""

@@ -83,7 +83,8 @@ class Factors(nn.Module):
     """
 
     down: torch.Tensor
-    """(r, in) of a Linear, (r, in, h, w) of a Conv2d, whose stride, padding and dilation it gets."""
+    """(r, in) of a Linear, (r, in, h, w) of a Conv2d, whose stride, padding and dilation it gets.
+    """
     up: torch.Tensor
     """(out, r) of a Linear, (out, r, 1, 1) of a Conv2d, times the update's scale."""
 

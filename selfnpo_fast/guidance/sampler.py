@@ -92,8 +92,8 @@ class GuidedSampler:
     Any number of threads may call one sampler. Calls take turns: one lock guards the device, the
     buffers and the tokenizers, which are not thread-safe.
 
-    Each shape of batch, picture and solver has static buffers and, on a GPU, one CUDA graph per kind
-    of step. The `max_shapes` that were used last are kept.
+    Each shape of batch, picture and solver has static buffers and, on a GPU, one CUDA graph per
+    kind of step. The `max_shapes` that were used last are kept.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class GuidedSampler:
         - max_shapes: how many shapes are kept.
         - solver: the default of calls, as in `SamplerConfig`.
 
-        Raises UserError for values that are not possible, for a negative of another schedule, and where
-        `solver` is own and the model's scheduler is none that the fused step serves.
+        Raises UserError for values that are not possible, for a negative of another schedule, and
+        where `solver` is own and the model's scheduler is none that the fused step serves.
         """
         check_choice("compile", compile, ("off", "default", "max"))
         if not isinstance(graphs, bool):
@@ -207,8 +207,8 @@ class GuidedSampler:
         - progress: called after every step with (steps done, steps in total).
         - cancelled: called before every step; the call ends where it returns true.
 
-        Neither callback may call the sampler, or wait for a thread that does. A call that ends early
-        leaves no state behind.
+        Neither callback may call the sampler, or wait for a thread that does. A call that ends
+        early leaves no state behind.
 
         Raises UserError for bad input and for a callback that calls the sampler, SamplingCancelled
         where `cancelled` has returned true, and RunError where what was drawn is not finite.

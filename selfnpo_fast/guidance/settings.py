@@ -94,8 +94,8 @@ def check_number(field: str, value: object, least: float, most: float = math.inf
 
 
 def check_integer(field: str, value: object, least: int, most: int) -> int:
-    """`value` as an int. Raises UserError that names `field` unless it is an integer from `least` to
-    `most`; integers of NumPy are."""
+    """`value` as an int. Raises UserError that names `field` unless it is an integer from `least`
+    to `most`; integers of NumPy are."""
     number = least - 1 if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
     if not least <= number <= most:
         raise UserError(f"{field}: {shortened(value)} is not possible; expected an integer from {least} to {most:,}")

@@ -28,7 +28,8 @@ _ROW_NAMES = frozenset(
         *(f"cross_attention_kwargs.gligen.{name}" for name in _GLIGEN),
     }
 )
-"""What UNet2DConditionModel.forward takes besides the sample, read from it and GLIGEN's pipelines."""
+"""What UNet2DConditionModel.forward takes besides the sample, read from it and GLIGEN's pipelines.
+"""
 
 
 class UNetFamily(Family):

@@ -190,7 +190,8 @@ class PairMaker:
         return self.latents[self.prompt_index(sample_ids).to(self.latents.device)].to(self.device)
 
     def check_pairs(self, pairs: dict[str, torch.Tensor], lead: tuple[int, ...]) -> None:
-        """ValueError where saved fields of pairs, each (*lead, ...), are none that this maker makes."""
+        """ValueError where saved fields of pairs, each (*lead, ...), are none that this maker
+        makes."""
         last = self.grid.schedule.num_train_timesteps - 1
         bounds = {"s": last, "t": last, "rows": self.num_prompts, "sample_ids": MAX_SAMPLE_ID}
         expected = {name: (torch.int64, lead) for name in bounds} | {"weight": (torch.float32, lead)}

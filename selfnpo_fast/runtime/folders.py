@@ -84,7 +84,8 @@ def check_run_folder(path: str, *, resume: bool, overwrite: bool) -> Path:
 
 
 def clear_run_folder(folder: Path) -> None:
-    """Delete what a run wrote into `folder`; `check_run_folder` has refused all else but hidden files."""
+    """Delete what a run wrote into `folder`; `check_run_folder` has refused all else but hidden
+    files."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name not in RUN_ENTRIES and not entry.name.startswith((ASIDE, DOOMED, REPLACED)):
             continue

@@ -1,4 +1,5 @@
-"""A repository of the Hugging Face Hub: its files at one commit, and without network the cached ones."""
+"""A repository of the Hugging Face Hub: its files at one commit, and without network the cached
+ones."""
 
 from __future__ import annotations
 

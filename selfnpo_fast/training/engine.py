@@ -73,7 +73,8 @@ and most of the tensor stays as it is."""
 
 
 def parameter_groups(config: OptimizerConfig, params: list[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
-    """`params` in groups, of each of which ZeRO makes one flat tensor that it shares out over ranks.
+    """`params` in groups, of each of which ZeRO makes one flat tensor that it shares out over
+    ranks.
 
     All are one group, except where 8-bit AdamW could not count the flat tensor's elements, as those
     of SDXL on one rank (2,567,463,684).

@@ -42,8 +42,8 @@ less than this in about one case of 10^7."""
 def weights_sha256(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash of named tensors: of each the name, dtype, shape and the sum of its bits as integers.
 
-    A weight that has changed changes it, and so does another model. (Weights of one tensor that have
-    changed places do not.) The sums are made where the tensors are.
+    A weight that has changed changes it, and so does another model. (Weights of one tensor that
+    have changed places do not.) The sums are made where the tensors are.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(weights):

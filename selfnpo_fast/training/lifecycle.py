@@ -98,6 +98,7 @@ class PeerWatch:
             port, secret = self.world.on_main(listen)
 
             def connect() -> None:
+                """Rank 0 takes the others' connections; they connect to it."""
                 if self.world.is_main:
                     for rank, connection in _accept(servers[0], secret, self.world.size).items():
                         self._add(connection, rank)

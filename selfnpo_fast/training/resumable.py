@@ -86,6 +86,7 @@ def newest_checkpoint(folder: Path, config: TrainConfig, world: World, before: i
     """
 
     def look() -> Path | None:
+        """The checkpoint, looked for on rank 0."""
         checkpoint = newest_good(folder, before)
         if checkpoint is not None:
             _refuse_foreign(checkpoint, config, world)
