@@ -13,9 +13,9 @@ import crash
 import pytest
 import tiny
 import torch
+from runs import CASE, run
 from safetensors.torch import load_file
 
-from selfnpo_fast import train
 from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.runtime.folders import why_not_whole, write_manifest
 from selfnpo_fast.runtime.world import init_world
@@ -24,16 +24,11 @@ from selfnpo_fast.training.engine_state import EngineCounters, loss_scale
 from selfnpo_fast.training.resumable import recipe
 
 PACKAGE = Path(__file__).parents[2] / "selfnpo_fast"
-CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny.write_sd(tmp_path_factory.mktemp("model"))
-
-
-def run(model: Path, output: Path, *more: str, **changes) -> int:
-    return train.main([*crash.words(CASE | changes, model, output), *more])
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import CASE, at_update, run
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -35,28 +36,11 @@ from selfnpo_fast.training.inputs import load_inputs
 from selfnpo_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny.write_sd(tmp_path_factory.mktemp("model"))
-
-
-def run(model: Path, output: Path, *more: str, **changes) -> int:
-    return train.main([*crash.words(CASE | changes, model, output), *more])
-
-
-def at_update(monkeypatch, update: int, action) -> None:
-    """Call `action(trainer)` after this update, before anything is saved."""
-    original = Trainer.train_update
-
-    def train_update(self, recorder):
-        original(self, recorder)
-        if self.update == update:
-            action(self)
-
-    monkeypatch.setattr(Trainer, "train_update", train_update)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import crash
 import pytest
 import tiny
 import torch
+from runs import CASE, run
 from safetensors.torch import load_file, save_file
 from test_durability import at_update, poison
 
-from selfnpo_fast import train
 from selfnpo_fast.runtime.errors import NotFiniteError
 from selfnpo_fast.runtime.finite import first_not_finite, is_finite
 from selfnpo_fast.runtime.folders import MANIFEST, write_manifest
@@ -23,17 +23,12 @@ from selfnpo_fast.runtime.writer import Writer
 from selfnpo_fast.training.engine_state import Moment, StudentWeights
 from selfnpo_fast.training.trainer import Trainer
 
-CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
 NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny.write_sd(tmp_path_factory.mktemp("model"))
-
-
-def run(model: Path, output: Path, *more: str, **changes) -> int:
-    return train.main([*crash.words(CASE | changes, model, output), *more])
 
 
 def checkpoints(output: Path) -> list[str]:

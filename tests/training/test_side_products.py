@@ -17,14 +17,12 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import CASE, at_update, run
 
-from selfnpo_fast import train
 from selfnpo_fast.guidance.sampler import GuidedSampler
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.training.outputs import RunOutputs
-from selfnpo_fast.training.trainer import Trainer
 
-CASE = {"ranks": 1, "zero": 0, "reference": "ema", "mode": "continuous", "lora": 0}
 GRIDS = ["--log.sample_every", "3", "--log.sample_prompts", "2", "--log.sample_steps", "2"]
 WARNING = "the sample grid could not be drawn: "
 
@@ -34,28 +32,12 @@ def model(tmp_path_factory) -> Path:
     return tiny.write_sd(tmp_path_factory.mktemp("model"))
 
 
-def run(model: Path, output: Path, *more: str, **changes) -> int:
-    return train.main([*crash.words(CASE | changes, model, output), *more])
-
-
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory) -> Path:
     """A run without grids."""
     output = tmp_path_factory.mktemp("whole") / "run"
     assert run(model, output) == 0
     return output
-
-
-def at_update(monkeypatch, update: int, action) -> None:
-    """Call `action(trainer)` after this update."""
-    original = Trainer.train_update
-
-    def train_update(self, recorder):
-        original(self, recorder)
-        if self.update == update:
-            action(self)
-
-    monkeypatch.setattr(Trainer, "train_update", train_update)
 
 
 def warnings(capfd, words: str) -> list[str]:
