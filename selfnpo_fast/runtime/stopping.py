@@ -132,8 +132,7 @@ class StopRequest:
                     self._kill()
                     return
             if self._launched and self._since is None and os.getppid() != _parent:
-                self.signal = self.signal or LAUNCHER_GONE
-                self._first(LAUNCHER_GONE)
+                self._first(self.signal or LAUNCHER_GONE)
 
     def _is_kill(self, number: int) -> bool:
         """Notes a signal that has just come; whether it is a kill."""
@@ -144,6 +143,8 @@ class StopRequest:
 
     def _first(self, name: str) -> None:
         """Note and say the request, once on each host."""
+        # Python runs the handlers of signals that wait by their numbers; this thread reads them as they came.
+        self.signal = name
         self._since = time.monotonic()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             level = "warning" if self.world.is_main else "error"  # other ranks log errors alone

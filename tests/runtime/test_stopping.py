@@ -17,7 +17,7 @@ from selfnpo_fast.runtime.stopping import Stopped, check_stop
 ROOT = Path(__file__).parents[2]
 
 RUN = """
-import os, sys, time
+import hashlib, os, sys, time
 from selfnpo_fast.runtime import stopping
 from selfnpo_fast.runtime.console import setup_logging
 
@@ -42,6 +42,16 @@ def work(seconds=0.0):
                 time.sleep(0.005)
         except stopping.Stopped as stopped:
             time.sleep(seconds)
+            announce(stopped)
+
+def compute():
+    "The main thread computes in a library for some time, which no signal interrupts, and looks then."
+    with stopping.StopRequest(World()):
+        announce("ready")
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**6)
+        try:
+            stopping.check_stop("between rounds")
+        except stopping.Stopped as stopped:
             announce(stopped)
 
 def stuck():
@@ -110,6 +120,16 @@ def test_what_a_launcher_sends_on_is_the_same_request(signals):
         process.send_signal(getattr(signal, name))
     out, log = process.communicate()
     assert (out, log, process.returncode) == (f"{signals[0]}: stopped between rounds\n", "", 0)
+
+
+def test_the_first_signal_is_the_one_that_came_first():
+    """Python runs the handlers of signals that wait by their numbers: SIGINT (2) before SIGTERM (15)."""
+    process = start("compute()")
+    process.send_signal(signal.SIGTERM)
+    assert said(process).startswith("SIGTERM")
+    process.send_signal(signal.SIGINT)
+    out, log = process.communicate()
+    assert (out, log, process.returncode) == ("SIGTERM: stopped between rounds\n", "", 0)
 
 
 @pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
