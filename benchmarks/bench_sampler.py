@@ -49,7 +49,7 @@ from benchmarks.environment import (  # noqa: E402
     synchronize,
     write_result,
 )
-from benchmarks.nets import NETS, BenchNet  # noqa: E402
+from benchmarks.nets import NETS, BenchNet, chosen  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_fast.runtime.dtypes import DTYPES  # noqa: E402
 
@@ -249,13 +249,13 @@ def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int, in
         return 1, 2, 2
     if device.type == "cuda":
         return 4, 20, 20
-    return {"digits": (16, 10, 15), "sd15_small": (1, 4, 7)}[name]
+    return {"digits": (16, 10, 15), "sd15_small": (1, 4, 7)}.get(name, (1, 1, 3))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns 1, and writes nothing, where the gate failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", choices=[*NETS, "all"], help="all by default, digits with --quick")
+    parser.add_argument("--net", choices=[*NETS, "all"], help="all (two small ones) by default, digits with --quick")
     parser.add_argument("--batch", type=int, help="pictures per call")
     parser.add_argument("--steps", type=int, help="solver steps (DDIM)")
     parser.add_argument("--rounds", type=int, help="timings per arm; two more are not counted")
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = pick_device(args.device)
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     environment, nets = describe(device), {}
-    for name in list(NETS) if (args.net or ("digits" if args.quick else "all")) == "all" else [args.net or "digits"]:
+    for name in chosen(args.net, args.quick):
         batch, steps, rounds = defaults(name, device, args.quick)
         settings = {"batch": args.batch or batch, "steps": args.steps or steps, "rounds": args.rounds or rounds}
         nets[name] = run_net(NETS[name](), precision=precision, device=device, **settings)
