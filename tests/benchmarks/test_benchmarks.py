@@ -265,6 +265,8 @@ def test_runner_goes_on_after_a_failure_and_records_it(tmp_path, monkeypatch):
     assert "error" not in records["good"]
     assert "no readable result" in records["empty"]["error"]
     assert records["late"]["error"].startswith("exit status 1")
+    assert records["late"]["result"]["argv"], "what went well before the failure is kept"
+    assert "result" not in records["crash"]
     monkeypatch.setattr(run, "BENCHMARKS", {"good": registry["good"]})
     assert run.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
 
