@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_sampler                  # all; about ten minutes on two CPU cores
     python -m benchmarks.bench_sampler --net digits --quick
-    python -m benchmarks.bench_sampler --net sdxl --batch 1 --arm stock --arm sampler_graphs
+    python -m benchmarks.bench_sampler --net sdxl --batch 1 --batch 4 --arm stock --arm sampler_graphs
 
 Every round draws once with each arm, so that all arms see the machine in the same state, and
 ratios are taken within a round. Only denoising is timed, from noise and text embeddings to latents:
@@ -59,7 +59,7 @@ from benchmarks.environment import (  # noqa: E402
     write_result,
 )
 from benchmarks.nets import NETS, BenchNet, chosen  # noqa: E402
-from benchmarks.sampler_gate import TRUTHS, gate, settle  # noqa: E402
+from benchmarks.sampler_gate import TRUTHS, Gate, free, gate, settle  # noqa: E402
 from benchmarks.sampler_report import chart, new_record, summarise, table  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_fast.runtime.dtypes import DTYPES  # noqa: E402
@@ -96,21 +96,19 @@ sampler("a red handwritten seven", steps=2, guidance_scale=3.0)
 class Measurement:
     """The timing of arms on one network. Fills `entry`, which is the network's in the results."""
 
-    def __init__(self, net: BenchNet, arms: Sequence[Arm], *, device: torch.device, save: Save, **settings) -> None:
-        """`settings` are batch, steps, rounds and precision."""
-        self.net, self.arms, self.device, self.settings = net, arms, device, settings
+    def __init__(self, net: BenchNet, arms: Sequence[Arm], found: Gate, *, save: Save, **settings) -> None:
+        """`found` says which arms may be timed; `settings` are batch, steps, rounds and precision."""
+        self.net, self.arms, self.device, self.settings, self.save = net, arms, found.device, settings, save
         self.records = {arm.name: new_record(arm) for arm in arms}
-        self.entry = settings | {"latent_shape": net.latent_shape, "arms": list(self.records.values())}
-        self.save = save
+        self.entry = settings | {"latent_shape": net.latent_shape, "gate": found.record()}
+        self.entry["arms"] = list(self.records.values())
+        for name, reason in found.failures.items():
+            self.records[name]["error"] = f"the correctness gate failed: {reason}"
         self.drawn: dict[str, torch.Tensor] = {}  # latents by arm
         self.prepared: dict[str, Draw] = {}
 
     def run(self) -> dict:
-        """The gate, the warm-up, the rounds and the share beyond the networks. Returns `entry`."""
-        found = gate(self.net, self.arms, self.device)
-        self.entry["gate"] = found.record()
-        for name, reason in found.failures.items():
-            self._fail(name, f"the correctness gate failed: {reason}")
+        """The warm-up, the rounds and the share beyond the networks. Returns `entry`."""
         self.save(self.entry)
         settings = {"batch": self.settings["batch"], "steps": self.settings["steps"]}
         self.bench = Bench(self.net, device=self.device, dtype=DTYPES[self.settings["precision"]], **settings)
@@ -134,13 +132,10 @@ class Measurement:
             try:
                 do(arm)
             except Exception as error:
-                self._fail(arm.name, f"{what}: {one_line(error)}")
+                self.records[arm.name]["error"] = f"{what}: {one_line(error)}"
+                print(f"{self.net.name}, {arm.name}: {one_line(error)}", file=sys.stderr, flush=True)
             if save:
                 self.save(self.entry)
-
-    def _fail(self, name: str, reason: str) -> None:
-        self.records[name]["error"] = reason
-        print(f"{self.net.name}, {name}: {reason}", file=sys.stderr, flush=True)
 
     def _prepare(self, arm: Arm, after_use: ExitStack, at_end: ExitStack | None = None) -> Draw:
         """A function that draws one batch: new after each use for an arm that attaches, else one."""
@@ -234,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     names = ", ".join(arm.name for arm in ARMS)
     parser.add_argument("--net", choices=[*NETS, "all"], help="all (two small ones) by default, digits with --quick")
     parser.add_argument("--arm", action="append", metavar="NAME", help=f"repeatable; all by default: {names}")
-    parser.add_argument("--batch", type=int, help="pictures per call")
+    parser.add_argument("--batch", type=int, action="append", help="pictures per call; repeatable")
     parser.add_argument("--steps", type=int, help="solver steps (DDIM)")
     parser.add_argument("--rounds", type=int, help="timings per arm, after the calls that warm up")
     parser.add_argument("--cold", type=int, help="cold starts of each kind; 7 by default, none on CUDA; 0 for none")
@@ -272,21 +267,27 @@ def run_nets(args: argparse.Namespace, arms: Sequence[Arm], device: torch.device
     """Fills result["nets"] network by network and prints their tables; whether all has succeeded."""
     precision, good = args.precision or ("bf16" if device.type == "cuda" else "fp32"), True
     for name in chosen(args.net, args.quick):
-        batch, steps, rounds = defaults(name, device, args.quick)
-        settings = {"batch": args.batch or batch, "steps": args.steps or steps, "rounds": args.rounds or rounds}
+        usual, steps, rounds = defaults(name, device, args.quick)
+        settings = {"steps": args.steps or steps, "rounds": args.rounds or rounds, "precision": precision}
+        found = None
+        for batch in args.batch or [usual]:
+            key = f"{name}, batch {batch}" if len(args.batch or ()) > 1 else name
 
-        def keep(entry: dict, name: str = name) -> None:
-            result["nets"][name] = entry
-            save()
+            def keep(entry: dict, key: str = key) -> None:
+                result["nets"][key] = entry
+                save()
 
-        try:
-            entry = Measurement(NETS[name](), arms, device=device, save=keep, precision=precision, **settings).run()
-            print(table(name, entry, result["environment"]), flush=True)
-            good &= not any("error" in arm for arm in entry["arms"])
-        except Exception as error:
-            keep(result["nets"].get(name, {}) | {"error": one_line(error)})
-            print(f"{name}: {one_line(error)}", file=sys.stderr, flush=True)
-            good = False
+            try:
+                net = NETS[name]()
+                found = found or gate(net, arms, device)
+                entry = Measurement(net, arms, found, save=keep, batch=batch, **settings).run()
+                print(table(name, entry, result["environment"]), flush=True)
+                good &= not any("error" in arm for arm in entry["arms"])
+            except Exception as error:
+                keep(result["nets"].get(key, {"batch": batch} | settings) | {"error": one_line(error)})
+                print(f"{key}: {one_line(error)}", file=sys.stderr, flush=True)
+                good = False
+            free(device)
     return good
 
 

@@ -40,8 +40,7 @@ TRUTHS = {"plain": STOCK, "negative": TWO}
 class Gate:
     """What the gate has found."""
 
-    device: str
-    """The kind of device: cpu or cuda."""
+    device: torch.device
     errors: dict[str, float] = field(default_factory=dict)
     """By the arm's name: the largest difference from the right latents, relative to their root mean
     square."""
@@ -51,7 +50,7 @@ class Gate:
     @property
     def tolerance(self) -> float:
         """The largest error that passes."""
-        return TOLERANCE[self.device]
+        return TOLERANCE[self.device.type]
 
     def record(self) -> dict[str, object]:
         """The gate's entry in the results."""
@@ -63,15 +62,20 @@ def gate(net: BenchNet, arms: Sequence[Arm], device: torch.device) -> Gate:
     with float32_throughout():
         batch = 2 if net.name in SMALL else 1  # two could be mixed up; one is cheaper at full size
         found = check(Bench(net, batch=batch, steps=STEPS, device=device, dtype=torch.float32), arms)
+    free(device)
+    return found
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory of networks that nobody uses any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return found
 
 
 def check(bench: Bench, arms: Sequence[Arm]) -> Gate:
     """Compares the latents of every arm with the right ones; an arm that raises has failed."""
-    found, truths = Gate(bench.device.type), {}
+    found, truths = Gate(bench.device), {}
     wanted = {arm.truth for arm in arms}
     for truth in TRUTHS if "negative" in wanted else wanted:
         arm = next(arm for arm in ARMS if arm.name == TRUTHS[truth])

@@ -58,7 +58,8 @@ def digits_is_small(monkeypatch, small):
 
 def measure(net, arms, **changes) -> dict:
     """The entry of a measurement on a CPU, with its arms by name."""
-    entry = Measurement(net, arms, device=CPU, save=lambda entry: None, **SETTINGS | changes).run()
+    found = gate(net, arms, CPU)
+    entry = Measurement(net, arms, found, save=lambda entry: None, **SETTINGS | changes).run()
     return entry | {"arms": {arm["name"]: arm for arm in entry["arms"]}}
 
 
@@ -402,6 +403,23 @@ def test_a_smoke_run_replaces_no_result(digits_is_small, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_sampler, "RESULTS", tmp_path)
     assert bench_sampler.main(["--quick", "--device", "cpu", "--arm", "stock"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_batches_share_a_gate_and_no_memory(digits_is_small, tmp_path, capsys):
+    networks = {}
+
+    def prepare(bench, undo):
+        assert [batch for batch, network in networks.items() if network() is not None] in ([], [bench.batch])
+        networks[bench.batch] = weakref.ref(bench.network)
+        return ARM["sampler"].prepare(bench, undo)
+
+    output = tmp_path / "sampler.json"
+    argv = ["--quick", "--device", "cpu", "--batch", "2", "--batch", "3", "--output", str(output)]
+    assert bench_sampler.main(argv, [replace(ARM["sampler"], prepare=prepare)]) == 0
+    nets = json.loads(output.read_text())["nets"]
+    assert {name: net["batch"] for name, net in nets.items()} == {"digits, batch 2": 2, "digits, batch 3": 3}
+    assert list(networks) == [1, 2, 3], "the gate first"
+    assert capsys.readouterr().err.count("correctness gate") == 1
 
 
 @pytest.mark.slow
