@@ -2,17 +2,27 @@
 
     python -m benchmarks.bench_sampler                  # all; about ten minutes on two CPU cores
     python -m benchmarks.bench_sampler --net digits --quick
+    python -m benchmarks.bench_sampler --net sdxl --batch 1 --batch 4 --arm stock --arm sampler_graphs
 
 Every round draws once with each arm, so that all arms see the machine in the same state, and
 ratios are taken within a round. Only denoising is timed, from noise and text embeddings to latents:
 text encoder and autoencoder are the same in all arms.
 
-Before any timing the latents of every arm are compared with those of the stock pipeline, or with
-those of two whole networks. If they differ, nothing is timed and the exit status is 1.
+Before any timing the latents of every arm are compared in float32 with those of the stock pipeline,
+or with those of two whole networks (sampler_gate.py). An arm that differs or fails is not timed:
+its record says why, the others go on, and the exit status is 1. Timings are in bf16 on CUDA.
 
-Memory is what the arm's networks hold, plus the most that one call allocates. `beyond` is the share
-of a call that is spent outside of the networks' forwards. A cold start is a new process that
-imports the libraries, loads the embedded digits pipeline and draws its first picture.
+Each arm is called until nothing happens for the first time any more: kernels are compiled, the
+sampler has chosen how branches run, CUDA graphs are captured. `warm_up_calls` counts these calls.
+An attached negative is attached anew for each timed call, outside of the timing.
+
+Memory is what the arm's networks hold, plus the most that a call allocates; on CUDA also what the
+allocator reserves for that. `beyond` is the share of a call that is spent outside of the networks'
+forwards; a captured step has no outside. A cold start is a new process that imports the libraries,
+loads the embedded digits pipeline and draws its first picture on the CPU.
+
+The JSON is written after each arm's warm-up and after each round; `complete` is false until the
+end.
 """
 
 from __future__ import annotations
@@ -26,7 +36,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python has put this folder on the path, not its parent
@@ -39,28 +48,28 @@ os.environ.update(short_spin())  # before torch is imported
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.arms.sampler import ARMS, STOCK, TWO, Arm, Bench, peak_bytes  # noqa: E402
+from benchmarks.arms.sampler import ARMS, Arm, Bench, Draw, Drawing, Peak  # noqa: E402
 from benchmarks.environment import (  # noqa: E402
     RESULTS,
-    bar_chart,
     describe,
     pick_device,
     spread,
     synchronize,
+    write_json,
     write_result,
 )
-from benchmarks.nets import NETS, BenchNet  # noqa: E402
+from benchmarks.nets import NETS, BenchNet, chosen  # noqa: E402
+from benchmarks.sampler_gate import TRUTHS, Gate, free, gate, settle  # noqa: E402
+from benchmarks.sampler_report import chart, new_record, summarise, table  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_fast.runtime.dtypes import DTYPES  # noqa: E402
+from selfnpo_fast.runtime.errors import one_line  # noqa: E402
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+Save = Callable[[dict], None]
+"""Takes a network's entry in the results, as far as it is known."""
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
-"""Largest difference between latents that should be equal, relative to their root mean square."""
-
-SETUP_ROUNDS = 2
-"""First rounds, which are not counted: they set things up and choose how branches run."""
+BEYOND_CALLS = 3
+"""Calls of each sampler in which the share outside of the networks is measured."""
 _CALL_ARGUMENTS = {"num_inference_steps": 2, "guidance_scale": 3.0}
 COLD_STARTS = {
     "stock diffusers": """
@@ -84,103 +93,99 @@ sampler("a red handwritten seven", steps=2, guidance_scale=3.0)
 }
 
 
-def check(bench: Bench, arms: Sequence[Arm], tolerance: float) -> tuple[float, list[str]]:
-    """The correctness gate: compares the latents of every arm with the right ones.
+class Measurement:
+    """The timing of arms on one network. Fills `entry`, which is the network's in the results."""
 
-    Returns the largest error, relative to the latents' root mean square, and a line per failure.
-    """
-    # The right latents of plain guidance and of guidance against the negative.
-    truths, largest, failures = {}, 0.0, []
-    for name, truth in ((STOCK, "plain"), (TWO, "negative")):
+    def __init__(self, net: BenchNet, arms: Sequence[Arm], found: Gate, *, save: Save, **settings) -> None:
+        """`found` says which arms may be timed; `settings` are batch, steps, rounds and precision."""
+        self.net, self.arms, self.device, self.settings, self.save = net, arms, found.device, settings, save
+        self.records = {arm.name: new_record(arm) for arm in arms}
+        self.entry = settings | {"latent_shape": net.latent_shape, "gate": found.record()}
+        self.entry["arms"] = list(self.records.values())
+        for name, reason in found.failures.items():
+            self.records[name]["error"] = f"the correctness gate failed: {reason}"
+        self.drawn: dict[str, torch.Tensor] = {}  # latents by arm
+        self.prepared: dict[str, Draw] = {}
+
+    def run(self) -> dict:
+        """The warm-up, the rounds and the share beyond the networks. Returns `entry`."""
+        self.save(self.entry)
+        settings = {"batch": self.settings["batch"], "steps": self.settings["steps"]}
+        self.bench = Bench(self.net, device=self.device, dtype=DTYPES[self.settings["precision"]], **settings)
+        self.entry["parameters"] = sum(p.numel() for p in self.bench.network.parameters())
         with ExitStack() as undo:
-            truths[truth] = next(arm for arm in ARMS if arm.name == name).prepare(bench, undo)().float()
-    if torch.allclose(truths["plain"], truths["negative"], rtol=0, atol=10 * tolerance):
-        failures.append("the negative does not show in the latents: the gate could not tell the branches apart")
-    for arm in arms:
-        with ExitStack() as undo:
-            latents = arm.prepare(bench, undo)().float()
-        truth = truths[arm.truth]
-        error = ((latents - truth).abs().max() / truth.square().mean().sqrt()).item()
-        largest = max(largest, error)
-        if not error <= tolerance:  # NaN fails, too
-            failures.append(f"{arm.name}: latents differ by {error:.1e}, tolerance {tolerance:.0e}")
-    return largest, failures
+            self._each(lambda arm: self._warm_up(arm, undo), "warm-up")
+            self._compare()
+            for number in range(1, self.settings["rounds"] + 1):
+                self._each(self._time, f"round {number} of {self.settings['rounds']}", save=False)
+                summarise(self.records)
+                self.save(self.entry)
+            self._each(self._measure_beyond, "share beyond the networks")
+        return self.entry
 
+    def _each(self, do: Callable[[Arm], None], what: str, save: bool = True) -> None:
+        """Calls `do` with every arm that has not failed; an error is noted in the arm's record."""
+        print(f"{self.net.name}: {what}", file=sys.stderr, flush=True)
+        for arm in self.arms:
+            if "error" in self.records[arm.name]:
+                continue
+            try:
+                do(arm)
+            except Exception as error:
+                self.records[arm.name]["error"] = f"{what}: {one_line(error)}"
+                print(f"{self.net.name}, {arm.name}: {one_line(error)}", file=sys.stderr, flush=True)
+            if save:
+                self.save(self.entry)
 
-def run_net(net: BenchNet, *, batch: int, steps: int, rounds: int, precision: str, device: torch.device) -> dict:
-    """Runs the gate, then times the arms on one network; returns its entry in the results.
+    def _prepare(self, arm: Arm, after_use: ExitStack, at_end: ExitStack | None = None) -> Draw:
+        """A function that draws one batch: new after each use for an arm that attaches, else one."""
+        if arm.attaches:
+            return arm.prepare(self.bench, after_use)
+        if arm.name not in self.prepared:
+            self.prepared[arm.name] = arm.prepare(self.bench, at_end)
+        return self.prepared[arm.name]
 
-    Where the gate fails, the entry has only "failures".
-    """
-    bench = Bench(net, batch=batch, steps=steps, device=device, dtype=DTYPES[precision])
-    print(f"{net.name}: correctness gate", file=sys.stderr, flush=True)
-    error, failures = check(bench, ARMS, TOLERANCE[precision])
-    if failures:
-        return {"failures": failures}
-    memory = {arm.name: peak_of(bench, arm) for arm in ARMS}
-    # Seconds per picture of each arm in each round, (rounds, arms).
-    seconds, beyond = np.zeros((rounds + SETUP_ROUNDS, len(ARMS))), {}
-    prepared: dict[str, Callable[[], torch.Tensor]] = {}
-    with ExitStack() as undo_at_end:
-        for number in range(rounds + SETUP_ROUNDS):
-            print(f"{net.name}: round {number} of {rounds + 1}", file=sys.stderr, flush=True)
-            for column, arm in enumerate(ARMS):
-                with ExitStack() as undo_after_arm:
-                    draw = _prepared(bench, arm, prepared, undo_after_arm, undo_at_end)
-                    synchronize(device)
-                    start = time.perf_counter()
-                    draw()
-                    synchronize(device)
-                    seconds[number, column] = (time.perf_counter() - start) / batch
-        for arm in ARMS:
-            if arm.name.startswith("sampler"):
-                draw = _prepared(bench, arm, prepared, undo_at_end, undo_at_end)
-                beyond[arm.name] = spread([draw.beyond() for _ in range(rounds)])
-    # One record per arm; ratios are taken within each round.
-    seconds = seconds[SETUP_ROUNDS:]
-    stock = [arm.name for arm in ARMS].index(STOCK)
-    records = []
-    for column, arm in enumerate(ARMS):
-        record = {"name": arm.name, "label": arm.label, "networks": arm.networks}
-        record |= {"seconds_per_image": spread(seconds[:, column]), "peak_bytes": memory[arm.name]}
-        record |= {"ratio_to_stock": spread(seconds[:, column] / seconds[:, stock])}
-        record |= {"memory_to_stock": memory[arm.name] / memory[STOCK], "beyond": beyond.get(arm.name)}
-        records.append(record)
-    return {
-        "parameters": sum(p.numel() for p in bench.network.parameters()),
-        "batch": batch, "steps": steps, "rounds": rounds, "precision": precision,
-        "gate": {"largest_error": error, "tolerance": TOLERANCE[precision]}, "arms": records,
-    }  # fmt: skip
+    def _warm_up(self, arm: Arm, at_end: ExitStack) -> None:
+        """Everything that happens once, the memory that it takes, and whether it draws numbers."""
+        peak = Peak(self.bench, arm)
+        with ExitStack() as after_use:
+            draw = self._prepare(arm, after_use, at_end)
+            drawn = settle(self.bench, arm, draw)
+            if not drawn[-1].isfinite().all():
+                raise ValueError("its latents are not finite")
+            self.drawn[arm.name] = drawn[-1]
+            self.records[arm.name] |= {"warm_up_calls": len(drawn)} | peak.read(draw)
 
+    def _compare(self) -> None:
+        """How far the timed precision takes latents from the right ones, as a root mean square.
 
-def _prepared(
-    bench: Bench,
-    arm: Arm,
-    prepared: dict[str, Callable[[], torch.Tensor]],
-    undo_after_arm: ExitStack,
-    undo_at_end: ExitStack,
-) -> Callable[[], torch.Tensor]:
-    """A function that draws one batch with the arm.
+        No gate: two right ways to sum differ as much in bf16.
+        """
+        for arm in self.arms:
+            right, found = self.drawn.get(TRUTHS[arm.truth]), self.drawn.get(arm.name)
+            if right is not None and found is not None:
+                apart = ((found - right).square().mean() / right.square().mean()).sqrt().item()
+                self.records[arm.name]["apart_from_truth"] = apart
+        self.drawn.clear()
 
-    An attached negative changes the network that the arms share, so it is attached for each use and
-    removed by `undo_after_arm`. The other arms are prepared once and kept in `prepared`.
-    """
-    if arm.name.startswith("attach"):
-        return arm.prepare(bench, undo_after_arm)
-    if arm.name not in prepared:
-        prepared[arm.name] = arm.prepare(bench, undo_at_end)
-    return prepared[arm.name]
+    def _time(self, arm: Arm) -> None:
+        """The seconds per picture of one call."""
+        with ExitStack() as after_use:
+            draw = self._prepare(arm, after_use)
+            synchronize(self.device)
+            start = time.perf_counter()
+            draw()
+            synchronize(self.device)
+            seconds = (time.perf_counter() - start) / self.settings["batch"]
+        if arm.graphs and not draw.captures:
+            raise RuntimeError("its steps are no longer captured")
+        self.records[arm.name].setdefault("rounds_seconds_per_image", []).append(seconds)
 
-
-def peak_of(bench: Bench, arm: Arm) -> int:
-    """Peak bytes of one arm; networks that only other arms use are not counted."""
-    with ExitStack() as undo:
-        draw = arm.prepare(bench, undo)
-        draw()
-        networks = [bench.network] + ([bench.full] if arm.networks == 2 else [])
-        lora = sum(d.down.nbytes + d.up.nbytes for d in bench.deltas.values()) if "lora" in arm.name else 0
-        # Attached layers hold the LoRA as buffers of the network, where it is counted already.
-        return peak_bytes(draw, networks, lora if arm.name.startswith("sampler") else 0, bench.device)
+    def _measure_beyond(self, arm: Arm) -> None:
+        """The share of a sampler's call outside of the networks, where steps are not captured."""
+        draw = self.prepared.get(arm.name)
+        if isinstance(draw, Drawing) and not arm.graphs:
+            self.records[arm.name]["beyond"] = spread([draw.beyond() for _ in range(BEYOND_CALLS)])
 
 
 def cold_starts(rounds: int, work: Path) -> dict[str, dict]:
@@ -209,85 +214,125 @@ def cold_starts(rounds: int, work: Path) -> dict[str, dict]:
     return {name: {"seconds": spread(v), "ratio": spread(np.array(v) / stock)} for name, v in seconds.items()}
 
 
-def title(name: str, result: dict, environment: dict) -> str:
-    """Network, settings and machine in one line."""
-    size = f"{result['parameters'] / 1e6:.1f} M parameters, {result['steps']} steps, batch {result['batch']}"
-    return f"{name} ({size}, {result['precision']}), {environment['device']}, {environment['threads']} CPU threads"
-
-
-def table(name: str, result: dict, environment: dict) -> str:
-    """The printed table of one network: medians, in brackets the smallest and the largest round."""
-
-    def cell(value: dict | None, digits: str) -> str:
-        if value is None:
-            return "-"
-        return f"{value['median']:{digits}} [{value['low']:{digits}}, {value['high']:{digits}}]"
-
-    lines = [["arm", "networks", "seconds/image", "x stock", "peak MiB", "x stock", "beyond networks"]]
-    for arm in result["arms"]:
-        values = [arm["label"], str(arm["networks"]), cell(arm["seconds_per_image"], ".3g")]
-        values += [cell(arm["ratio_to_stock"], ".3f"), f"{arm['peak_bytes'] / 2**20:.1f}"]
-        lines.append([*values, f"{arm['memory_to_stock']:.3f}", cell(arm["beyond"], ".2%")])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    rows = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    gate = f"equal latents to {result['gate']['largest_error']:.1e} (tolerance {result['gate']['tolerance']:.0e})"
-    return "\n".join([f"{title(name, result, environment)}; {gate}", *rows, ""])
-
-
-def chart(result: dict) -> Figure:
-    """Time per picture relative to the stock pipeline, one panel per network."""
-    panels = {
-        title(name, net, result["environment"]): {arm["label"]: arm["ratio_to_stock"] for arm in net["arms"]}
-        for name, net in result["nets"].items()
-    }
-    return bar_chart(panels, "time per picture, stock pipeline = 1")
-
-
 def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int, int]:
     """Batch, solver steps and rounds of a network."""
     if quick:
         return 1, 2, 2
     if device.type == "cuda":
-        return 4, 20, 20
-    return {"digits": (16, 10, 15), "sd15_small": (1, 4, 7)}[name]
+        return 4, 20, {"sd15": 10, "sdxl": 5}.get(name, 20)
+    return {"digits": (16, 10, 15), "sd15_small": (1, 4, 7)}.get(name, (1, 1, 3))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns 1, and writes nothing, where the gate failed."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", choices=[*NETS, "all"], help="all by default, digits with --quick")
-    parser.add_argument("--batch", type=int, help="pictures per call")
+    names = ", ".join(arm.name for arm in ARMS)
+    parser.add_argument("--net", choices=[*NETS, "all"], help="all (two small ones) by default, digits with --quick")
+    parser.add_argument("--arm", action="append", metavar="NAME", help=f"repeatable; all by default: {names}")
+    parser.add_argument("--batch", type=int, action="append", help="pictures per call; repeatable")
     parser.add_argument("--steps", type=int, help="solver steps (DDIM)")
-    parser.add_argument("--rounds", type=int, help="timings per arm; two more are not counted")
-    parser.add_argument("--cold", type=int, help="cold starts of each kind; 7 by default, 0 for none")
+    parser.add_argument("--rounds", type=int, help="timings per arm, after the calls that warm up")
+    parser.add_argument("--cold", type=int, help="cold starts of each kind; 7 by default, none on CUDA; 0 for none")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on the CPU, bf16 on CUDA by default")
     parser.add_argument("--quick", action="store_true", help="a smoke run: two rounds of one picture, no cold starts")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS / "bench_sampler.json", help="JSON file; the chart is next to it"
+        "--output",
+        type=Path,
+        help="JSON file; the chart is next to it. benchmarks/results/bench_sampler.json by default, none with --quick",
     )
+    return parser
+
+
+def chosen_arms(names: Sequence[str] | None, device: torch.device, arms: Sequence[Arm]) -> list[Arm]:
+    """The arms of these names, or all, that the device can run; says which it cannot.
+
+    Raises ValueError for a name that there is not, and where no arm is left.
+    """
+    known = {arm.name: arm for arm in arms}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--arm: there is no {name}; expected one of {', '.join(known)}")
+    picked = [arm for arm in arms if not names or arm.name in names]
+    left_out = [arm.name for arm in picked if arm.graphs and device.type != "cuda"]
+    if left_out:
+        print(f"left out, since a {device.type} has no CUDA graphs: {', '.join(left_out)}", file=sys.stderr)
+    picked = [arm for arm in picked if arm.name not in left_out]
+    if not picked:
+        raise ValueError("--arm: no arm is left to run")
+    return picked
+
+
+def run_nets(args: argparse.Namespace, arms: Sequence[Arm], device: torch.device, result: dict, save: Callable) -> bool:
+    """Fills result["nets"] network by network and prints their tables; whether all has succeeded."""
+    precision, good = args.precision or ("bf16" if device.type == "cuda" else "fp32"), True
+    for name in chosen(args.net, args.quick):
+        usual, steps, rounds = defaults(name, device, args.quick)
+        settings = {"steps": args.steps or steps, "rounds": args.rounds or rounds, "precision": precision}
+        found = None
+        for batch in args.batch or [usual]:
+            key = f"{name}, batch {batch}" if len(args.batch or ()) > 1 else name
+
+            def keep(entry: dict, key: str = key) -> None:
+                result["nets"][key] = entry
+                save()
+
+            try:
+                net = NETS[name]()
+                found = found or gate(net, arms, device)
+                entry = Measurement(net, arms, found, save=keep, batch=batch, **settings).run()
+                print(table(name, entry, result["environment"]), flush=True)
+                good &= not any("error" in arm for arm in entry["arms"])
+            except Exception as error:
+                keep(result["nets"].get(key, {"batch": batch} | settings) | {"error": one_line(error)})
+                print(f"{key}: {one_line(error)}", file=sys.stderr, flush=True)
+                good = False
+            free(device)
+    return good
+
+
+def run_cold_starts(rounds: int, result: dict) -> bool:
+    """Fills result["cold_start"] and prints it; whether it has succeeded."""
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            result["cold_start"] = cold_starts(rounds, Path(work)) if rounds else {}
+    except Exception as error:
+        result["cold_start"] = {"error": one_line(error)}
+        print(f"cold start: {one_line(error)}", file=sys.stderr, flush=True)
+        return False
+    for name, record in result["cold_start"].items():
+        print(f"cold start, {name}: {record['seconds']['median']:.2f} s, {record['ratio']['median']:.3f} x stock")
+    return True
+
+
+def main(argv: Sequence[str] | None = None, arms: Sequence[Arm] = ARMS) -> int:
+    """Runs the benchmark; returns 1 where an arm has failed, which the results then say."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     quiet_libraries()
     device = pick_device(args.device)
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    environment, nets = describe(device), {}
-    for name in list(NETS) if (args.net or ("digits" if args.quick else "all")) == "all" else [args.net or "digits"]:
-        batch, steps, rounds = defaults(name, device, args.quick)
-        settings = {"batch": args.batch or batch, "steps": args.steps or steps, "rounds": args.rounds or rounds}
-        nets[name] = run_net(NETS[name](), precision=precision, device=device, **settings)
-        if "failures" in nets[name]:
-            reasons = "\n  ".join(nets[name]["failures"])
-            print(f"{name}: the correctness gate failed and nothing was timed:\n  {reasons}", file=sys.stderr)
-            return 1
-        print(table(name, nets[name], environment), flush=True)
-    rounds = args.cold if args.cold is not None else (0 if args.quick else 7)
-    with tempfile.TemporaryDirectory() as work:
-        cold = cold_starts(rounds, Path(work)) if rounds else {}
-    for name, record in cold.items():
-        print(f"cold start, {name}: {record['seconds']['median']:.2f} s, {record['ratio']['median']:.3f} x stock")
-    result = {"benchmark": "bench_sampler", "environment": environment, "nets": nets, "cold_start": cold}
-    write_result(args.output, result, chart(result))
-    return 0
+    try:
+        arms = chosen_arms(args.arm, device, arms)
+    except ValueError as error:
+        parser.error(str(error))
+    output = args.output or (None if args.quick else RESULTS / "bench_sampler.json")
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = {"benchmark": "bench_sampler", "complete": False, "arguments": arguments}
+    result |= {"environment": describe(device), "nets": {}, "cold_start": {}}
+
+    def save() -> None:
+        if output is not None:
+            write_json(output, result)
+
+    good = run_nets(args, arms, device, result, save)
+    cold = 0 if args.quick or device.type == "cuda" else 7
+    good &= run_cold_starts(cold if args.cold is None else args.cold, result)
+    result["complete"] = True
+    figure = chart(result) if output is not None else None
+    if figure is not None:
+        write_result(output, result, figure)
+    save()
+    return int(not good)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from benchmarks.environment import (  # noqa: E402
     synchronize,
     write_result,
 )
-from benchmarks.nets import NETS, BenchNet  # noqa: E402
+from benchmarks.nets import NETS, BenchNet, chosen  # noqa: E402
 from selfnpo_fast.config import RolloutConfig  # noqa: E402
 from selfnpo_fast.rollout import (  # noqa: E402
     ContinuousRollout,
@@ -322,13 +322,13 @@ def defaults(name: str, device: torch.device, quick: bool) -> tuple[int, int]:
         return 2, 2
     if device.type == "cuda":
         return 20, 20
-    return {"digits": (32, 20), "sd15_small": (2, 5)}[name]
+    return {"digits": (32, 20), "sd15_small": (2, 5)}.get(name, (1, 3))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", choices=[*NETS, "all"], help="all by default, digits with --quick")
+    parser.add_argument("--net", choices=[*NETS, "all"], help="all (two small ones) by default, digits with --quick")
     parser.add_argument("--batch", type=int, help="pairs per minibatch")
     parser.add_argument("--rounds", type=int, help="timings per arm; one more is not counted")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
@@ -349,10 +349,9 @@ def main(argv: Sequence[str] | None = None, arms: Sequence[Arm] = ARMS) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    names = list(NETS) if (args.net or ("digits" if args.quick else "all")) == "all" else [args.net or "digits"]
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     environment, nets = describe(device), {}
-    for name in names:
+    for name in chosen(args.net, args.quick):
         batch, rounds = defaults(name, device, args.quick)
         settings = {"batch": args.batch or batch, "rounds": args.rounds or rounds, "precision": precision}
         settings["compile"] = args.compile

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from selfnpo_fast.runtime.folders import write_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -114,9 +116,7 @@ def write_json(output: Path, result: Mapping[str, object]) -> None:
     measured.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, output)
+    write_file(output, json.dumps(result, indent=1) + "\n")
 
 
 def write_result(output: Path, result: Mapping[str, object], figure: Figure) -> None:

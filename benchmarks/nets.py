@@ -1,12 +1,13 @@
-"""The networks that benchmarks run: the digits UNet and one of Stable Diffusion 1.5's shape.
+"""The networks that benchmarks run: the digits UNet, and Stable Diffusion 1.5 and XL without weights.
 
-Conditioning and latents are seeded normals: their values do not change what a forward costs.
+Conditioning, latents and the weights of all but the digits UNet are seeded random numbers: their
+values do not change what a forward costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from selfnpo_fast.diffusion.schedule import NoiseSchedule
 from selfnpo_fast.models import SD15_SMALL, Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 
+CONFIGS = Path(__file__).resolve().parent / "configs"
 SEED = 0
 
 
@@ -23,18 +25,37 @@ class BenchNet:
     """A denoiser and everything that is needed to call it."""
 
     name: str
-    module_factory: Callable[[torch.dtype], nn.Module]
-    """Builds the denoiser in a dtype, with the same weights every time."""
     adapter: Adapter
-    latent_shape: tuple[int, ...]
-    """Shape of one sample's latents."""
-    text_tokens: int
-    text_width: int
-    schedule: NoiseSchedule
+    trained: bool = False
+    """Whether the adapter has weights. Without them the denoiser gets random ones."""
 
-    def network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The denoiser in evaluation mode, with weights in `dtype`, on the default device."""
-        return self.module_factory(dtype)
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's latents."""
+        return self.adapter.latent_shape
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The model's noise levels."""
+        return self.adapter.schedule
+
+    def network(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+        """The denoiser in evaluation mode, with weights in `dtype` on `device`: the same every time.
+
+        Random weights are drawn on the device in that dtype, as torch initialises layers: neither
+        the host nor the device ever holds another copy. They differ between kinds of device.
+        """
+        if self.trained:
+            return self.adapter.load_denoiser(dtype).to(device)
+        device, before = torch.device(device), torch.get_default_dtype()
+        drawing = [device] if device.type == "cuda" else []
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.random.fork_rng(devices=drawing), device:
+                torch.manual_seed(SEED)
+                return self.adapter.new_denoiser(dtype)
+        finally:
+            torch.set_default_dtype(before)
 
     def predict(
         self, network: nn.Module, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]
@@ -46,13 +67,18 @@ class BenchNet:
         return self.adapter.predict(network, x, t, cond)
 
     def table(self, prompts: int, dtype: torch.dtype, device: torch.device) -> ConditioningTable:
-        """Random text embeddings of shape (prompts + 1, text_tokens, text_width) in `dtype`.
+        """Random conditioning: rows (prompts + 1, ...) in `dtype` by the adapter's
+        `conditioning_shapes`, and the sizes of SDXL as they are.
 
         Row 0 stands for the empty prompt.
         """
         generator = torch.Generator().manual_seed(SEED)
-        rows = torch.randn(prompts + 1, self.text_tokens, self.text_width, generator=generator).to(device)
-        empty, filled = {"encoder_hidden_states": rows[:1]}, {"encoder_hidden_states": rows[1:]}
+        rows = {
+            name: torch.randn(prompts + 1, *shape, generator=generator)
+            for name, shape in self.adapter.conditioning_shapes.items()
+        }
+        rows = {name: value.to(device) for name, value in self.adapter.sized(rows, *self.adapter.size).items()}
+        empty, filled = ({name: value[part] for name, value in rows.items()} for part in (slice(1), slice(1, None)))
         return ConditioningTable.build(empty, filled, dtype)
 
     def latents(self, images: int, device: torch.device) -> torch.Tensor:
@@ -66,38 +92,46 @@ def digits() -> BenchNet:
 
     Latents are 8x8, a prompt has 16 tokens of width 64.
     """
-    adapter = load_adapter("digits")
-    return _net("digits", adapter, adapter.load_denoiser)
+    return BenchNet(name="digits", adapter=load_adapter("digits"), trained=True)
 
 
 def sd15_small() -> BenchNet:
-    """Half of Stable Diffusion 1.5's UNet with random weights: 79,865,604 parameters.
+    """Half of Stable Diffusion 1.5's UNet: 79,865,604 parameters.
 
     It has SD1.5's first two widths, 320 and 640, with one layer per block. Latents are 32x32, a
     prompt has 77 tokens of width 768. The configs are part of the package, where
     `selfnpo doctor --verify` uses them as well.
     """
-    adapter = load_adapter(str(SD15_SMALL), configs_only=True)
-
-    def seeded(dtype: torch.dtype) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            return adapter.new_denoiser(dtype)
-
-    return _net("sd15_small", adapter, seeded)
+    return BenchNet(name="sd15_small", adapter=load_adapter(str(SD15_SMALL), configs_only=True))
 
 
-def _net(name: str, adapter: Adapter, factory: Callable[[torch.dtype], nn.Module]) -> BenchNet:
-    tokens, width = adapter.conditioning_shapes["encoder_hidden_states"]
-    return BenchNet(
-        name=name,
-        module_factory=factory,
-        adapter=adapter,
-        latent_shape=adapter.latent_shape,
-        text_tokens=tokens,
-        text_width=width,
-        schedule=adapter.schedule,
-    )
+def sd15() -> BenchNet:
+    """Stable Diffusion 1.5's UNet: 859,520,964 parameters.
+
+    Latents are 64x64, a prompt has 77 tokens of width 768.
+    """
+    return BenchNet(name="sd15", adapter=load_adapter(str(CONFIGS / "sd15"), configs_only=True))
 
 
-NETS = {"digits": digits, "sd15_small": sd15_small}
+def sdxl() -> BenchNet:
+    """Stable Diffusion XL's UNet: 2,567,463,684 parameters.
+
+    Latents are 128x128. A prompt has 77 tokens of width 2,048, 1,280 numbers of pooled text and six
+    of sizes.
+    """
+    return BenchNet(name="sdxl", adapter=load_adapter(str(CONFIGS / "sdxl"), configs_only=True))
+
+
+NETS = {"digits": digits, "sd15_small": sd15_small, "sd15": sd15, "sdxl": sdxl}
+SMALL = ("digits", "sd15_small")
+"""The networks that a CPU can run, which are all that `--net all` means."""
+
+
+def chosen(net: str | None, quick: bool = False) -> tuple[str, ...]:
+    """The names in `NETS` that an option `--net` stands for.
+
+    None is `all`, or with `quick` the smallest network.
+    """
+    if net is None:
+        net = SMALL[0] if quick else "all"
+    return SMALL if net == "all" else (net,)

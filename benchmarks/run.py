@@ -49,8 +49,9 @@ ERROR_LINES = 20
 def run_one(command: Sequence[str], output: Path) -> dict[str, object]:
     """Runs one benchmark in the checkout's root and returns its record.
 
-    The record has `command`, `seconds`, and either `result`, which is the benchmark's JSON, or
-    `error`, which is the exit status with the last lines of standard error.
+    The record has `command`, `seconds`, `result`, which is the benchmark's JSON, and where it has
+    failed `error`, which is the exit status with the last lines of standard error. A benchmark that
+    failed may have written a result of what went well before.
     """
     output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one
     start = time.perf_counter()
@@ -61,11 +62,12 @@ def run_one(command: Sequence[str], output: Path) -> dict[str, object]:
             print(line, end="", file=sys.stderr, flush=True)
     record: dict[str, object] = {"command": list(command), "seconds": round(time.perf_counter() - start, 1)}
     if process.returncode != 0:
-        return record | {"error": f"exit status {process.returncode}\n" + "\n".join(last_lines)}
+        record["error"] = f"exit status {process.returncode}\n" + "\n".join(last_lines)
     try:
-        return record | {"result": json.loads(output.read_text(encoding="utf-8"))}
+        record["result"] = json.loads(output.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return record | {"error": f"no readable result: {error}"}
+        record.setdefault("error", f"no readable result: {error}")
+    return record
 
 
 def run_all(

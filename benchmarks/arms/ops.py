@@ -353,7 +353,7 @@ class EmaUpdate(Op):
     """
 
     def __init__(self, network: str, dtype: str, device: torch.device) -> None:
-        self.sizes = [p.shape for p in NETS[network]().network().parameters()]
+        self.sizes = [p.shape for p in NETS[network]().network(device="meta").parameters()]
         super().__init__((sum(size.numel() for size in self.sizes),), dtype, device)
 
     def build(self) -> None:

@@ -117,7 +117,7 @@ class Workbench:
         self, net: BenchNet, *, batch: int, device: torch.device, dtype: torch.dtype, compile: str = "off"
     ) -> None:
         self.net, self.batch, self.device = net, batch, device
-        self.student = net.network(dtype).to(device).train().requires_grad_(True)
+        self.student = net.network(dtype, device).train().requires_grad_(True)
         self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
         for network in (self.student, self.reference):
             compile_blocks(network, family_of(network).repeated_blocks, compile)
