@@ -4,7 +4,7 @@
     python -m benchmarks.bench_ops --op tdft_step --shape sd15 --dtype fp32
     python -m benchmarks.bench_ops --quick          # tiny latents
 
-The arms (`arms/ops.py`, `arms/tdft.py`, `arms/floor.py`):
+The arms (`arms/ops.py`, `arms/tdft.py`, `arms/ema.py`, `arms/floor.py`):
 
 - ours: the fused op
 - eager: PyTorch as diffusers and the authors write it; `tdft_step` also has `eager_by_rows`
@@ -49,6 +49,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.arms import ops as op_arms  # noqa: E402
+from benchmarks.arms.ema import EmaUpdate  # noqa: E402
 from benchmarks.arms.floor import TRAFFIC, Traffic, floor_arm  # noqa: E402
 from benchmarks.arms.ops import DTYPES, Comparison, Op  # noqa: E402
 from benchmarks.arms.tdft import TdftStep  # noqa: E402
@@ -65,7 +66,7 @@ OPS: dict[str, type[Op]] = {
     "guidance_rescale": op_arms.GuidanceRescale,
     "tdft_step": TdftStep,
     "x0_loss": op_arms.X0Loss,
-    "ema_update": op_arms.EmaUpdate,
+    "ema_update": EmaUpdate,
 }
 ARMS = ("ours", "eager", "compiled", "floor")
 LATENTS = {

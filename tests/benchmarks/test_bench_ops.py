@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_ops
 from benchmarks.arms import ops as op_arms
-from benchmarks.arms import tdft as tdft_arms
+from benchmarks.arms.ema import EmaUpdate
 from benchmarks.arms.floor import TRAFFIC, floor_arm
-from benchmarks.arms.ops import DTYPES, GRID_STEPS, AffineNoise, EmaUpdate, X0Loss
+from benchmarks.arms.ops import DTYPES, GRID_STEPS, AffineNoise, X0Loss
 from benchmarks.arms.tdft import ROLLOUT_W, TOP, TdftStep
 from benchmarks.bench_ops import LATENTS, OPS, Case, Gate, calibrate, cases, check_small
 from selfnpo_kernels import backends
@@ -162,7 +162,6 @@ def test_gate_stops_a_wrong_compiled_function(monkeypatch, op, dims):
 
     for stand_in, passes in ((lambda run, device: run, True), (lambda run, device: lazy(run), False)):
         monkeypatch.setattr(op_arms, "compile_plain", stand_in)
-        monkeypatch.setattr(tdft_arms, "compile_plain", stand_in)
         gate, bench = Gate(), case(op, dims=dims).build(CPU)
         gate.compare(op, "fp32", bench.check_compiled(bench.compiled()))
         assert (gate.failures == []) == passes, gate.failures
