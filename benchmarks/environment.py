@@ -119,11 +119,13 @@ def write_json(output: Path, result: Mapping[str, object]) -> None:
     write_file(output, json.dumps(result, indent=1) + "\n")
 
 
-def write_result(output: Path, result: Mapping[str, object], figure: Figure) -> None:
-    """Writes a benchmark's JSON to `output` and its chart next to it, and prints both paths."""
+def write_result(output: Path, result: Mapping[str, object], figure: Figure | None) -> None:
+    """Writes a benchmark's JSON to `output` and its chart, if any, next to it, and prints the paths."""
     write_json(output, result)
-    figure.savefig(output.with_suffix(".png"))
-    print(f"{output}\n{output.with_suffix('.png')}")
+    print(output)
+    if figure is not None:
+        figure.savefig(output.with_suffix(".png"))
+        print(output.with_suffix(".png"))
 
 
 def _cpu_model() -> str:

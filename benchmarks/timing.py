@@ -1,0 +1,225 @@
+"""How benchmarks time a function that takes microseconds: on a GPU by replays of a CUDA graph.
+
+A GPU takes 3 to 10 microseconds for what Python needs 50 to 300 to launch. Calls in a row are
+therefore captured in one CUDA graph, whose replays are timed between two events: that is the
+device's time. What the host takes to issue a call is timed apart. On a CPU the host's clock times
+plain calls.
+
+The outputs of a captured call are freed before the next call, as in plain calls, and the memory
+pool of the graph gives the next call the same addresses. All calls of a sample thus touch the same
+memory, captured or not. Where that fits into the GPU's L2 cache, the figure is that of the cache
+(`cached_bytes`).
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from selfnpo_fast.runtime.errors import one_line
+
+Call = Callable[[], object]
+
+WARM_UP = 3
+"""Calls before a capture. In them kernels compile and libraries allocate their workspaces."""
+GRAPH_CALLS = 100
+"""Calls in a graph: with so many, the gaps between replays do not count."""
+CAPTURE_SECONDS = 0.05
+"""A graph has fewer calls where the host would take longer than this to issue them."""
+HOST_CALLS = 8
+"""Calls by which the host is timed: too few for a GPU's queue, of 1,024 launches, to be full."""
+SPARE = 1.3
+"""Factor on the number of calls that took long enough during calibration."""
+
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed. torch's allocator may still refer to them."""
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """A function that is ready to be timed; `close` frees its graph."""
+
+    seconds: Callable[[int], float]
+    """Makes so many calls, a multiple of `unit`, and returns their seconds."""
+    unit: int
+    way: str = "clock"
+    """"clock" on a CPU; on a GPU "graph", or "launches" where there is no graph."""
+    why_launches: str | None = None
+    """Why a function on a GPU is not captured."""
+    host_seconds: Callable[[], float] | None = None
+    """Seconds in which the host of a GPU issues one call, without waiting for the GPU."""
+    close: Callable[[], None] = lambda: None
+    calls: int = 0
+    """Calls in a sample."""
+
+
+def ready(
+    make: Callable[[], Call], device: torch.device, least: float, cycle: int = 1, *, capture: bool = True
+) -> Timed:
+    """Prepares a function to be timed on the device; a GPU has to be the current one.
+
+    `make` returns the function. A function with a state has to begin it anew at each `make`, must
+    not free the tensors that it begins with, and repeats its work after `cycle` calls. With
+    `capture` false, as for a function that waits for values of the GPU, plain launches are timed.
+    They are also what is timed where the capture fails; `way` and `why_launches` say so. The
+    calibration, in which the function runs for `least` seconds, is the warm-up.
+    """
+    run = make()
+    timed = Timed(seconds=functools.partial(_by_clock, run), unit=cycle)
+    if device.type == "cuda":
+        for _ in range(WARM_UP):
+            run()
+        timed.seconds = functools.partial(_by_events, run, device)
+        timed.host_seconds = functools.partial(_issuing, run, device)
+        timed.way, timed.why_launches = "launches", "it waits for values of the GPU"
+        if capture:
+            _capture(timed, make(), device)
+    try:
+        timed.calls = calibrate(timed.seconds, least, timed.unit)
+    except BaseException:
+        timed.close()
+        raise
+    return timed
+
+
+def _capture(timed: Timed, run: Call, device: torch.device) -> None:
+    """Has replays timed instead of launches, if the function can be captured.
+
+    `run` is another function than the one that is launched: the state of a captured one has to stay
+    as it is.
+    """
+    calls = _graph_calls(timed.host_seconds(), timed.unit)
+    try:
+        graph = _captured(run, calls, device)
+    except Exception as error:  # whatever the function raises there
+        timed.why_launches = one_line(f"{type(error).__name__}: {error}")
+        return
+    timed.seconds, timed.unit = _Replays(graph, calls, run, device).seconds, calls
+    timed.way, timed.why_launches, timed.close = "graph", None, graph.reset
+
+
+@dataclass(frozen=True)
+class _Replays:
+    """A graph of some calls, and the function that owns what the graph reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+    run: Call
+    device: torch.device
+
+    def seconds(self, number: int) -> float:
+        """Seconds of so many calls, a multiple of `calls`."""
+        return _by_events(self.graph.replay, self.device, number // self.calls)
+
+
+def _graph_calls(host_seconds: float, cycle: int) -> int:
+    """Number of calls in a graph: an even number of whole cycles.
+
+    A function that swaps two buffers ends an even number of calls with those it began with.
+    """
+    asked = min(GRAPH_CALLS, CAPTURE_SECONDS / max(host_seconds, 1e-9))
+    return max(1, round(asked / (2 * cycle))) * 2 * cycle
+
+
+def _captured(run: Call, calls: int, device: torch.device) -> torch.cuda.CUDAGraph:
+    """The graph of so many calls. Raises what the call or the capture raises."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with (
+            warnings.catch_warnings(),
+            # A capture that fails leaves its own stream as the current one.
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+        ):
+            warnings.filterwarnings("error", "The CUDA Graph is empty")
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+                for _ in range(calls):
+                    run()
+        graph.replay()  # the first one uploads the graph
+        torch.cuda.synchronize(device)
+    except BaseException:
+        # The default generator may still be in its capturing state, in which it refuses to draw.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))
+        _failed.append(graph)
+        raise
+    return graph
+
+
+def release(device: torch.device) -> None:
+    """Gives the memory of closed graphs and of what nothing refers to back to the GPU."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def cached_bytes(device: torch.device) -> int | None:
+    """Size of a GPU's L2 cache; None for a CPU."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None
+
+
+def _by_clock(run: Call, calls: int) -> float:
+    """Seconds of so many calls by the host's clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return time.perf_counter() - start
+
+
+def _by_events(run: Call, device: torch.device, calls: int) -> float:
+    """Seconds between an event before so many calls and one after them."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def _issuing(run: Call, device: torch.device) -> float:
+    """Seconds in which the host issues one call, by `HOST_CALLS` of them on an idle GPU."""
+    torch.cuda.synchronize(device)
+    run()  # the first one wakes the GPU
+    seconds = _by_clock(run, HOST_CALLS) / HOST_CALLS
+    torch.cuda.synchronize(device)
+    return seconds
+
+
+def calibrate(time_calls: Callable[[int], float], least: float, cycle: int = 1) -> int:
+    """A number of calls, in whole cycles, that takes at least `least` seconds.
+
+    `time_calls` makes the given number of calls and returns their seconds.
+    """
+    calls = cycle
+    while (seconds := time_calls(calls)) < least:
+        # A tenth more than the last timing asks for, so that noise seldom needs another round; at
+        # most ten times as many.
+        needed = calls * min(10.0, 1.1 * least / max(seconds, 1e-9))
+        calls = max(calls + cycle, -(-int(needed) // cycle) * cycle)
+    # The first calls are slower than later ones, which have to take `least` seconds as well.
+    return -(-int(calls * SPARE) // cycle) * cycle
+
+
+def measure(arms: Sequence[Timed], rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Times every function once per round.
+
+    Returns the seconds of a call and those in which the host issued one, each (rounds, functions);
+    the latter are NaN on a CPU. Each round starts with another function, so that none always runs
+    after the same one.
+    """
+    seconds, host = (np.full((rounds, len(arms)), np.nan) for _ in range(2))
+    for number in range(rounds):
+        for turn in range(len(arms)):
+            column = (number + turn) % len(arms)
+            arm = arms[column]
+            seconds[number, column] = arm.seconds(arm.calls) / arm.calls
+            if arm.host_seconds is not None:
+                host[number, column] = arm.host_seconds()
+    return seconds, host
