@@ -58,10 +58,19 @@ from benchmarks.arms.ema import EmaUpdate  # noqa: E402
 from benchmarks.arms.floor import TRAFFIC, floor_arm  # noqa: E402
 from benchmarks.arms.ops import DTYPES, Comparison, Op  # noqa: E402
 from benchmarks.arms.tdft import TdftStep  # noqa: E402
-from benchmarks.environment import RESULTS, describe, pick_device, spread, write_json, write_result  # noqa: E402
+from benchmarks.environment import (  # noqa: E402
+    RESULTS,
+    describe,
+    drawn,
+    pick_device,
+    release,
+    spread,
+    write_json,
+    write_result,
+)
 from benchmarks.nets import NETS  # noqa: E402
 from benchmarks.ops_report import bars, chart, table  # noqa: E402
-from benchmarks.timing import Call, Timed, cached_bytes, measure, ready, release  # noqa: E402
+from benchmarks.timing import Call, Timed, cached_bytes, measure, ready  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
 from selfnpo_fast.runtime.errors import one_line  # noqa: E402
 from selfnpo_kernels import backends  # noqa: E402
@@ -354,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {"backend": backend, "serves": backends.available(backend)[1], "cache_bytes": cached_bytes(device)}
     malloc = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
     result |= {"malloc": malloc, "rounds": sizes.rounds, "sample_seconds": sizes.least}
+    write_json(output, result | found(records))
     for case in chosen:
         print(f"{case.name} ...", file=sys.stderr, flush=True)
         records.append(run_case(case, sizes, device))
@@ -364,7 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     timed = [record for record in records if "seconds" in record]
     if timed:
         print(table(timed, result["bars"]), flush=True)
-    write_result(output, result | {"complete": True}, chart(result | {"cases": timed}) if timed else None)
+    figure = drawn(lambda: chart(result | {"cases": timed})) if timed else None
+    write_result(output, result | {"complete": True}, figure)
     if result["failures"]:
         print("\n  ".join(["failed:", *result["failures"]]), file=sys.stderr)
     return int(bool(result["failures"]))

@@ -13,8 +13,8 @@ memory, captured or not. Where that fits into the GPU's L2 cache, the figure is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,9 +37,6 @@ HOST_CALLS = 8
 """Calls by which the host is timed: too few for a GPU's queue, of 1,024 launches, to be full."""
 SPARE = 1.3
 """Factor on the number of calls that took long enough during calibration."""
-
-_failed: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture failed. torch's allocator may still refer to them."""
 
 
 @dataclass(kw_only=True)
@@ -129,8 +126,9 @@ def _graph_calls(host_seconds: float, cycle: int) -> int:
 
 
 def _captured(run: Call, calls: int, device: torch.device) -> torch.cuda.CUDAGraph:
-    """The graph of so many calls. Raises what the call or the capture raises."""
-    graph = torch.cuda.CUDAGraph()
+    """The graph of so many calls, in a memory pool of its own. Raises what the capture raises."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
     try:
         with (
             warnings.catch_warnings(),
@@ -138,25 +136,28 @@ def _captured(run: Call, calls: int, device: torch.device) -> torch.cuda.CUDAGra
             torch.cuda.stream(torch.cuda.current_stream(device)),
         ):
             warnings.filterwarnings("error", "The CUDA Graph is empty")
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(calls):
                     run()
         graph.replay()  # the first one uploads the graph
         torch.cuda.synchronize(device)
     except BaseException:
-        # The default generator may still be in its capturing state, in which it refuses to draw.
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))
-        _failed.append(graph)
+        _clean_up(device, pool)
         raise
     return graph
 
 
-def release(device: torch.device) -> None:
-    """Gives the memory of closed graphs and of what nothing refers to back to the GPU."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+def _clean_up(device: torch.device, pool: tuple[int, int]) -> None:
+    """Undoes what torch leaves undone where a capture fails.
+
+    Allocations would go on to count as the capture's, and the default generator would refuse to
+    draw.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(Exception):  # it raises where torch has done so
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))
 
 
 def cached_bytes(device: torch.device) -> int | None:

@@ -168,8 +168,9 @@ def test_check_runs_the_gate_alone(tmp_path, monkeypatch):
     assert [bool(record["failures"]) for record in result["cases"]] == [True, True, False]
 
 
-def test_results_are_written_after_every_case(tmp_path, monkeypatch):
-    """A run that is cut off in its second case leaves the first."""
+@pytest.mark.parametrize("before", [[], ["guided_step_single"]])
+def test_results_are_written_after_every_case(tmp_path, monkeypatch, before):
+    """A run that is cut off in a case leaves those before it."""
     output = tmp_path / "ops.json"
     build = Case.build
 
@@ -180,11 +181,12 @@ def test_results_are_written_after_every_case(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Case, "build", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        run(output, *NO_COMPILE, "--op", "guided_step_single", "--op", "normal")
+        run(output, *NO_COMPILE, *(word for op in [*before, "normal"] for word in ("--op", op)))
     result = json.loads(output.read_text())
     assert result["complete"] is False
-    assert [record["op"] for record in result["cases"]] == ["guided_step_single"]
-    assert result["cases"][0]["seconds"]["ours"]["median"] > 0
+    assert result["environment"]["torch"] == torch.__version__
+    assert [record["op"] for record in result["cases"]] == before
+    assert all(record["seconds"]["ours"]["median"] > 0 for record in result["cases"])
 
 
 def test_ema_update_runs_on_the_networks_of_the_device():

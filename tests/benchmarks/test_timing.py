@@ -32,7 +32,7 @@ class FakeCuda:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = self.idle_at = 0.0
         self.capturing: list | None = None
-        self.log, self.graphs, self.generators = [], [], []
+        self.log, self.graphs, self.generators, self.pools = [], [], [], []
         self.stream_now, self.full = "main", 0
         for name in ("CUDAGraph", "Event", "graph", "stream"):
             patch.setattr(torch.cuda, name, getattr(self, name))
@@ -40,8 +40,10 @@ class FakeCuda:
         patch.setattr(torch.cuda, "current_stream", lambda device=None: self.stream_now)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: self.wait())
         patch.setattr(torch.cuda, "default_generators", [self])
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: ("pool", len(self.graphs)))
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            patch.setattr(torch._C, name, lambda *given, name=name: self.pools.append((name, *given)), raising=False)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: self)
-        patch.setattr(torch.cuda, "empty_cache", lambda: self.log.append("freed"))
         on_cpu = torch.Generator
         patch.setattr(torch, "Generator", lambda d: on_cpu(d) if d.type == "cpu" else f"generator of {d}")
         patch.setattr(timing.time, "perf_counter", lambda: self.now)
@@ -84,7 +86,7 @@ class FakeCuda:
             self.stream_now = before
 
     @contextlib.contextmanager
-    def graph(self, graph, stream, capture_error_mode):
+    def graph(self, graph, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
         self.wait()
         self.stream_now, self.capturing = stream, graph.nodes
@@ -173,7 +175,7 @@ def test_launches_are_timed_where_a_function_waits_for_the_gpu(cuda):
 
 @pytest.mark.parametrize("kind", ["waits", "raises", "empty"])
 def test_a_capture_that_fails_is_said_and_launches_are_timed(cuda, kind):
-    """torch.cuda is left as it was: the current stream, and a generator that can draw."""
+    """torch.cuda is left as it was: stream, allocator, and a generator that can draw."""
 
     def run():
         if cuda.capturing is None:
@@ -194,6 +196,7 @@ def test_a_capture_that_fails_is_said_and_launches_are_timed(cuda, kind):
     assert (timed.way, timed.unit) == ("launches", 2)
     assert cuda.stream_now == "main"
     assert cuda.generators == ["generator of cuda:0"]
+    assert cuda.pools == [(name, 0, ("pool", 1)) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool")]
     seconds, host = measure([timed], rounds=1)
     assert seconds[0, 0] == pytest.approx(HOST, rel=0.01)
     assert host[0, 0] == pytest.approx(HOST)
