@@ -286,6 +286,7 @@ def summarise(
         "calls": {name: arm.calls for name, arm in arms.items()},
         "timed_by": {name: arm.way for name, arm in arms.items()},
         "not_captured": {name: arm.why_launches for name, arm in arms.items() if arm.why_launches},
+        "launches": {name: arm.launches for name, arm in arms.items() if arm.launches is not None},
         "seconds": {name: spread(values) for name, values in by_arm.items()},
         "rounds_seconds": {name: values.tolist() for name, values in by_arm.items()},
         "host_seconds": {name: spread(values) for name, values in issued.items()},

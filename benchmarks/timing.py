@@ -14,6 +14,7 @@ memory, captured or not. Where that fits into the GPU's L2 cache, the figure is 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import time
 import warnings
@@ -50,6 +51,8 @@ class Timed:
     """"clock" on a CPU; on a GPU "graph", or "launches" where there is no graph."""
     why_launches: str | None = None
     """Why a function on a GPU is not captured."""
+    launches: float | None = None
+    """Kernels, copies and fills of a call; None where there is no graph to count them in."""
     host_seconds: Callable[[], float] | None = None
     """Seconds in which the host of a GPU issues one call, without waiting for the GPU."""
     close: Callable[[], None] = lambda: None
@@ -100,6 +103,8 @@ def _capture(timed: Timed, run: Call, device: torch.device) -> None:
         return
     timed.seconds, timed.unit = _Replays(graph, calls, run, device).seconds, calls
     timed.way, timed.why_launches, timed.close = "graph", None, graph.reset
+    nodes = _nodes(graph)
+    timed.launches = nodes and nodes / calls
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def _graph_calls(host_seconds: float, cycle: int) -> int:
 
 def _captured(run: Call, calls: int, device: torch.device) -> torch.cuda.CUDAGraph:
     """The graph of so many calls, in a memory pool of its own. Raises what the capture raises."""
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    graph, pool = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(device)
     try:
         with (
@@ -139,12 +144,24 @@ def _captured(run: Call, calls: int, device: torch.device) -> torch.cuda.CUDAGra
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(calls):
                     run()
+        graph.instantiate()
         graph.replay()  # the first one uploads the graph
         torch.cuda.synchronize(device)
     except BaseException:
         _clean_up(device, pool)
         raise
     return graph
+
+
+def _nodes(graph: torch.cuda.CUDAGraph) -> int | None:
+    """The number of nodes of a graph, by the driver; None where the driver does not say."""
+    number = ctypes.c_size_t(0)
+    try:
+        driver, address = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph.raw_cuda_graph())
+        status = driver.cuGraphGetNodes(address, None, ctypes.byref(number))
+    except (AttributeError, OSError, RuntimeError):
+        return None
+    return number.value if status == 0 else None
 
 
 def _clean_up(device: torch.device, pool: tuple[int, int]) -> None:

@@ -33,7 +33,7 @@ class FakeCuda:
         self.now = self.idle_at = 0.0
         self.capturing: list | None = None
         self.log, self.graphs, self.generators, self.pools = [], [], [], []
-        self.stream_now, self.full = "main", 0
+        self.stream_now, self.status = "main", 0
         for name in ("CUDAGraph", "Event", "graph", "stream"):
             patch.setattr(torch.cuda, name, getattr(self, name))
         patch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
@@ -46,6 +46,7 @@ class FakeCuda:
         patch.setattr(torch.cuda, "get_device_properties", lambda device: self)
         on_cpu = torch.Generator
         patch.setattr(torch, "Generator", lambda d: on_cpu(d) if d.type == "cpu" else f"generator of {d}")
+        patch.setattr(timing.ctypes, "CDLL", self.CDLL)
         patch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     L2_cache_size = 50 * 2**20
@@ -73,9 +74,20 @@ class FakeCuda:
     def Event(self, enable_timing):
         return FakeEvent(self)
 
-    def CUDAGraph(self):
+    def CUDAGraph(self, keep_graph):
+        assert keep_graph
         self.graphs.append(FakeGraph(self))
         return self.graphs[-1]
+
+    def CDLL(self, name):
+        """The driver, which knows the graphs by their place in `graphs`."""
+        if name != "libcuda.so.1":
+            raise OSError(name)
+        return self
+
+    def cuGraphGetNodes(self, address, nodes, number) -> int:
+        number._obj.value = len(self.graphs[address.value - 1].nodes)
+        return self.status
 
     @contextlib.contextmanager
     def stream(self, stream):
@@ -126,6 +138,12 @@ class FakeGraph:
     def reset(self) -> None:
         self.closed = True
 
+    def instantiate(self) -> None:
+        pass
+
+    def raw_cuda_graph(self) -> int:
+        return self.cuda.graphs.index(self) + 1
+
 
 @pytest.fixture
 def cuda(monkeypatch):
@@ -158,6 +176,14 @@ def test_a_function_of_many_launches_has_few_calls_in_a_graph(cuda):
     seconds, host = measure([timed], rounds=1)
     assert seconds[0, 0] == pytest.approx(5e-3, rel=0.01)
     assert host[0, 0] == pytest.approx(11e-3)
+
+
+@pytest.mark.parametrize(("status", "launches"), [(0, 3), (999, None)])
+def test_launches_of_a_call_are_counted_in_its_graph(cuda, status, launches):
+    cuda.status = status
+    timed = ready(lambda: lambda: [cuda.work(1e-6, HOST) for _ in range(3)], GPU, 0.02)
+    assert timed.launches == launches
+    assert timed.seconds(timed.unit) / timed.unit == pytest.approx(3e-6, rel=0.1)
 
 
 def test_launches_are_timed_where_a_function_waits_for_the_gpu(cuda):
@@ -271,6 +297,7 @@ def test_a_case_on_a_gpu_is_timed_in_graphs_after_the_gate(on_gpu):
         dict.fromkeys(SIZES.arms, HOST)
     )
     assert record["in_cache"] is True
+    assert record["launches"] == dict.fromkeys(SIZES.arms, 1)
     assert all(graph.closed for graph in on_gpu.graphs)
     gate = on_gpu.log[: on_gpu.log.index("ours") + 1]
     assert on_gpu.log[:6].count("ours") == 2, "of the gate, with few samples and with all"
