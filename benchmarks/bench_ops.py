@@ -2,28 +2,34 @@
 
     python -m benchmarks.bench_ops                  # everything; needs an idle machine
     python -m benchmarks.bench_ops --op tdft_step --shape sd15 --dtype fp32
+    python -m benchmarks.bench_ops --arm ours --arm floor
+    python -m benchmarks.bench_ops --check          # the correctness gate alone
     python -m benchmarks.bench_ops --quick          # tiny latents
 
-The arms (`arms/ops.py`, `arms/tdft.py`, `arms/floor.py`):
+The arms (`arms/ops.py`, `arms/tdft.py`, `arms/ema.py`, `arms/floor.py`):
 
 - ours: the fused op
 - eager: PyTorch as diffusers and the authors write it; `tdft_step` also has `eager_by_rows`
 - compiled: the same arithmetic under torch.compile, compiled before the timing
 - floor: plain copies of as many bytes as the op has to move
 
-Every round times each arm once, with so many calls that they take SAMPLE_SECONDS; ratios are taken
-within a round.
+Every round times each arm once, with so many calls that they take a tenth of a second on a CPU and
+a fiftieth on a GPU; ratios are taken within a round. On a GPU a sample is replays of a CUDA graph
+of calls, and what the host takes to issue a call is timed apart (`timing.py`). An arm that cannot
+be captured is timed by plain launches, and its record says so.
 
-Before any timing the results of every op are compared with eager PyTorch and with the reference
-backend, on small batches of every shape. Before each case is timed they are compared again at full
-size, together with those of the compiled arm. If they differ, nothing is written and the exit
-status is 1.
+Before a case is timed, the results of the op are compared with eager PyTorch and with the reference
+backend, on a small batch and at full size, and those of the compiled arm with eager. A case that
+differs or raises an error is not timed: its record has `failures`. An arm that fails by itself is
+in the record's `errors`. All others are timed, and the exit status is 1 at the end. The JSON is
+written after every case, with `complete` false until the end.
 
 Some notes on the figures. On a CPU torch.randn fills a tensor serially, with any number of threads.
 New memory costs page faults, the same in all arms; glibc's MALLOC_MMAP_THRESHOLD_ and
 MALLOC_TRIM_THRESHOLD_ decide how many, and the JSON records both. The floor is no strict bound: a
 processor reads memory before it writes to it, so an op that reads more than it writes, or updates
-in place, may be faster than its floor. On CUDA a sample is timed between two events.
+in place, may be faster than its floor. On a GPU a case moves its bytes through the L2 cache where
+they fit into it (`in_cache`): only the others say how fast memory is.
 """
 
 from __future__ import annotations
@@ -31,7 +37,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +54,25 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.arms import ops as op_arms  # noqa: E402
-from benchmarks.arms.floor import TRAFFIC, Traffic, floor_arm  # noqa: E402
+from benchmarks.arms.ema import EmaUpdate  # noqa: E402
+from benchmarks.arms.floor import TRAFFIC, floor_arm  # noqa: E402
 from benchmarks.arms.ops import DTYPES, Comparison, Op  # noqa: E402
 from benchmarks.arms.tdft import TdftStep  # noqa: E402
-from benchmarks.environment import RESULTS, describe, pick_device, spread, write_result  # noqa: E402
-from benchmarks.ops_report import chart, table  # noqa: E402
+from benchmarks.environment import (  # noqa: E402
+    RESULTS,
+    describe,
+    drawn,
+    pick_device,
+    release,
+    spread,
+    write_json,
+    write_result,
+)
+from benchmarks.nets import NETS  # noqa: E402
+from benchmarks.ops_report import bars, chart, table  # noqa: E402
+from benchmarks.timing import Call, Timed, cached_bytes, measure, ready  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
+from selfnpo_fast.runtime.errors import one_line  # noqa: E402
 from selfnpo_kernels import backends  # noqa: E402
 
 OPS: dict[str, type[Op]] = {
@@ -65,7 +83,7 @@ OPS: dict[str, type[Op]] = {
     "guidance_rescale": op_arms.GuidanceRescale,
     "tdft_step": TdftStep,
     "x0_loss": op_arms.X0Loss,
-    "ema_update": op_arms.EmaUpdate,
+    "ema_update": EmaUpdate,
 }
 ARMS = ("ours", "eager", "compiled", "floor")
 LATENTS = {
@@ -81,14 +99,16 @@ QUICK_LATENTS = {
     "cogvideox": (1, 3, 16, 6, 10),
     "uncached": (12, 4, 32, 32),
 }
-NETWORK, QUICK_NETWORK = "sd15_small", "digits"
-"""Networks whose parameters `ema_update` moves, 80 M in 400 tensors and 1 M: its "shapes"."""
+NETWORKS = {"cpu": ("digits", "sd15_small"), "cuda": ("digits", "sd15_small", "sd15")}
+"""Networks whose parameters `ema_update` moves, its "shapes".
+
+They have 1 M parameters in 172 tensors, 80 M in 400 and 860 M in 686.
+"""
+QUICK_NETWORK = "digits"
 GATE_BATCH = 4
 """Samples per batch before any timing."""
-SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 0.1, 0.002
+SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = {"cpu": 0.1, "cuda": 0.02}, 0.002
 """Least duration of a sample, the timing of one arm in one round."""
-SPARE = 1.3
-"""Factor on the number of calls that took SAMPLE_SECONDS during calibration."""
 ROUNDS, QUICK_ROUNDS = 7, 2
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 """Largest |found - truth| / (|truth| + rms of the truth), by dtype of the result.
@@ -155,151 +175,148 @@ class Case(NamedTuple):
 
     def small(self) -> Case:
         """The same case with few samples, or few parameters."""
-        small = QUICK_NETWORK if isinstance(self.dims, str) else (min(self.dims[0], GATE_BATCH), *self.dims[1:])
-        return self._replace(dims=small)
+        if isinstance(self.dims, str):
+            return self._replace(shape=QUICK_NETWORK, dims=QUICK_NETWORK)
+        return self._replace(dims=(min(self.dims[0], GATE_BATCH), *self.dims[1:]))
 
 
-def cases(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], quick: bool) -> list[Case]:
-    """All combinations of ops, shapes and mixtures; `ema_update` has one network for a shape."""
-    latents, network = (QUICK_LATENTS, QUICK_NETWORK) if quick else (LATENTS, NETWORK)
+def cases(
+    ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], networks: Sequence[str], quick: bool
+) -> list[Case]:
+    """All combinations of ops, shapes and mixtures; `ema_update` has networks for shapes."""
+    latents = QUICK_LATENTS if quick else LATENTS
     found = []
     for op in ops:
-        named = [(network, network)] if op == "ema_update" else [(shape, latents[shape]) for shape in shapes]
-        found += [Case(op, shape, dtype, dims) for shape, dims in named for dtype in dtypes]
+        names = networks if op == "ema_update" else shapes
+        found += [Case(op, name, dtype, latents.get(name, name)) for name in names for dtype in dtypes]
     return found
 
 
-def check_small(chosen: Sequence[Case], device: torch.device) -> Gate:
-    """The gate before any timing: all chosen cases with few samples."""
-    gate = Gate()
-    for case in chosen:
-        small = case.small()
-        gate.compare(small.name, small.dtype, small.build(device).check())
-    return gate
+def said(error: Exception) -> str:
+    """An exception in a record: its kind and its message, on one line."""
+    return one_line(f"{type(error).__name__}: {error}")
 
 
-def seconds_of(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds that `calls` calls take, by events on a GPU and by the host's clock on a CPU."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return time.perf_counter() - start
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a run does with each case."""
+
+    arms: tuple[str, ...]
+    """Empty for the gate alone."""
+    rounds: int
+    least: float
+    """Least seconds of a sample."""
 
 
-def calibrate(time_calls: Callable[[int], float], least: float, cycle: int = 1) -> int:
-    """A number of calls, in whole cycles, that takes at least `least` seconds.
-
-    `time_calls` makes the given number of calls and returns their seconds.
-    """
-    calls = cycle
-    while (seconds := time_calls(calls)) < least:
-        # A tenth more than the last timing asks for, so that noise seldom needs another round; at
-        # most ten times as many.
-        needed = calls * min(10.0, 1.1 * least / max(seconds, 1e-9))
-        calls = max(calls + cycle, -(-int(needed) // cycle) * cycle)
-    # The first calls are slower than later ones, which have to take `least` seconds as well.
-    return -(-int(calls * SPARE) // cycle) * cycle
+class Differs(Exception):
+    """The results of an arm are wrong."""
 
 
-def measure(
-    arms: Mapping[str, Callable[[], object]], rounds: int, least: float, cycle: int, device: torch.device
-) -> tuple[dict[str, int], np.ndarray]:
-    """Times every arm once per round.
-
-    Returns the calls per sample by arm, and the seconds per call as an array (rounds, arms).
-
-    The calibration, in which every arm runs for `least` seconds, is the warm-up. Each round starts
-    with another arm, so that no arm always runs after the same one.
-    """
-    calls = {
-        name: calibrate(lambda n, call=call: seconds_of(call, n, device), least, cycle) for name, call in arms.items()
-    }
-    names, seconds = list(arms), np.empty((rounds, len(arms)))
-    for number in range(rounds):
-        for turn in range(len(names)):
-            column = (number + turn) % len(names)
-            name = names[column]
-            seconds[number, column] = seconds_of(arms[name], calls[name], device) / calls[name]
-    return calls, seconds
+def maker(name: str, case: Case, op: Op, gate: Gate) -> Callable[[], Call]:
+    """What makes the function of an arm. Raises Differs where the compiled one is wrong."""
+    if name == "floor":
+        copies = floor_arm(TRAFFIC[case.op][case.dtype], op.elements, op.device)
+        return lambda: copies
+    if name == "compiled":
+        found = Gate(gate.largest_error)
+        found.compare(case.name, case.dtype, op.check_compiled(op.compiled()))
+        if found.failures:
+            raise Differs("; ".join(found.failures))
+        return op.compiled
+    return lambda: op.arms()[name]
 
 
-def run_case(case: Case, rounds: int, least: float, device: torch.device, gate: Gate, arms: Sequence[str]) -> dict:
-    """Runs the gate at full size, then times the arms; returns the case's record.
+def time_case(case: Case, op: Op, sizes: Sizes, device: torch.device, gate: Gate) -> dict:
+    """Times the arms of an op that has passed the gate; returns what the record says of them."""
+    names = [name for name in op.arms() if name.partition("_")[0] in sizes.arms]
+    names += [name for name in ("compiled", "floor") if name in sizes.arms]
+    arms, errors = {}, {}
+    try:
+        for name in names:
+            try:
+                make, capture = maker(name, case, op, gate), name not in op.reads_back
+                arms[name] = ready(make, device, sizes.least, op.cycle, capture=capture)
+            except Exception as error:  # of an arm alone: the others are timed
+                errors[name] = said(error)
+        seconds, host = measure(list(arms.values()), sizes.rounds)
+    finally:
+        for arm in arms.values():
+            arm.close()
+    return summarise(case, op.elements, arms, seconds, host, device) | {"errors": errors}
 
-    The gate collects the failures; the record is empty if there are any.
+
+def run_case(case: Case, sizes: Sizes, device: torch.device) -> dict:
+    """Runs the gate with few samples and at full size, then times the arms; returns the record.
+
+    Nothing is timed where results differ or an exception comes: `failures` says which.
     """
     torch._dynamo.reset()  # without it the eighth shape of a function is refused
-    op = case.build(device)
-    gate.compare(case.name, case.dtype, op.check())
-    if "compiled" in arms:
-        gate.compare(case.name, case.dtype, op.check_compiled(op.compiled()))
-    if gate.failures:
-        return {}
+    record = {"op": case.op, "shape": case.shape, "dims": case.dims, "dtype": case.dtype}
+    gate = Gate()
+    try:
+        small = case.small()
+        gate.compare(small.name, small.dtype, small.build(device).check())
+        op = case.build(device)
+        gate.compare(case.name, case.dtype, op.check())
+        record["elements"] = op.elements
+        if sizes.arms and not gate.failures:
+            record |= time_case(case, op, sizes, device, gate)
+    except Exception as error:  # of a kernel that does not compile, of memory that is full
+        gate.failures.append(f"{case.name}: {said(error)}")
+    return record | {"failures": gate.failures, "largest_error": gate.largest_error}
+
+
+def summarise(
+    case: Case, elements: int, arms: Mapping[str, Timed], seconds: np.ndarray, host: np.ndarray, device: torch.device
+) -> dict:
+    """What the record of a case says of its arms.
+
+    `seconds` and `host` are seconds per call, (rounds, arms), in the order of `arms`. Ratios are
+    taken within each round.
+    """
     traffic = TRAFFIC[case.op][case.dtype]
-    runs = {name: run for name, run in op.arms().items() if name.partition("_")[0] in arms}
-    if "compiled" in arms:
-        runs["compiled"] = op.compiled()
-        runs["compiled"]()
-    if "floor" in arms:
-        runs["floor"] = floor_arm(traffic, op.elements, device)
-    calls, seconds = measure(runs, rounds, least, op.cycle, device)
-    return summarise(case, op.elements, traffic, calls, seconds)
-
-
-def summarise(case: Case, elements: int, traffic: Traffic, calls: Mapping[str, int], seconds: np.ndarray) -> dict:
-    """The record of one case, from seconds per call (rounds, arms).
-
-    The arms are in the order of `calls`. Ratios are taken within each round.
-    """
-    by_arm = dict(zip(calls, seconds.T, strict=True))
-    ours, gigabytes = by_arm["ours"], elements * traffic.total / 1e9
+    by_arm, cache = dict(zip(arms, seconds.T, strict=True)), cached_bytes(device)
+    ours, gigabytes = by_arm.get("ours"), elements * traffic.total / 1e9
     moving_all = ("ours", "floor")  # the arms that move exactly the counted bytes
-    record = {"op": case.op, "shape": case.shape, "dims": case.dims, "dtype": case.dtype, "elements": elements}
-    record |= {"bytes_per_element": traffic.total, "calls": dict(calls), "seconds": {}, "rounds_seconds": {}}
-    for name, values in by_arm.items():
-        record["seconds"][name], record["rounds_seconds"][name] = spread(values), values.tolist()
-    record["gigabytes_per_second"] = {name: spread(gigabytes / by_arm[name]) for name in moving_all if name in by_arm}
-    record["ratio_to"] = {name: spread(values / ours) for name, values in by_arm.items() if name not in moving_all}
-    record["fraction_of_floor"] = spread(by_arm["floor"] / ours) if "floor" in by_arm else None
-    return record
+    others = {name: values for name, values in by_arm.items() if name not in moving_all}
+    issued = {name: values for name, values in zip(arms, host.T, strict=True) if arms[name].host_seconds}
+    return {
+        "bytes_per_element": traffic.total,
+        "in_cache": None if cache is None else elements * traffic.total <= cache,
+        "calls": {name: arm.calls for name, arm in arms.items()},
+        "timed_by": {name: arm.way for name, arm in arms.items()},
+        "not_captured": {name: arm.why_launches for name, arm in arms.items() if arm.why_launches},
+        "launches": {name: arm.launches for name, arm in arms.items() if arm.launches is not None},
+        "seconds": {name: spread(values) for name, values in by_arm.items()},
+        "rounds_seconds": {name: values.tolist() for name, values in by_arm.items()},
+        "host_seconds": {name: spread(values) for name, values in issued.items()},
+        "gigabytes_per_second": {name: spread(gigabytes / by_arm[name]) for name in moving_all if name in by_arm},
+        "ratio_to": {} if ours is None else {name: spread(values / ours) for name, values in others.items()},
+        "fraction_of_floor": spread(by_arm["floor"] / ours) if ours is not None and "floor" in by_arm else None,
+    }
 
 
-def bars(records: Sequence[dict]) -> list[dict]:
-    """Compares the medians of float32 cases with the speed-ups that the project asks for on a CPU.
-
-    A bar is the least ratio to another arm, or the least fraction of the floor.
-    """
-    found = []
+def found(records: Sequence[dict]) -> dict:
+    """What the result says of all cases: their failures, with those of single arms, and errors."""
+    failures, errors = [], {}
     for record in records:
-        if record["dtype"] != "fp32":
-            continue
-        asked = {
-            "tdft_step": [("eager", 10.0), ("eager_by_rows", 10.0), ("compiled", 2.0)],
-            "normal": [("eager", 2.0)],
-            "guided_step": [("floor", 0.8)] if record["shape"] == "uncached" else [],
-        }.get(record["op"], [])
-        for against, least in asked:
-            value = record["fraction_of_floor"] if against == "floor" else record["ratio_to"].get(against)
-            if value:
-                bar = {"op": record["op"], "shape": record["shape"], "against": against, "least": least}
-                found.append(bar | {"value": value, "met": value["median"] >= least})
-    return found
+        case = f"{record['op']} {record['shape']} {record['dtype']}"
+        failures += record["failures"]
+        failures += [f"{case}: {arm}: {line}" for arm, line in record.get("errors", {}).items()]
+        for name, error in record["largest_error"].items():
+            errors[name] = max(errors.get(name, 0.0), error)
+    return {"largest_error": errors, "failures": list(dict.fromkeys(failures)), "cases": list(records)}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=list(OPS), action="append", help="may be repeated; all by default")
+    parser.add_argument("--arm", choices=ARMS, action="append", help="may be repeated; all by default")
     parser.add_argument("--shape", choices=list(LATENTS), action="append", help="all by default, sd15 with --quick")
+    parser.add_argument("--net", choices=list(NETS), action="append", help="of ema_update; by default by the device")
     parser.add_argument("--dtype", choices=list(DTYPES), action="append", help="both by default, fp32 with --quick")
+    parser.add_argument("--check", action="store_true", help="runs the correctness gate and times nothing")
     parser.add_argument("--rounds", type=int, help=f"samples per arm; {ROUNDS} by default, {QUICK_ROUNDS} with --quick")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
@@ -310,47 +327,59 @@ def build_parser() -> argparse.ArgumentParser:
 
 def target_of(args: argparse.Namespace) -> Path:
     """The file of results: in benchmarks/results for a complete run, else in build/benchmarks."""
-    complete = not (args.quick or args.op or args.shape or args.dtype)
-    return args.output or (RESULTS if complete else ROOT / "build" / "benchmarks") / "bench_ops.json"
+    part = args.quick or args.check or args.op or args.arm or args.shape or args.net or args.dtype
+    return args.output or (ROOT / "build" / "benchmarks" if part else RESULTS) / "bench_ops.json"
+
+
+def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """What to run: by default everything, with --quick one shape in one mixture."""
+    shapes = args.shape or (["sd15"] if args.quick else list(LATENTS))
+    dtypes = args.dtype or (["fp32"] if args.quick else list(DTYPES))
+    networks = args.net or ([QUICK_NETWORK] if args.quick else NETWORKS[device.type])
+    return cases(args.op or list(OPS), shapes, dtypes, networks, args.quick)
 
 
 @torch.no_grad()
-def main(argv: Sequence[str] | None = None, arms: Sequence[str] = ARMS) -> int:
-    """Runs the benchmark; returns 1, and writes nothing, where the gate failed."""
-    args = build_parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns 1 where the gate or an arm failed."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.check and args.arm:
+        parser.error("--check times nothing: leave out --arm")
     quiet_libraries()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, quick = pick_device(args.device), args.quick
-    backend, environment = backends.backend_of(device.type), describe(device)
-    # What to run: by default everything, with --quick one shape in one mixture.
-    shapes = args.shape or (["sd15"] if quick else list(LATENTS))
-    chosen = cases(args.op or list(OPS), shapes, args.dtype or (["fp32"] if quick else list(DTYPES)), quick)
-    rounds, least = (QUICK_ROUNDS, QUICK_SAMPLE_SECONDS) if quick else (ROUNDS, SAMPLE_SECONDS)
-    rounds = args.rounds or rounds
+    device, quick, output = pick_device(args.device), args.quick, target_of(args)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    backend, chosen, records = backends.backend_of(device.type), chosen_cases(args, device), []
+    sizes = Sizes(
+        arms=() if args.check else tuple(args.arm or ARMS),
+        rounds=args.rounds or (QUICK_ROUNDS if quick else ROUNDS),
+        least=QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS[device.type],
+    )
     print(f"ours: backend {backend} ({backends.available(backend)[1]})", file=sys.stderr, flush=True)
-    # The gate on small batches; then each case, with a second gate before its timing.
-    gate, records = check_small(chosen, device), []
-    for case in chosen:
-        if gate.failures:
-            break
-        print(f"{case.name} ...", file=sys.stderr, flush=True)
-        records.append(run_case(case, rounds, least, device, gate, arms))
-    if gate.failures:
-        reasons = "\n  ".join(gate.failures)
-        print(f"the correctness gate failed and nothing is reported:\n  {reasons}", file=sys.stderr)
-        return 1
-    # Table, JSON and chart.
-    judged = bars(records) if device.type == "cpu" and not quick else []
-    print(table(records, judged), flush=True)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    result = {"benchmark": "bench_ops", "environment": environment, "arguments": arguments, "backend": backend}
-    result["serves"] = backends.available(backend)[1]
+    result = {"benchmark": "bench_ops", "complete": False, "environment": describe(device), "arguments": arguments}
+    result |= {"backend": backend, "serves": backends.available(backend)[1], "cache_bytes": cached_bytes(device)}
     malloc = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
-    result |= {"malloc": malloc, "rounds": rounds, "sample_seconds": least}
-    result |= {"largest_error": gate.largest_error, "bars": judged, "cases": records}
-    write_result(target_of(args), result, chart(result))
-    return 0
+    result |= {"malloc": malloc, "rounds": sizes.rounds, "sample_seconds": sizes.least}
+    write_json(output, result | found(records))
+    for case in chosen:
+        print(f"{case.name} ...", file=sys.stderr, flush=True)
+        records.append(run_case(case, sizes, device))
+        result |= found(records) | {"bars": bars(records) if device.type == "cpu" and not quick else []}
+        write_json(output, result)
+        release(device)
+    # Table, JSON and chart.
+    timed = [record for record in records if "seconds" in record]
+    if timed:
+        print(table(timed, result["bars"]), flush=True)
+    figure = drawn(lambda: chart(result | {"cases": timed})) if timed else None
+    write_result(output, result | {"complete": True}, figure)
+    if result["failures"]:
+        print("\n  ".join(["failed:", *result["failures"]]), file=sys.stderr)
+    return int(bool(result["failures"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The printed table and the chart of `bench_ops.py`."""
+"""The printed table, the chart and the bars of `bench_ops.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADER = ("op", "shape", "dtype", "ms ours [least, most]", "GB/s", "eager/ours", "compiled/ours", "of the floor")
+HOST = "us of the host"
+"""A further column of a GPU's table."""
+
+
+def bars(records: Sequence[dict]) -> list[dict]:
+    """Compares the medians of float32 cases with the speed-ups that the project asks for on a CPU.
+
+    A bar is the least ratio to another arm, or the least fraction of the floor.
+    """
+    found = []
+    for record in records:
+        if record["dtype"] != "fp32" or "seconds" not in record:
+            continue
+        asked = {
+            "tdft_step": [("eager", 10.0), ("eager_by_rows", 10.0), ("compiled", 2.0)],
+            "normal": [("eager", 2.0)],
+            "guided_step": [("floor", 0.8)] if record["shape"] == "uncached" else [],
+        }.get(record["op"], [])
+        for against, least in asked:
+            value = record["fraction_of_floor"] if against == "floor" else record["ratio_to"].get(against)
+            if value:
+                bar = {"op": record["op"], "shape": record["shape"], "against": against, "least": least}
+                found.append(bar | {"value": value, "met": value["median"] >= least})
+    return found
 
 
 def cell(value: dict | None, digits: str = ".2f") -> str:
@@ -19,20 +43,27 @@ def cell(value: dict | None, digits: str = ".2f") -> str:
 
 
 def row_of(record: dict) -> list[str]:
-    """The cells of one case's row."""
-    milliseconds = {key: 1e3 * value for key, value in record["seconds"]["ours"].items()}
-    ratios = [cell(record["ratio_to"].get(name)) for name in ("eager", "compiled")]
-    bandwidth = f"{record['gigabytes_per_second']['ours']['median']:.1f}"
-    case = [record[key] for key in ("op", "shape", "dtype")]
-    return [*case, cell(milliseconds, ".3g"), bandwidth, *ratios, cell(record["fraction_of_floor"])]
+    """The cells of one case's row; a star is at an arm that was not captured."""
+    star = {name: "*" for name in record["not_captured"]}
+    ours, rate = record["seconds"].get("ours"), record["gigabytes_per_second"].get("ours")
+    milliseconds = cell(ours and {key: 1e3 * value for key, value in ours.items()}, ".3g") + star.get("ours", "")
+    ratios = [cell(record["ratio_to"].get(name)) + star.get(name, "") for name in ("eager", "compiled")]
+    bandwidth = f"{rate['median']:.1f}" if rate else "-"
+    row = [*(record[key] for key in ("op", "shape", "dtype")), milliseconds, bandwidth, *ratios]
+    row.append(cell(record["fraction_of_floor"]) + star.get("floor", ""))
+    if record["host_seconds"]:
+        host = record["host_seconds"].get("ours")
+        row.append(cell(host and {key: 1e6 * value for key, value in host.items()}, ".3g"))
+    return row
 
 
 def table(records: Sequence[dict], judged: Sequence[dict]) -> str:
     """The printed table, with smallest and largest round in brackets, and the bars below it.
 
-    `records` are the cases' records, `judged` the result of `bench_ops.bars`.
+    `records` are those of the cases that were timed, `judged` the result of `bars`.
     """
-    rows = [HEADER, *map(row_of, records)]
+    header = (*HEADER, HOST) if any(record["host_seconds"] for record in records) else HEADER
+    rows = [header, *map(row_of, records)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     # The further arms of `tdft_step`.
@@ -42,6 +73,13 @@ def table(records: Sequence[dict], judged: Sequence[dict]) -> str:
             lines.append(f"{case}: eager_by_rows/ours {cell(by_rows)}")
             parts = (f"{name} {cell(value)}" for name, value in record["ratio_to"].items() if name[:5] == "ours_")
             lines.append(f"{case}: of our time {', '.join(parts)}")
+    # Arms of a GPU that are timed as plain launches, and so with the host's time.
+    not_captured = {}
+    for record in records:
+        for name, why in record["not_captured"].items():
+            not_captured.setdefault((record["op"], name, why), []).append(f"{record['shape']} {record['dtype']}")
+    for (op, name, why), where in not_captured.items():
+        lines.append(f"* {op}, {name}: timed by launches, not captured: {why} ({', '.join(where)})")
     for bar in judged:
         asked = f"{bar['op']} {bar['shape']}: {bar['least']:g} x {bar['against']}"
         lines.append(f"{'met   ' if bar['met'] else 'MISSED'}  {asked}: {cell(bar['value'])}")
@@ -51,7 +89,7 @@ def table(records: Sequence[dict], judged: Sequence[dict]) -> str:
 def chart(result: dict) -> Figure:
     """One row of panels per op: eager over ours, compiled over ours, and the fraction of the floor.
 
-    `result` is the content of the JSON file.
+    `result` is the content of the JSON file, with the cases that were timed.
     """
     # A Figure without pyplot has no global state and never looks for a display.
     from matplotlib.figure import Figure

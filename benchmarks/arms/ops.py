@@ -1,5 +1,7 @@
 """The operations of `bench_ops.py`: each as ours, in eager PyTorch, and as torch.compile gets it.
 
+`tdft_step` is in `tdft.py`, `ema_update` in `ema.py`.
+
 A case runs in one of two mixtures of dtypes. "fp32" is float32 throughout. "bf16" has the dtypes
 of a bf16 run:
 
@@ -17,6 +19,7 @@ step.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -25,7 +28,6 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from benchmarks.nets import NETS
 from selfnpo_fast.diffusion.schedule import NoiseSchedule, ddim_coefficients, forward_coefficients, x0_coefficients
 from selfnpo_kernels import (
     Draw,
@@ -33,7 +35,6 @@ from selfnpo_kernels import (
     affine_noise,
     backends,
     draw_id,
-    ema_update,
     guidance_rescale,
     guided_step,
     normal,
@@ -45,7 +46,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID_STEPS = 25
 GUIDANCE_SCALE = 7.5
 RESCALE = 0.7
-DECAY = 0.999
 HUBER_C = 1e-3
 SEED = 2**40 + 7
 FIRST_ID = 2**33
@@ -115,6 +115,8 @@ class Op:
     """Names of the results, in order."""
     cycle = 1
     """Calls after which the work repeats: a timed sample has to consist of whole cycles."""
+    reads_back: tuple[str, ...] = ()
+    """Arms that wait for values of the device, which a CUDA graph cannot hold."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, device: torch.device) -> None:
         self.shape, self.batch, self.device = shape, shape[0], device
@@ -143,13 +145,20 @@ class Op:
         return torch.arange(FIRST_ID, FIRST_ID + self.batch, device=self.device)
 
     def arms(self) -> dict[str, Callable[[], object]]:
-        """The timed functions by arm, except for the compiled one and the floor."""
+        """The timed functions by arm, except for the compiled one and the floor.
+
+        Each call returns new functions: those with a state begin it anew.
+        """
         return {"ours": lambda: self.ours(*self.inputs), "eager": lambda: self.eager(*self.inputs)}
 
+    @functools.cached_property
+    def plain_compiled(self) -> Callable:
+        """`plain` under torch.compile, which compiles it at its first call."""
+        return compile_plain(self.plain, self.device)
+
     def compiled(self) -> Callable[[], object]:
-        """The compiled arm; its first call compiles `plain`."""
-        run = compile_plain(self.plain, self.device)
-        return lambda: run(*self.inputs)
+        """The compiled arm, new for each call as those of `arms`."""
+        return lambda: self.plain_compiled(*self.inputs)
 
     def check(self) -> Iterator[Comparison]:
         """Compares ours, and eager in the case's mixture, with eager in float32."""
@@ -342,66 +351,4 @@ class X0Loss(Op):
         return self.with_gradient(self.plain, *inputs)
 
     def compiled(self):
-        run = compile_plain(self.plain, self.device)
-        return lambda: self.with_gradient(run, *self.inputs)
-
-
-class EmaUpdate(Op):
-    """`ema_update` against a loop over the parameters of a network.
-
-    The loop has one kernel less than that of diffusers' EMAModel.
-    """
-
-    def __init__(self, network: str, dtype: str, device: torch.device) -> None:
-        self.sizes = [p.shape for p in NETS[network]().network(device="meta").parameters()]
-        super().__init__((sum(size.numel() for size in self.sizes),), dtype, device)
-
-    def build(self) -> None:
-        masters = [torch.randn(size, generator=self.generator, device=self.device) for size in self.sizes]
-        live = [
-            torch.randn(size, generator=self.generator, device=self.device).to(self.torch_dtype) for size in self.sizes
-        ]
-        shadows = [m.to(self.torch_dtype) for m in masters] if self.torch_dtype != torch.float32 else []
-        self.inputs = (masters, live, shadows)
-
-    def ours(self, masters, live, shadows):
-        ema_update(masters, live, shadows, DECAY)
-
-    @torch.no_grad()
-    def eager(self, masters, live, shadows):
-        for i, (master, new) in enumerate(zip(masters, live, strict=True)):
-            master.mul_(DECAY).add_(new, alpha=1 - DECAY)
-            if shadows:
-                shadows[i].copy_(master)
-
-    plain = eager
-
-    def after(self, update: Callable) -> list[torch.Tensor]:
-        """Masters and shadows, each as one flat tensor, after an update of copies.
-
-        The copied shadows are zero before the update. In float32 there are none.
-        """
-        masters, live, shadows = ([t.clone() for t in tensors] for tensors in self.inputs)
-        update(masters, live, [t.zero_() for t in shadows])
-        return [torch.cat([t.flatten() for t in tensors]) for tensors in (masters, shadows) if tensors]
-
-    def compare(self, name: str, found: list[torch.Tensor]) -> Iterator[Comparison]:
-        """Compares masters and shadows with the eager masters, which shadows copy."""
-        truth, *_ = self.after(self.eager)
-        for what, tensor in zip(("masters", "shadows"), found, strict=False):
-            yield Comparison(f"{name}{what}", tensor, truth)
-
-    def check(self) -> Iterator[Comparison]:
-        yield from self.compare("", self.after(self.ours))
-        yield from self.compare("eager ", self.after(self.eager))
-
-    def check_compiled(self, compiled) -> Iterator[Comparison]:
-        """Compares on copies of `inputs`, because the compiled function writes to them."""
-        original = self.inputs
-        self.inputs = tuple([t.clone() for t in tensors] for tensors in original)
-        for shadow in self.inputs[2]:
-            shadow.zero_()
-        compiled()
-        found = [torch.cat([t.flatten() for t in tensors]) for tensors in self.inputs[::2] if tensors]
-        self.inputs = original
-        yield from self.compare("compiled ", found)
+        return lambda: self.with_gradient(self.plain_compiled, *self.inputs)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.arms.ops import GRID_STEPS, REFERENCE_ROWS, SEED, Comparison, Op, column, compile_plain, moments
+from benchmarks.arms.ops import GRID_STEPS, REFERENCE_ROWS, SEED, Comparison, Op, column, moments
 from selfnpo_fast.rollout import Grid
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, TdftTables, backends, draw_id, guided_step, normal, tdft_step
 
@@ -31,6 +31,8 @@ PAIR = ("target", "x_s", "facts", "weight")
 
 class TdftStep(Op):
     """`tdft_step` from noise with both branches; the slots are spread over the grid."""
+
+    reads_back = ("eager_by_rows",)
 
     def build(self) -> None:
         self.pos, self.neg = self.random(self.torch_dtype), self.random(self.torch_dtype)
@@ -100,7 +102,7 @@ class TdftStep(Op):
         # previous sample of the slot gives its final x at t = 0.
         at_top = index == TOP
         state, target = (put(at_top, into, lambda rows: final[rows]) for into in (x, x0))
-        t, pair_ids = torch.where(at_top, 0, t), torch.where(at_top, ids - batch, ids)
+        t, pair_ids = t.masked_fill(at_top, 0), torch.where(at_top, ids - batch, ids)
         first = None
         if draws is not None:
             noise, first, s, dropped = draws
@@ -109,15 +111,18 @@ class TdftStep(Op):
             dropped = torch.rand(batch, device=x.device) < DROPOUT
         ratio = column(self.alphas_cumprod[s] / self.alphas_cumprod[t], x)
         x_s = ratio.sqrt() * state + (1 - ratio).sqrt() * noise  # Eq. 16
-        row = torch.where(dropped, 0, self.order[pair_ids % ITEMS] + 1)
-        pair = target, x_s, torch.stack([t, s, pair_ids, row]), self.tables.weight[torch.where(at_top, 0, index + 1)]
+        row = (self.order[pair_ids % ITEMS] + 1).masked_fill(dropped, 0)
+        weight = self.tables.weight[(index + 1).masked_fill(at_top, 0)]
+        pair = target, x_s, torch.stack([t, s, pair_ids, row]), weight
 
         # The next state: slots that have ended keep the final x and start a sample from noise.
         ended = left == 0
         final = put(ended, final, lambda rows: moved[rows])
         x = put(ended, moved, lambda rows: torch.randn_like(moved[rows]) if first is None else first[rows])
-        index, left = torch.where(ended, TOP, index - 1), torch.where(ended, TOP, left - 1)
+        index, left = ((n - 1).masked_fill(ended, TOP) for n in (index, left))
         return pair, (x, final, index, torch.where(ended, ids + batch, ids), left)
+
+    plain = chain
 
     def stepper(self, chain: Callable, dtype: torch.dtype | None = None, **options) -> Callable:
         """Steps of a new copy of all slots by a function such as `chain`.
@@ -126,13 +131,14 @@ class TdftStep(Op):
         network outputs.
         """
         pos, neg = (t.to(dtype or self.torch_dtype) for t in (self.pos, self.neg))
-        state = *(t.clone() for t in self.begin), *self.slots()[:3].clone()
+        begin = state = *(t.clone() for t in self.begin), *self.slots()[:3].clone()
 
         def step(**more):
             nonlocal state
             pair, state = chain(pos, neg, *state, **options, **more)
             return pair, state
 
+        step.begin = begin  # kept: every replay of a captured step reads it again
         return step
 
     def arms(self) -> dict[str, Callable[[], object]]:
@@ -147,7 +153,7 @@ class TdftStep(Op):
         }
 
     def compiled(self) -> Callable[[], object]:
-        return self.stepper(compile_plain(self.chain, self.device))
+        return self.stepper(self.plain_compiled)
 
     def draws_of(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The noise of Eq. 16 and the start noise, each (B, ...), that our op draws."""

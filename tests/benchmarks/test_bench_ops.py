@@ -1,30 +1,24 @@
-"""The benchmark of the fused ops: gate, comparators, bytes and floor, loop counts, files."""
+"""The benchmark of the fused ops: gate, comparators, bytes and floor."""
 
 from __future__ import annotations
-
-import json
-import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from broken_kernels import a_little, break_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_ops
 from benchmarks.arms import ops as op_arms
-from benchmarks.arms import tdft as tdft_arms
+from benchmarks.arms.ema import EmaUpdate
 from benchmarks.arms.floor import TRAFFIC, floor_arm
-from benchmarks.arms.ops import DTYPES, GRID_STEPS, AffineNoise, EmaUpdate, X0Loss
+from benchmarks.arms.ops import DTYPES, GRID_STEPS, AffineNoise, X0Loss
 from benchmarks.arms.tdft import ROLLOUT_W, TOP, TdftStep
-from benchmarks.bench_ops import LATENTS, OPS, Case, Gate, calibrate, cases, check_small
-from selfnpo_kernels import backends
+from benchmarks.bench_ops import LATENTS, OPS, Case, Gate, Sizes, cases, run_case
+from benchmarks.nets import digits
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-NO_COMPILE = ("ours", "eager", "floor")
+GATE_ALONE = Sizes(arms=(), rounds=1, least=0)
 TINY = (30, 2, 3, 4)  # slots at every grid index
 
 
@@ -43,34 +37,11 @@ def no_grad():
 @pytest.mark.parametrize("op", OPS)
 def test_gate_passes(op, dtype):
     """Ours, with any backend, agrees with eager and the reference, on images and video."""
-    gate = check_small(cases([op], ["sd15", "cogvideox"], [dtype], quick=True), CPU)
-    assert gate.failures == []
-    assert "float32" in gate.largest_error or dtype == "bf16"
-    assert ("bfloat16" in gate.largest_error) == (dtype == "bf16" and op != "tdft_step")
-
-
-def break_kernel(monkeypatch, op: str, damage) -> None:
-    """Calls `damage(arguments, results)` after each call of the op, except on the reference."""
-    right = backends.implementation
-
-    def implementation(name, arguments):
-        run = right(name, arguments)
-        if name != op or backends._forced == "reference":
-            return run
-
-        def wrong(*given):
-            out = run(*given)
-            damage(given, out)
-            return out
-
-        return wrong
-
-    monkeypatch.setattr(backends, "implementation", implementation)
-
-
-def a_little(which: int):
-    """Damage: result number `which` is off by 1e-4, a hundred times the rounding error."""
-    return lambda given, out: (out[which] if isinstance(out, tuple) else out).mul_(1.0001)
+    chosen = cases([op], ["sd15", "cogvideox"], [dtype], ["digits"], quick=True)
+    for record in [run_case(one, GATE_ALONE, CPU) for one in chosen]:
+        assert record["failures"] == []
+        assert "float32" in record["largest_error"] or dtype == "bf16"
+        assert ("bfloat16" in record["largest_error"]) == (dtype == "bf16" and op != "tdft_step")
 
 
 def given(which: int, change=lambda tensor: tensor.mul_(1.0001)):
@@ -162,7 +133,6 @@ def test_gate_stops_a_wrong_compiled_function(monkeypatch, op, dims):
 
     for stand_in, passes in ((lambda run, device: run, True), (lambda run, device: lazy(run), False)):
         monkeypatch.setattr(op_arms, "compile_plain", stand_in)
-        monkeypatch.setattr(tdft_arms, "compile_plain", stand_in)
         gate, bench = Gate(), case(op, dims=dims).build(CPU)
         gate.compare(op, "fp32", bench.check_compiled(bench.compiled()))
         assert (gate.failures == []) == passes, gate.failures
@@ -314,148 +284,10 @@ def test_floor_moves_the_bytes_of_the_op(op, dtype):
     assert len({t.data_ptr() for t in fresh}) == len(fresh)
 
 
-@pytest.mark.parametrize("seconds", [0.2, 0.1, 0.03, 0.0004, 3e-8])
-@pytest.mark.parametrize("cycle", [1, 25])
-def test_calibration_loops_past_the_least_time_and_hardly_further(seconds, cycle):
-    asked = []
-
-    def time_calls(calls: int) -> float:
-        asked.append(calls)
-        return calls * seconds
-
-    calls = calibrate(time_calls, 0.1, cycle)
-    assert calls % cycle == 0
-    assert calls * seconds >= 0.1
-    assert calls <= 2 * cycle or (calls - 2 * cycle) * seconds <= 0.11 * bench_ops.SPARE
-    assert len(asked) < 12 and max(asked) <= calls
-
-
-def test_every_round_times_every_arm_in_turn(monkeypatch):
-    log = []
-    arms = {name: (lambda name=name: log.append(name)) for name in ("ours", "eager", "floor")}
-    clock = iter(np.arange(1000))
-    monkeypatch.setattr(bench_ops.time, "perf_counter", lambda: next(clock))  # one second per sample
-    calls, seconds = bench_ops.measure(arms, 3, 0.5, 2, CPU)
-    assert calls == dict.fromkeys(arms, 2)
-    turns = ["ours", "eager", "floor", "eager", "floor", "ours", "floor", "ours", "eager"]
-    assert log[:6] == [name for name in arms for _ in range(2)], "calibration"
-    assert log[6:] == [name for name in turns for _ in range(2)], "each round begins with another arm"
-    np.testing.assert_allclose(seconds, np.full((3, 3), 0.5))
-
-
-def record(op: str, shape: str, dtype: str, floor: float, **ratios: float) -> dict:
-    case = {"op": op, "shape": shape, "dtype": dtype, "fraction_of_floor": {"median": floor}}
-    return case | {"ratio_to": {name: {"median": value} for name, value in ratios.items()}}
-
-
-def test_bars_are_those_of_the_issue():
-    judged = bench_ops.bars(
-        [
-            record("tdft_step", "sd15", "fp32", 0.1, eager=10.0, eager_by_rows=9.9, compiled=1.9),
-            record("tdft_step", "sdxl", "bf16", 0.1, eager=1.0, compiled=1.0),
-            record("normal", "sdxl", "fp32", 0.1, eager=2.1, compiled=1.0),
-            record("guided_step", "uncached", "fp32", 0.79, eager=9.0, compiled=1.0),
-            record("guided_step", "sd15", "fp32", 0.1, eager=9.0, compiled=1.0),
-            record("x0_loss", "sd15", "fp32", 0.1, eager=0.1, compiled=0.1),
-        ]
-    )
-    assert [(bar["op"], bar["shape"], bar["against"], bar["least"], bar["met"]) for bar in judged] == [
-        ("tdft_step", "sd15", "eager", 10.0, True),
-        ("tdft_step", "sd15", "eager_by_rows", 10.0, False),
-        ("tdft_step", "sd15", "compiled", 2.0, False),
-        ("normal", "sdxl", "eager", 2.0, True),
-        ("guided_step", "uncached", "floor", 0.8, False),
-    ]
-
-
-def test_run_writes_what_it_printed(tmp_path, capsys):
-    """All ops in both mixtures; ratios are recomputed from rounds; the chart is written, too."""
-    output = tmp_path / "new" / "ops.json"
-    argv = ["--quick", "--device", "cpu", "--rounds", "3", "--output", str(output)]
-    argv += [word for dtype in DTYPES for word in ("--dtype", dtype)]
-    assert bench_ops.main(argv, NO_COMPILE) == 0
-    result = json.loads(output.read_text())
-    assert {"device", "torch", "threads", "date", "git_commit"} <= result["environment"].keys()
-    assert result["backend"] == backends.backend_of("cpu")
-    assert result["bars"] == [], "tiny latents are not judged"
-    found = {(record["op"], record["dtype"]): record for record in result["cases"]}
-    assert list(found) == [(op, dtype) for op in OPS for dtype in DTYPES]
-    printed = capsys.readouterr().out.splitlines()
-    for (op, dtype), entry in found.items():
-        rounds = entry["rounds_seconds"]
-        assert {len(values) for values in rounds.values()} == {3}
-        ratios = [a / b for a, b in zip(rounds["eager"], rounds["ours"], strict=True)]
-        middle = statistics.median(ratios)
-        assert entry["ratio_to"]["eager"] == pytest.approx({"median": middle, "low": min(ratios), "high": max(ratios)})
-        reached = [a / b for a, b in zip(rounds["floor"], rounds["ours"], strict=True)]
-        assert entry["fraction_of_floor"]["median"] == pytest.approx(statistics.median(reached))
-        speeds = [entry["elements"] * TRAFFIC[op][dtype].total / seconds / 1e9 for seconds in rounds["ours"]]
-        assert entry["gigabytes_per_second"]["ours"]["median"] == pytest.approx(statistics.median(speeds))
-        row = next(line for line in printed if line.split()[:3] == [op, entry["shape"], dtype])
-        assert f"{1e3 * statistics.median(rounds['ours']):.3g} [" in row
-        assert f"{middle:.2f} [" in row
-    assert ("eager_by_rows" in found["tdft_step", "fp32"]["seconds"]) and "eager_by_rows/ours" in "\n".join(printed)
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_nothing_is_timed_after_a_failed_gate(tmp_path, capsys, monkeypatch):
-    break_kernel(monkeypatch, "guided_step", a_little(1))
-    monkeypatch.setattr(bench_ops, "measure", lambda *_: pytest.fail("timed"))
-    output = tmp_path / "ops.json"
-    argv = ["--quick", "--op", "normal", "--op", "guided_step", "--device", "cpu", "--output", str(output)]
-    assert bench_ops.main(argv, NO_COMPILE) == 1
-    assert not output.exists()
-    assert "guided_step sd15 fp32: x0 differs" in capsys.readouterr().err
-
-
-def test_a_failure_at_full_size_is_one_too(tmp_path, capsys, monkeypatch):
-    """A kernel is wrong only in larger batches; nothing is written, not even earlier cases."""
-
-    def beyond(arguments, out):
-        if len(out[0]) > bench_ops.GATE_BATCH:
-            out[0][-1].mul_(1.0001)
-
-    break_kernel(monkeypatch, "guided_step", beyond)
-    output = tmp_path / "ops.json"
-    argv = ["--quick", "--op", "normal", "--op", "guided_step", "--device", "cpu", "--output", str(output)]
-    assert bench_ops.main(argv, NO_COMPILE) == 1
-    assert not output.exists()
-    assert "x_next differs" in capsys.readouterr().err
-
-
-def test_only_a_whole_run_replaces_the_results():
-    def target(*argv: str) -> str:
-        return str(bench_ops.target_of(bench_ops.build_parser().parse_args(argv)).relative_to(ROOT).parent)
-
-    assert target("--device", "cpu", "--rounds", "3") == "benchmarks/results"
-    for part in (["--quick"], ["--op", "normal"], ["--shape", "sd15"], ["--dtype", "bf16"]):
-        assert target(*part) == "build/benchmarks"
-
-
-def test_compiled_arm_of_one_op(tmp_path):
-    """With torch.compile itself, whose results the gate compares with eager."""
-    output = tmp_path / "ops.json"
-    argv = ["--quick", "--op", "guided_step_single", "--device", "cpu", "--output", str(output)]
-    assert bench_ops.main(argv) == 0
-    (entry,) = json.loads(output.read_text())["cases"]
-    assert list(entry["seconds"]) == ["ours", "eager", "compiled", "floor"]
-    assert entry["ratio_to"].keys() == {"eager", "compiled"}
-
-
-@pytest.mark.slow
-def test_compiled_arms_of_all_ops(tmp_path):
-    """Both mixtures; about two minutes."""
-    output = tmp_path / "ops.json"
-    argv = ["--quick", "--dtype", "fp32", "--dtype", "bf16", "--device", "cpu", "--output", str(output)]
-    assert bench_ops.main(argv) == 0
-    assert all("compiled" in entry["seconds"] for entry in json.loads(output.read_text())["cases"])
-
-
-@pytest.mark.gpu
-def test_bench_ops_runs_on_cuda(tmp_path):
-    """Through the script; the gate compares the kernels with eager on the GPU."""
-    output = tmp_path / "ops.json"
-    command = [sys.executable, "benchmarks/bench_ops.py", "--quick", "--device", "cuda", "--dtype", "bf16"]
-    done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(output.read_text())["cases"]) == len(OPS)
+def test_ema_update_has_the_sizes_of_the_network_s_parameters():
+    parameters = list(digits().network().parameters())
+    op = EmaUpdate("digits", "bf16", CPU)
+    masters, live, shadows = op.inputs
+    assert [p.shape for p in parameters] == [m.shape for m in masters]
+    assert op.elements == 1_077_572
+    assert {t.dtype for t in live + shadows} == {torch.bfloat16} != {t.dtype for t in masters}
