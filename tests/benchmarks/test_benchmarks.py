@@ -15,7 +15,7 @@ import torch
 from benchmarks import bench_busy, bench_rollout, bench_step, run
 from benchmarks.arms.step import ARMS, FULL, K5, ReleasedRollout, UnbatchedPredictor, Workbench, expected_forwards
 from benchmarks.bench_step import check_arms
-from benchmarks.environment import slug
+from benchmarks.environment import slug, write_json
 from benchmarks.nets import digits
 from selfnpo_fast.rollout import ContinuousRollout, GuidedPredictor, LockstepRollout
 
@@ -281,6 +281,27 @@ def test_registry_names_what_can_be_run():
 def test_slug_is_a_file_name():
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert slug("CPU, 2 cores, AMD EPYC (R)") == "cpu-2-cores-amd-epyc-r"
+
+
+def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
+    """A write that stops halfway, or a value that JSON does not know, leaves the old results."""
+    output = tmp_path / "new" / "x.json"
+    write_json(output, {"cases": [1]})
+    with pytest.raises(TypeError):
+        write_json(output, {"cases": [1, object()]})
+
+    def stops(self, text, encoding):
+        with self.open("w") as file:
+            file.write(text[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", stops)
+        write_json(output, {"cases": [1, 2]})
+    assert json.loads(output.read_text()) == {"cases": [1]}
+    write_json(output, {"cases": [1, 2, 3]})
+    assert [path.name for path in output.parent.iterdir()] == ["x.json"]
+    assert json.loads(output.read_text()) == {"cases": [1, 2, 3]}
 
 
 @pytest.mark.slow
