@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +38,38 @@ def synchronize(device: torch.device) -> None:
     """Waits until a GPU has finished its work; returns at once for the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Frees what nothing refers to any more; a GPU's free memory goes back to it, and its peaks begin
+    anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def memory_gib(device: torch.device) -> dict[str, float] | None:
+    """Peaks of a GPU's memory in GiB since `release`: `allocated` to tensors, and `reserved` by the
+    allocator. None for the CPU."""
+    if device.type != "cuda":
+        return None
+    peaks = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    return {name: value / 2**30 for name, value in peaks.items()}
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """float32 arithmetic that repeats: no TF32, and cuDNN's deterministic algorithms, which no timing
+    picks. torch's switches are put back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    exact = {"benchmark": False, "deterministic": True, "allow_tf32": False}
+    try:
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, **exact):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def cores() -> int:
@@ -119,11 +154,22 @@ def write_json(output: Path, result: Mapping[str, object]) -> None:
     write_file(output, json.dumps(result, indent=1) + "\n")
 
 
-def write_result(output: Path, result: Mapping[str, object], figure: Figure) -> None:
-    """Writes a benchmark's JSON to `output` and its chart next to it, and prints both paths."""
+def drawn(draw: Callable[[], Figure | None]) -> Figure | None:
+    """The chart that `draw` returns; None, which is said, where matplotlib is not installed."""
+    try:
+        return draw()
+    except ImportError as error:
+        print(f"no chart: {error}", file=sys.stderr)
+        return None
+
+
+def write_result(output: Path, result: Mapping[str, object], figure: Figure | None) -> None:
+    """Writes a benchmark's JSON to `output` and its chart, if any, next to it, and prints the paths."""
     write_json(output, result)
-    figure.savefig(output.with_suffix(".png"))
-    print(f"{output}\n{output.with_suffix('.png')}")
+    print(output)
+    if figure is not None:
+        figure.savefig(output.with_suffix(".png"))
+        print(output.with_suffix(".png"))
 
 
 def _cpu_model() -> str:
