@@ -50,9 +50,9 @@ ERROR_LINES = 20
 def run_one(command: Sequence[str], output: Path) -> dict[str, object]:
     """Runs one benchmark in the checkout's root and returns its record.
 
-    The record has `command`, `seconds`, and `result`, which is the benchmark's JSON. If it failed,
-    the record has `error`, which is the exit status with the last lines of standard error, and
-    `result` only if it has written one.
+    The record has `command`, `seconds`, `result`, which is the benchmark's JSON, and where it has
+    failed `error`, which is the exit status with the last lines of standard error. A benchmark that
+    failed may have written a result of what went well before.
     """
     output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one
     start = time.perf_counter()

@@ -188,14 +188,15 @@ class Workbench:
 
         Raises RuntimeError where the step is not captured: its time would not be that of the arm.
         """
-        capture = capture_of(self.device, arm.graphs, f"arm {arm.name}")
+        capture = capture_of(self.device, arm.graphs, f"arm {arm.name}", self.dtype)
         rollout = self.rollout(arm, capture)
         if arm.config.mode == "continuous":
             rollout.load_state_dict(self.start(arm.config.grid_steps)[1])
         for _ in range(arm.warm_up):
             rollout.next_pairs()
-        if not getattr(capture, "on", True):
-            raise RuntimeError("its step could not be captured as a CUDA graph; the log says why")
+        reason = getattr(capture, "reason", None)
+        if reason is not None:
+            raise RuntimeError(f"its step runs without a CUDA graph: {reason}")
         return rollout
 
     @torch.no_grad()

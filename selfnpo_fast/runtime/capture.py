@@ -63,6 +63,7 @@ class CudaGraphs:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device, self.what, self.dtype, self.on = torch.device("cuda", index), what, dtype, True
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.reason: str | None = None  # why it captures nothing any more
         with torch.cuda.device(self.device):
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
@@ -110,7 +111,7 @@ class CudaGraphs:
             reason = one_line(error)
         if reason is None:
             return graph, outputs
-        self.on = False
+        self.on, self.reason = False, reason
         logger.warning("CUDA graphs: off for %s, which run as plain launches: %s", self.what, reason)
         _copy(after, state)
         return None, expected

@@ -185,6 +185,7 @@ def test_a_capture_that_fails_is_said_once_and_steps_run_plainly(cuda, caplog):
     (line,) = caplog.messages
     assert "off for pictures of 4 x 8 x 8" in line
     assert cuda.fail in line
+    assert graphs.reason == cuda.fail
 
 
 @pytest.mark.parametrize("at_end", [None, "operation failed due to a previous error during capture"])
