@@ -49,17 +49,20 @@ from benchmarks.environment import (  # noqa: E402
     write_json,
     write_result,
 )
+from selfnpo_fast.runtime.capture import CudaGraphs  # noqa: E402
 from selfnpo_fast.runtime.errors import one_line, shortened  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from selfnpo_fast.config import TrainConfig
 
 BATCHES, QUICK_BATCHES = (16, 64, 128), (4,)
 SETTINGS = ((1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3))
 """(ranks, ZeRO stage)."""
 QUICK_SETTINGS = ((1, 0), (2, 2))
 WARM_UP, UPDATES, QUICK_UPDATES = 3, 8, 1
-"""Updates that are not timed, that are timed, and that are timed with --quick."""
+"""Updates that are not timed (`warm_up`), that are timed, and that are timed with --quick."""
 DIGITS = ("--config", "configs/digits.yaml")
 LAST_WORDS = 5.0
 """Seconds for the other ranks to end by themselves once one has failed."""
@@ -79,6 +82,16 @@ def gpus_for(device: torch.device) -> tuple[dict[str, str], int | None]:
     return {"CUDA_VISIBLE_DEVICES": names[device.index].strip()}, 1
 
 
+def warm_up(config: TrainConfig, device: torch.device) -> int:
+    """Updates before those that are timed.
+
+    On a GPU the step of every group of slots is captured as a CUDA graph in them: the groups take
+    turns, `pool` updates make a round, and a step is captured at its third call.
+    """
+    captures = device.type == "cuda" and config.engine.graphs and config.rollout.mode == "continuous"
+    return WARM_UP + (config.rollout.pool * (CudaGraphs.WARM_UP + 1) if captures else 0)
+
+
 def time_rank(arguments: Sequence[str], updates: int) -> dict[str, object]:
     """The work of one rank's process: seconds of every update, and its peak memory in GiB.
 
@@ -92,8 +105,8 @@ def time_rank(arguments: Sequence[str], updates: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         trainer, recorder, world = make_trainer(arguments, Path(folder) / "run")
         trainer.producer.rollout.fill()
-        seconds = []
-        for _ in range(WARM_UP + updates):
+        seconds, untimed = [], warm_up(trainer.config, world.device)
+        for _ in range(untimed + updates):
             synchronize(world.device)
             world.barrier()
             start = time.perf_counter()
@@ -104,7 +117,7 @@ def time_rank(arguments: Sequence[str], updates: int) -> dict[str, object]:
             seconds.append(time.perf_counter() - start)
         trainer.producer.close()
     reserved = (memory_gib(world.device) or {}).get("reserved")
-    return {"seconds": seconds[WARM_UP:], "memory_gib": peak_memory_gib(world.device), "reserved_gib": reserved}
+    return {"seconds": seconds[untimed:], "memory_gib": peak_memory_gib(world.device), "reserved_gib": reserved}
 
 
 def run_setting(

@@ -550,4 +550,5 @@ def test_bench_step_runs_on_cuda(tmp_path):
     assert done.returncode == 0, done.stderr
     nets = json.loads(output.read_text())["nets"]
     assert {net["precision"] for net in nets.values()} == {"bf16"}
+    assert all(net["memory_gib"]["reserved"] > 0 and not net["left_out"] for net in nets.values())
     assert [len(net["arms"]) for net in nets.values()] == [len(ARMS)] * 2

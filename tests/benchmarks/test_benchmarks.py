@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import bench_busy, bench_rollout, profile_step, run
 from benchmarks.environment import slug, write_json
+from selfnpo_fast.config import EngineConfig, RolloutConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -179,14 +180,21 @@ def test_a_setting_that_fails_leaves_the_others(one_gpu, monkeypatch, tmp_path, 
     assert "failed: Traceback torch.OutOfMemoryError" in capsys.readouterr().out
 
 
-def test_a_rank_s_clock_is_read_on_an_idle_device(monkeypatch):
-    """Waits for the device, then for the other ranks, before and after every update."""
+@pytest.mark.parametrize(
+    ("changes", "untimed"),
+    [({}, 3 + 4 * 3), ({"engine": EngineConfig(graphs=False)}, 3), ({"rollout": RolloutConfig(mode="lockstep")}, 3)],
+)
+def test_a_rank_s_clock_is_read_on_an_idle_device(monkeypatch, changes, untimed):
+    """Waits for the device, then for the other ranks, before and after every update.
+
+    Each of four groups of slots makes two plain steps and a capture before anything is timed.
+    """
     events = []
 
     class Stub:
         """Trainer, recorder, world, producer and rollout at once."""
 
-        device = torch.device("cuda", 0)
+        device, config = torch.device("cuda", 0), TrainConfig(**changes)
         producer = rollout = property(lambda self: self)
 
         def __getattr__(self, name):
@@ -198,7 +206,7 @@ def test_a_rank_s_clock_is_read_on_an_idle_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
     result = bench_rollout.time_rank([], 2)
     update = ["synchronize", "barrier", "train_update", "discard", "synchronize", "barrier"]
-    assert events == ["fill", *update * (bench_rollout.WARM_UP + 2), "close"]
+    assert events == ["fill", *update * (untimed + 2), "close"]
     assert len(result.pop("seconds")) == 2
     assert result == {"memory_gib": 2, "reserved_gib": 3}
 
