@@ -6,7 +6,8 @@ GNU's OpenMP lets a thread that waits at a barrier spin, 300,000 rounds by defau
 sleeps. Two processes train the digits, one with that default and one with what commands set
 (GOMP_SPINCOUNT=3000). They take turns, in every round once on the idle machine, and once beside as
 many busy loops as there are cores. Ratios are taken within a round. Both processes have to begin
-with the same loss; if they do not, nothing is timed and the exit status is 1.
+with the same loss; if they do not, nothing is timed and the exit status is 1. The JSON file is
+written anew after every round. The question is one of CPUs: for a GPU the file only says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,17 @@ from selfnpo_fast.runtime.command import short_spin  # noqa: E402
 
 os.environ.update(short_spin())  # before torch is imported
 
-from benchmarks.environment import RESULTS, bar_chart, cores, describe, pick_device, spread, write_result  # noqa: E402
+from benchmarks.environment import (  # noqa: E402
+    RESULTS,
+    bar_chart,
+    cores,
+    describe,
+    drawn,
+    pick_device,
+    spread,
+    write_json,
+    write_result,
+)
 
 OWN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """Variables of whoever runs the benchmark that neither arm keeps."""
@@ -40,6 +51,7 @@ ROUNDS, SECONDS, BATCH = 7, 10.0, 16
 """Rounds, the least seconds of one timing, and pairs an update."""
 TOLERANCE = 1e-4
 """Relative, between the arms' first losses."""
+NOT_ON_GPUS = "the spin of OpenMP's threads concerns training on a CPU; with a GPU there is nothing to time"
 
 
 class Trainer:
@@ -48,6 +60,7 @@ class Trainer:
     def __init__(self, name: str, batch: int) -> None:
         """Starts the process, and waits for its first loss. Raises RuntimeError where it fails."""
         environment = {key: value for key, value in os.environ.items() if key not in OWN} | ARMS[name]
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU would train instead
         words = ["--config", "configs/digits.yaml", "--engine.batch_size", str(batch)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"from benchmarks.arms.busy import serve; serve({words!r})"],
@@ -86,10 +99,13 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def measure(rounds: int, seconds: float, batch: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    rounds: int, seconds: float, batch: int, after_round: Callable[[Mapping], None] = lambda values: None
+) -> dict[str, dict[str, list[float]]]:
     """Pairs per second, a value a round, by load and arm; the first round is not counted.
 
-    Raises RuntimeError where the arms begin with different losses.
+    `after_round` is given the values after each round that counts. Raises RuntimeError where the
+    arms begin with different losses.
     """
     with contextlib.ExitStack() as processes:
         trainers = {}
@@ -105,8 +121,12 @@ def measure(rounds: int, seconds: float, batch: int) -> dict[str, dict[str, list
             for load in LOADS:
                 with busy_loops(cores() if load == "busy" else 0):
                     for name, trainer in trainers.items():
-                        values[load][name].append(trainer.pairs_per_second(seconds))
-    return {load: {name: rates[1:] for name, rates in of_load.items()} for load, of_load in values.items()}
+                        rate = trainer.pairs_per_second(seconds)
+                        if number:
+                            values[load][name].append(rate)
+            if number:
+                after_round(values)
+    return values
 
 
 def summarise(values: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict]:
@@ -135,33 +155,42 @@ def table(loads: Mapping[str, Mapping]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns 1, and writes nothing, where the arms differ."""
+    """Runs the benchmark; returns 1 where the arms differ or one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timings per arm and load; one more is not counted")
-    parser.add_argument("--device", default="auto", help="as the other benchmarks take it; the threads are the CPU's")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; nothing is timed with a GPU")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one round of one update each")
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "bench_busy.json", help="JSON file; the chart is next to it"
     )
     args = parser.parse_args(argv)
-    environment = describe(pick_device("cpu"))
+    device = pick_device(args.device)
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = {"benchmark": "bench_busy", "complete": False, "environment": describe(device), "arguments": arguments}
+    if device.type == "cuda":
+        print(NOT_ON_GPUS, flush=True)
+        write_result(args.output, result | {"complete": True, "left_out": NOT_ON_GPUS}, None)
+        return 0
+
+    def save(values: Mapping) -> None:
+        write_json(args.output, result | {"loads": summarise(values)})
+
     try:
         sizes = (1, 0.0, 2) if args.quick else (args.rounds, SECONDS, BATCH)
-        loads = summarise(measure(*sizes))
+        loads = summarise(measure(*sizes, save))
     except RuntimeError as error:
-        print(f"it failed and nothing is written: {error}", file=sys.stderr)
+        print(f"it failed: {error}", file=sys.stderr)
         return 1
     print(table(loads), flush=True)
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    result = {"benchmark": "bench_busy", "environment": environment, "arguments": arguments, "loads": loads}
+    result |= {"complete": True, "loads": loads}
     names = {"default": "default", "short": "GOMP_SPINCOUNT=3000"}
     panels = {
-        f"digits, {load}, {environment['device']}": {
+        f"digits, {load}, {result['environment']['device']}": {
             names[name]: value for name, value in record["pairs_per_second"].items()
         }
         for load, record in loads.items()
     }
-    write_result(args.output, result, bar_chart(panels, "pairs per second"))
+    write_result(args.output, result, drawn(lambda: bar_chart(panels, "pairs per second")))
     return 0
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.run --quick    # smoke sizes, written to build/benchmarks/
 
 Every benchmark runs in a new process, so that none inherits another's memory, threads or CUDA
-context. A benchmark that fails is recorded with its error; the others still run, and the exit
-status is 1. The JSON files and charts of the single benchmarks lie in results/<device>/.
+context. A benchmark that fails is recorded with its error and with what it has measured; the others
+still run, and the exit status is 1. The file is written anew after every benchmark. The JSON files
+and charts of the single benchmarks lie in results/<device>/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from selfnpo_fast.runtime.command import short_spin  # noqa: E402
 
 os.environ.update(short_spin())  # before torch is imported
 
-from benchmarks.environment import RESULTS, describe, pick_device, slug  # noqa: E402
+from benchmarks.environment import RESULTS, describe, pick_device, slug, write_json  # noqa: E402
 
 BENCHMARKS: dict[str, Sequence[str]] = {
     "bench_ops": (sys.executable, "-m", "benchmarks.bench_ops"),
@@ -78,13 +79,13 @@ def run_all(
     name = slug(str(environment["device"]))
     (results / name).mkdir(parents=True, exist_ok=True)
     options = ["--device", device, *(["--quick"] if quick else [])]
-    records = {}
+    records, target = {}, results / f"{name}.json"
+    content = {"complete": False, "environment": environment, "quick": quick, "benchmarks": records}
     for benchmark, command in benchmarks.items():
         print(f"{benchmark} ...", file=sys.stderr, flush=True)
         records[benchmark] = run_one([*command, *options], results / name / f"{benchmark}.json")
-    target = results / f"{name}.json"
-    content = {"environment": environment, "quick": quick, "benchmarks": records}
-    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content["complete"] = len(records) == len(benchmarks)
+        write_json(target, content)
     return target, [benchmark for benchmark, record in records.items() if "error" in record]
 
 

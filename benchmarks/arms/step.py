@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import time
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from benchmarks.nets import BenchNet
 from selfnpo_fast.config import LossConfig, OptimizerConfig, RolloutConfig
 from selfnpo_fast.models import family_of
 from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, LockstepRollout, PairMaker, Pairs
+from selfnpo_fast.runtime.capture import Capture, CudaGraphs, capture_of, no_capture
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.training.engine import make_optimizer
 from selfnpo_fast.training.moving_reference import MovingReference
@@ -81,6 +82,13 @@ class Arm:
     predictor: type[GuidedPredictor] = GuidedPredictor
     forwards: int = 0
     """Reference forwards per update of a floor."""
+    graphs: bool = False
+    """Whether the rollout's step is a CUDA graph. Only continuous rollouts have such a step."""
+
+    @property
+    def warm_up(self) -> int:
+        """Minibatches before the first that counts: in them a step is captured and replayed once."""
+        return CudaGraphs.WARM_UP + 1 if self.graphs else 0
 
     @property
     def forwards_per_state(self) -> int:
@@ -101,6 +109,13 @@ ARMS = (
     Arm(name="full_live", label="the same, no dead branches", config=FULL, rollout=ReleasedRollout),
     Arm(name="lockstep", label="our lockstep mode", config=K5, rollout=LockstepRollout),
     Arm(name=CONTINUOUS, label="continuous", config=RolloutConfig(omega=-1.0, **NOISE), rollout=ContinuousRollout),
+    Arm(
+        name="continuous_graphs",
+        label="continuous, as a CUDA graph",
+        config=RolloutConfig(omega=-1.0, **NOISE),
+        rollout=ContinuousRollout,
+        graphs=True,
+    ),
     Arm(name="continuous_w5", label="continuous", config=RolloutConfig(omega=-5.0, **NOISE), rollout=ContinuousRollout),
     Arm(name=FORWARD, label="floor: one reference forward and the student", forwards=1),
     Arm(name=FLOOR, label="floor: the student alone"),
@@ -110,28 +125,37 @@ ARMS = (
 class Workbench:
     """One network as student and as reference, with everything that an arm needs.
 
-    `forwards` counts the rows that the reference has forwarded.
+    `forwards` counts the rows that the reference has forwarded, but for those of replays: a CUDA
+    graph runs no Python.
     """
 
     def __init__(
         self, net: BenchNet, *, batch: int, device: torch.device, dtype: torch.dtype, compile: str = "off"
     ) -> None:
-        self.net, self.batch, self.device = net, batch, device
-        self.student = net.network(dtype, device).train().requires_grad_(True)
-        self.reference = copy.deepcopy(self.student).requires_grad_(False).eval()
-        for network in (self.student, self.reference):
-            compile_blocks(network, family_of(network).repeated_blocks, compile)
+        self.net, self.batch, self.device, self.dtype, self.compile = net, batch, device, dtype, compile
+        self.reference = self._network().requires_grad_(False).eval()
         self.cond = net.table(ITEMS, dtype, device)
         self.latents = net.latents(ITEMS, device)
         self.objective = Objective.build(LossConfig(), net.schedule, device)
         self.forwards = 0
+        self._starts: dict[int, tuple[Pairs, dict[str, torch.Tensor]]] = {}
+
+    def _network(self) -> torch.nn.Module:
+        network = self.net.network(self.dtype, self.device)
+        compile_blocks(network, family_of(network).repeated_blocks, self.compile)
+        return network
+
+    @functools.cached_property
+    def student(self) -> torch.nn.Module:
+        """The network that learns, with the weights of the reference; made at its first use."""
+        return self._network().train().requires_grad_(True)
 
     def _predict(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
         self.forwards += len(x)
         return self.net.predict(self.reference, x, t, cond)
 
-    def rollout(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
-        """A new rollout of the arm, which starts at sample id 0."""
+    def rollout(self, arm: Arm, capture: Capture = no_capture) -> LockstepRollout | ContinuousRollout:
+        """A new rollout of the arm, which starts at sample id 0; `capture` is for a continuous one."""
         maker = PairMaker(
             arm.predictor(self._predict, self.cond, arm.config.omega, "batched"),
             Grid.build(self.net.schedule, arm.config.grid_steps, self.device, omega=arm.config.omega),
@@ -145,8 +169,35 @@ class Workbench:
         )
         settings = {"batch": self.batch, "rank": 0, "world_size": 1}
         if arm.config.mode == "continuous":
-            settings["groups"] = 1
+            settings |= {"groups": 1, "capture": capture}
         return arm.rollout(maker, **settings)
+
+    def start(self, grid_steps: int = K5.grid_steps) -> tuple[Pairs, dict[str, torch.Tensor]]:
+        """Pairs of a continuous rollout at w = -1, and its state after them.
+
+        Filling slots takes as long as a whole trajectory, so all continuous arms start from here.
+        """
+        if grid_steps not in self._starts:
+            config = RolloutConfig(omega=-1.0, grid_steps=grid_steps, **NOISE)
+            rollout = self.rollout(Arm(name="start", label="", config=config, rollout=ContinuousRollout))
+            self._starts[grid_steps] = (rollout.next_pairs(), rollout.state_dict())
+        return self._starts[grid_steps]
+
+    def prepared(self, arm: Arm) -> LockstepRollout | ContinuousRollout:
+        """A rollout of the arm whose slots are full and whose step, with CUDA graphs, is captured.
+
+        Raises RuntimeError where the step is not captured: its time would not be that of the arm.
+        """
+        capture = capture_of(self.device, arm.graphs, f"arm {arm.name}", self.dtype)
+        rollout = self.rollout(arm, capture)
+        if arm.config.mode == "continuous":
+            rollout.load_state_dict(self.start(arm.config.grid_steps)[1])
+        for _ in range(arm.warm_up):
+            rollout.next_pairs()
+        reason = getattr(capture, "reason", None)
+        if reason is not None:
+            raise RuntimeError(f"its step runs without a CUDA graph: {reason}")
+        return rollout
 
     @torch.no_grad()
     def forward(self, pairs: Pairs) -> None:
@@ -156,10 +207,14 @@ class Workbench:
     def update_seconds(self, rounds: int) -> dict[str, list[float]]:
         """Seconds of an AdamW step and of a move of the average, in `rounds` rounds each.
 
-        They depend on neither arm nor batch.
+        They depend on neither arm nor batch. As in training, AdamW moves float32 masters by float32
+        gradients whatever the precision, and the average keeps float32 masters.
         """
         trained = list(self.student.named_parameters())
-        optimizer = make_optimizer(OptimizerConfig())([p for _, p in trained])
+        masters = [p.detach().float().clone().requires_grad_(True) for _, p in trained]
+        for master in masters:
+            master.grad = torch.ones_like(master)
+        optimizer = make_optimizer(OptimizerConfig())(masters)
         moving, seconds = MovingReference(self.reference, trained, 0.999), {"optimiser": [], "ema": []}
         for _ in range(rounds + 1):
             for name, move in (("optimiser", optimizer.step), ("ema", moving.update)):
@@ -170,18 +225,23 @@ class Workbench:
                 seconds[name].append(time.perf_counter() - start)
         return {name: values[1:] for name, values in seconds.items()}
 
-    def step(self, pairs: Pairs) -> None:
-        """Student forward, loss and backward of one minibatch; gradients add to those present."""
+    def step(self, pairs: Pairs) -> torch.Tensor:
+        """Student forward, loss and backward of one minibatch; gradients add to those present.
+
+        Returns the loss, a scalar without gradient.
+        """
         pred = self.net.predict(self.student, pairs.x_s, pairs.s, self.cond.gather(pairs.rows))
         loss, _ = self.objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)
         loss.backward()
+        return loss.detach()
 
 
 def expected_forwards(arm: Arm, rollout: LockstepRollout | ContinuousRollout) -> int:
     """Rows that the reference has to forward for the rollout's next minibatch, in closed form.
 
     Our lockstep mode leaves out samples that have arrived at t = 0. A sample costs the steps from
-    its start index, at most K, and one evaluation for the target.
+    its start index, at most K, and one evaluation for the target. Nobody counts the rows of a
+    replayed CUDA graph: for an arm with graphs this number is all there is.
     """
     batch, k = rollout.batch, arm.config.max_steps
     if arm.config.mode == "continuous":

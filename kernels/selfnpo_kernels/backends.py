@@ -103,7 +103,10 @@ def _default(device_type: str) -> str:
             "fused ops on %s: the PyTorch reference, since %s is not there: %s", device_type, preferred, reason
         )
         return "reference"
-    _LOG.info("fused ops on %s: %s (%s)", device_type, preferred, reason)
+    interpreted = preferred == "triton" and _triton()[0].interpreted()
+    _LOG.log(
+        logging.WARNING if interpreted else logging.INFO, "fused ops on %s: %s (%s)", device_type, preferred, reason
+    )
     return preferred
 
 

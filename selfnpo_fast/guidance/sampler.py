@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
-from selfnpo_fast.runtime.capture import capture_of
+from selfnpo_fast.runtime.capture import capture_of, wait_for_stream
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import RunError, UserError, shortened
@@ -111,7 +111,7 @@ class GuidedSampler:
         """A sampler of a family's adapter and its denoiser, which is on the device to run on.
 
         - negative: None for plain guidance.
-        - compile: torch.compile's mode for the networks' repeated blocks.
+        - compile: torch.compile's mode for the repeated blocks.
         - graphs: on a GPU, capture steps as CUDA graphs, compiled or not. The first replay of each
           is compared with the plain step; where they differ, a line says that graphs are off.
         - branches: one batch or two where one network computes both branches; auto takes what is
@@ -139,7 +139,7 @@ class GuidedSampler:
         """The thread whose turn it is."""
         self._snapshot: Snapshot | None = None
         self._branches = Branches(adapter, denoiser, negative, compile)
-        capture = capture_of(self.device, graphs, "the sampler's steps")
+        capture = capture_of(self.device, graphs, "the sampler's steps", self.dtype)
         longest = adapter.schedule.num_train_timesteps
         self._trajectories = Trajectories(self._branches, branches, capture, most=max_shapes, most_steps=longest)
 
@@ -254,9 +254,14 @@ class GuidedSampler:
                 if self._snapshot is not None:
                     self._snapshot.check()
                 if next(self._branches.positive.parameters()).device != self.device:
-                    name = self.adapter.denoiser_name
-                    raise UserError(f"pipe: its {name} has left {self.device}; make a new sampler")
+                    raise UserError(
+                        f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a new sampler"
+                    )
                 yield
+            except BaseException:
+                with suppress(RuntimeError):  # the next call may be on another stream
+                    wait_for_stream(self.device)
+                raise
             finally:
                 self._drawing = None
 

@@ -156,7 +156,7 @@ class _Weight:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
-        self._kind = (weight.dtype, weight.device, weight._version)
+        self._kind = (weight.dtype, weight.device, _version(weight))
         self._size = 0
         if type(weight.data) is torch.Tensor and not weight.is_meta and weight.layout == torch.strided:
             stored = weight.untyped_storage().nbytes() // weight.itemsize - int(weight.storage_offset())
@@ -164,12 +164,18 @@ class _Weight:
 
     def is_same(self) -> bool:
         """Whether dtype, device and version are as they were."""
-        return (self._weight.dtype, self._weight.device, self._weight._version) == self._kind
+        return (self._weight.dtype, self._weight.device, _version(self._weight)) == self._kind
 
     def head(self) -> torch.Tensor:
         """The first elements as bytes, a view."""
         weight = self._weight.data
         return weight.as_strided((self._size,), (1,), weight.storage_offset()).view(torch.uint8)
+
+
+def _version(weight: torch.Tensor) -> int:
+    """How often a weight was written to; 0 for one that was made in inference mode, which torch does
+    not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 class _Is:
@@ -213,7 +219,7 @@ def _state_of_network(network: nn.Module) -> dict[str, Any]:
         }
         state[path] = (_Is(module), type(module), values)
         for name, weight in _own_weights(module).items():
-            kept = (_Is(weight), weight._version) if isinstance(weight, nn.Parameter) else ()  # `to` makes new buffers
+            kept = (_Is(weight), _version(weight)) if isinstance(weight, nn.Parameter) else ()  # `to` makes new buffers
             state[f"{path}.{name}" if path else name] = (weight.dtype, weight.device, *kept)
     return state
 

@@ -150,13 +150,15 @@ class StableDiffusionAdapter(UNetAdapter):
         batch_size = max(1, 2**20 // pixels)
         vae = self.vae.to(latents.device)
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in float16
-        if upcast:
-            vae.to(torch.float32)
         mean, std = self._latent_statistics(latents.device)
         scaled = latents.float() * std / vae.config.scaling_factor + mean
-        pictures = [_clamped(vae.decode(part.to(vae.dtype)).sample.float()) for part in scaled.split(batch_size)]
-        if upcast:
-            vae.to(torch.float16)
+        try:
+            if upcast:
+                vae.to(torch.float32)
+            pictures = [_clamped(vae.decode(part.to(vae.dtype)).sample.float()) for part in scaled.split(batch_size)]
+        finally:  # also where memory does not suffice: the autoencoder may be a pipeline's
+            if upcast:
+                vae.to(torch.float16)
         return torch.cat(pictures)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from selfnpo_fast.runtime.capture import wait_for_device
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.layout import check_range
 
@@ -48,10 +49,10 @@ class BatchOrSplit:
         if self.batched is not None:
             return call(self.batched)
         batched = len(self._seconds[True]) <= len(self._seconds[False])
-        _wait(device)
+        wait_for_device(device)
         start = time.perf_counter()
         result = call(batched)
-        _wait(device)
+        wait_for_device(device)
         self._seconds[batched].append(time.perf_counter() - start)
         if len(self._seconds[False]) == self.TRIALS:
             self._decide()
@@ -73,9 +74,3 @@ class BatchOrSplit:
         self.batched = one <= two * (1 + MARGIN)
         chosen = "one batch" if self.batched else "two batches"
         logger.info("guidance branches: %s for %s (one %.3g s, two %.3g s)", chosen, self.what, one, two)
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,7 +7,9 @@ from the device.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -23,12 +25,14 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 """How far a first replay may differ from the plain step, as a share of the largest value.
 
 A captured step runs the same kernels, but libraries may choose another algorithm for one, which
-sums in another order. Integers have to be equal.
+sums in another order. The larger tolerance counts of a tensor's dtype and of that in which the
+steps compute: a bfloat16 network moves a float32 state by its own rounding. Integers have to be
+equal.
 """
 
 _CAPTURING = threading.Lock()
 """Held while any object of this process captures: the caching allocator serves one capture at a
-time."""
+time, and CUDA fails both a capture and a wait for its whole device that meet."""
 
 
 class Capture(Protocol):
@@ -54,10 +58,12 @@ class CudaGraphs:
     WARM_UP = 2
     """Calls before the capture. In them kernels compile and libraries allocate their workspaces."""
 
-    def __init__(self, device: torch.device, what: str = "steps") -> None:
-        """`what` names the steps in the log."""
+    def __init__(self, device: torch.device, what: str = "steps", dtype: torch.dtype = torch.float32) -> None:
+        """`what` names the steps in the log; `dtype` is that in which their networks compute."""
         index = torch.cuda.current_device() if device.index is None else device.index
-        self.device, self.what, self.on = torch.device("cuda", index), what, True
+        self.device, self.what, self.dtype, self.on = torch.device("cuda", index), what, dtype, True
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.reason: str | None = None  # why it captures nothing any more
         with torch.cuda.device(self.device):
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
@@ -93,34 +99,86 @@ class CudaGraphs:
         expected = tuple(output.clone() for output in step())
         after = [tensor.clone() for tensor in state]
         _copy(before, state)
-        # Capturing runs nothing: buffers change only at the replay.
-        graph = torch.cuda.CUDAGraph()
+        # Outputs have memory of their own. The memory of the pool is any graph's while that one is
+        # replayed: outputs in it would last until a graph is replayed that was captured earlier.
+        outputs = tuple(torch.empty_like(output) for output in expected)
         try:
-            with (
-                _CAPTURING,
-                # A capture that fails leaves its own stream as the current one.
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-            ):
-                outputs = step()
+            # Capturing runs nothing: buffers change only at the replay.
+            graph = self._recorded(lambda: _copy(step(), outputs))
             graph.replay()
-            reason = _difference((*outputs, *state), (*expected, *after))
-        except RuntimeError as error:
+            reason = _difference((*outputs, *state), (*expected, *after), self.dtype)
+        except Exception as error:  # the plain step has just succeeded
             reason = one_line(error)
         if reason is None:
             return graph, outputs
-        self.on = False
+        self.on, self.reason = False, reason
         logger.warning("CUDA graphs: off for %s, which run as plain launches: %s", self.what, reason)
         _copy(after, state)
         return None, expected
 
+    def _recorded(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of `run`. Raises what `run` raises, or what CUDA says of the capture."""
+        if not self._graphs:
+            # torch takes no capture into a pool whose graphs are all gone, but for its last blocks.
+            self.pool = torch.cuda.graph_pool_handle()
+        graph, failure = torch.cuda.CUDAGraph(), None
+        # A capture that fails leaves its own stream as the current one.
+        with _CAPTURING, torch.cuda.stream(torch.cuda.current_stream()):
+            try:
+                with self._capturing(graph, self.pool):
+                    try:
+                        run()
+                    except Exception as error:
+                        failure = error  # ending the capture may raise another, which says less
+                        raise
+            except Exception as error:
+                self._clean_up()
+                raise failure or error from None
+            finally:
+                failure = None  # it refers to this frame, and so to the graph
+        self._graphs.add(graph)
+        return graph
 
-def capture_of(device: torch.device, graphs: bool, what: str) -> Capture:
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> torch.cuda.graph:
+        """A context that captures into a graph, on the stream of this object."""
+        return torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
+
+    def _clean_up(self) -> None:
+        """Undo what torch leaves undone where CUDA does not end a capture (`capture_ended_` in
+        CUDAGraph.h).
+
+        Allocations would count as the capture's, and the next random number on the device would
+        raise. A capture that succeeds takes the generator out of its state.
+        """
+        with contextlib.suppress(Exception):  # it raises where the allocator has finished
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_releasePool(self.device.index, self.pool)
+        with contextlib.suppress(Exception), self._capturing(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()):
+            torch.zeros((), device=self.device)
+
+
+def capture_of(device: torch.device, graphs: bool, what: str, dtype: torch.dtype) -> Capture:
     """CUDA graphs where `device` is a GPU and `graphs` is true, else plain steps.
 
-    `what` names the steps in the log.
+    `what` names the steps in the log; `dtype` is that in which their networks compute.
     """
-    return CudaGraphs(device, what) if graphs and device.type == "cuda" else no_capture
+    return CudaGraphs(device, what, dtype) if graphs and device.type == "cuda" else no_capture
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given on all streams; a CPU always has.
+
+    Not while a thread captures: CUDA would fail this wait and the capture.
+    """
+    if device.type == "cuda":
+        with _CAPTURING:
+            torch.cuda.synchronize(device)
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given on this thread's stream; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _copy(values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
@@ -129,14 +187,15 @@ def _copy(values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> No
         target.copy_(value)
 
 
-def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str | None:
-    """How a replay's results differ from the plain step's, or None within `TOLERANCES`."""
+def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], computed: torch.dtype) -> str | None:
+    """How a replay's results differ from those of the plain step, which computes in `computed`; None
+    within `TOLERANCES`."""
     for a, b in zip(found, expected, strict=True):
         if torch.equal(a, b):
             continue
-        tolerance = TOLERANCES.get(b.dtype)
-        if tolerance is None:
+        if b.dtype not in TOLERANCES:
             return f"a replay gives other {b.dtype} values than the plain step"
+        tolerance = max(TOLERANCES[b.dtype], TOLERANCES.get(computed, 0))
         a, b = a.double(), b.double()
         if not torch.equal(a.isfinite(), b.isfinite()):
             return "a replay gives values that are not finite, unlike the plain step"

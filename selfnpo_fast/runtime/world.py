@@ -164,7 +164,8 @@ def init_world() -> World:
     """
     launch = read_launch()
     local_rank = launch.local_rank if launch else 0
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on the variable
+    # DeepSpeed insists on the variable and takes its GPU, which an outer launcher may have set.
+    os.environ["LOCAL_RANK"] = str(local_rank)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

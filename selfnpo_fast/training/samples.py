@@ -92,7 +92,9 @@ class SampleGrids:
         prompts, empty = self.table.gather(index), self.table.empty(1)
 
         def row(negative: Negative | None) -> torch.Tensor:
-            sampler = GuidedSampler(self.adapter, base, negative)
+            # Without graphs: their memory comes on top of training's, for a few steps. Under ZeRO 3 a
+            # forward gathers weights, which a replay would not.
+            sampler = GuidedSampler(self.adapter, base, negative, graphs=False)
             return sampler.latents(prompts, empty, range(self.count), self.settings, cancelled=cancelled)
 
         with _evaluating(network), contextlib.suppress(SamplingCancelled):

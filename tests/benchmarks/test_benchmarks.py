@@ -1,233 +1,21 @@
-"""The benchmarks: the gate before every timing, their files, and the runner."""
+"""The benchmarks: their files, scaling, a busy machine, and the runner of all."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_busy, bench_rollout, bench_step, run
-from benchmarks.arms.step import ARMS, FULL, K5, ReleasedRollout, UnbatchedPredictor, Workbench, expected_forwards
-from benchmarks.bench_step import check_arms
+from benchmarks import bench_busy, bench_rollout, profile_step, run
 from benchmarks.environment import slug, write_json
-from benchmarks.nets import digits
-from selfnpo_fast.rollout import ContinuousRollout, GuidedPredictor, LockstepRollout
+from selfnpo_fast.config import EngineConfig, RolloutConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-ARM = {arm.name: arm for arm in ARMS}
-
-
-@pytest.fixture(scope="module")
-def bench() -> Workbench:
-    return Workbench(digits(), batch=bench_step.GATE_BATCH, device=CPU, dtype=torch.float32)
-
-
-def test_gate_passes_and_counts_the_forwards(bench):
-    gate = check_arms(bench)
-    assert gate.failures == []
-    assert gate.largest_error < bench_step.TOLERANCE  # 0 seen
-    assert gate.forwards == {
-        "released": 12,
-        "released_live": 6,
-        "full": 52,
-        "full_live": 26,
-        "lockstep": 4.5,  # two samples, one of which passes index 0 before 5 steps and is left out from there on
-        "continuous": 1,
-        "continuous_w5": 2,
-        "floor_forward": 1,
-        "floor": 0,
-    }
-
-
-class Conditional(GuidedPredictor):
-    """Uses the wrong branch."""
-
-    def __call__(self, x, t, rows):
-        self.forwards += len(x)
-        return None, self.predict(x, t, self.table.gather(rows))
-
-
-class Miscounting(UnbatchedPredictor):
-    def __call__(self, x, t, rows):
-        out = super().__call__(x, t, rows)
-        self.forwards -= 1
-        return out
-
-
-class Skipping(UnbatchedPredictor):
-    """Counts the forward of the unused branch without making it."""
-
-    def __call__(self, x, t, rows):
-        self.forwards += 2 * len(x)
-        neg = self.predict(x, t, self.table.empty(len(x)))
-        return neg, neg
-
-
-class Disturbing(LockstepRollout):
-    """Changes samples that have arrived at t = 0."""
-
-    def next_pairs(self):
-        pairs = super().next_pairs()
-        ended = (pairs.t == 0).view(-1, 1, 1, 1)
-        return replace(pairs, target=torch.where(ended, 1.01 * pairs.target, pairs.target))
-
-
-class OtherSamples(ReleasedRollout):
-    def next_pairs(self):
-        self.next_id += 1
-        return super().next_pairs()
-
-
-class OffTrajectory(ContinuousRollout):
-    """Its states drift a little at every step."""
-
-    def next_pairs(self):
-        pairs = super().next_pairs()
-        self.x *= 1.001
-        return pairs
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("released_live", {"predictor": Conditional}, "target differs"),
-        ("released", {"predictor": Miscounting}, "24 forwards, 18 counted, 24 expected"),
-        ("released", {"predictor": Skipping}, "12 forwards, 24 counted, 24 expected"),
-        ("lockstep", {"rollout": Disturbing}, "target differs"),
-        ("released", {"rollout": OtherSamples}, "other sample_ids"),
-        ("continuous", {"rollout": OffTrajectory}, "x_s differs"),
-        ("full_live", {"rollout": LockstepRollout, "predictor": Conditional}, "x_s differs"),
-    ],
-    ids=str,
-)
-def test_gate_stops_a_wrong_arm(bench, name, changes, message):
-    gate = check_arms(bench, [replace(ARM[name], **changes)])
-    assert any(failure.startswith(f"{name}: ") and message in failure for failure in gate.failures), gate.failures
-
-
-def test_gate_takes_nan_for_a_failure():
-    gate = bench_step.Gate()
-    gate.compare("arm", "target", torch.tensor([float("nan")]), torch.ones(1))
-    assert gate.failures
-
-
-def test_gate_sees_samples_that_arrive_early_and_some_that_do_not(bench):
-    """Only such a batch shows whether the wait at t = 0 is right."""
-    rollout = bench.rollout(ARM["released"])
-    rollout.next_id = bench_step.mixed_batch(rollout, 5)
-    draws = rollout.draws(torch.arange(rollout.next_id, rollout.next_id + 2))
-    assert draws.start_index.min() + 1 < 5 <= draws.start_index.max() + 1
-
-
-def test_pairs_at_the_end_of_a_trajectory_have_its_last_state_for_a_target(bench):
-    """The gate may see no pair at t = 0, so this test compares calls until one has such a pair."""
-    rollout = bench.rollout(ARM["continuous"])
-    ended = False
-    while not ended:
-        pairs = rollout.next_pairs()
-        x_s, target = bench_step.on_trajectory(rollout.maker, pairs)
-        torch.testing.assert_close(pairs.x_s, x_s, rtol=1e-5, atol=1e-5)  # 0 seen
-        torch.testing.assert_close(pairs.target, target, rtol=1e-5, atol=1e-5)  # 0 seen
-        ended = bool((pairs.t == 0).any())
-
-
-def test_as_released_pays_all_steps_where_ours_stops(bench):
-    """In a batch whose samples all start below index 4 the authors' loop makes useless steps."""
-    start = bench.rollout(ARM["lockstep"]).draws(torch.arange(512)).start_index
-    first = int((start.unfold(0, 2, 1).amax(1) < 4).nonzero()[0])
-    for name in ("released_live", "lockstep"):
-        rollout = bench.rollout(ARM[name])
-        rollout.next_id = first
-        steps = 10 if name == "released_live" else int(start[first : first + 2].sum()) + 2
-        before = bench.forwards
-        expected = expected_forwards(ARM[name], rollout)
-        rollout.next_pairs()
-        assert bench.forwards - before == expected == steps + 2
-
-
-def test_step_gives_the_student_the_gradient_of_the_loss(bench):
-    """Against the L2 loss of Eq. 17 written out; the reference gets no gradient."""
-    pairs = bench.rollout(ARM["continuous"]).next_pairs()
-    bench.student.zero_grad()
-    bench.step(pairs)
-    ours = bench.student.conv_in.weight.grad.clone()
-    bench.student.zero_grad()
-    a = bench.net.schedule.alphas_cumprod[pairs.s].float().view(-1, 1, 1, 1)
-    pred = bench.student(pairs.x_s, pairs.s, bench.cond.rows["encoder_hidden_states"][pairs.rows]).sample
-    (((pairs.x_s - (1 - a).sqrt() * pred) / a.sqrt() - pairs.target) ** 2).mean().backward()
-    torch.testing.assert_close(ours, bench.student.conv_in.weight.grad, rtol=1e-4, atol=3e-6)  # 7e-7 of up to 0.7 seen
-    assert ours.abs().max() > 0
-    assert all(p.grad is None for p in bench.reference.parameters())
-
-
-def test_run_writes_what_it_printed(tmp_path, capsys):
-    """Ratios are recomputed from single rounds; a chart lies next to the JSON."""
-    output = tmp_path / "new" / "step.json"
-    few = [ARM["released"], ARM["continuous"], ARM["floor_forward"], ARM["floor"]]
-    argv = ["--net", "digits", "--batch", "3", "--rounds", "2", "--device", "cpu", "--output", str(output)]
-    assert bench_step.main(argv, few) == 0
-    result = json.loads(output.read_text())
-    assert {"device", "torch", "threads", "date", "git_commit"} <= result["environment"].keys()
-    assert result["arguments"]["rounds"] == 2
-    net = result["nets"]["digits"]
-    assert (net["parameters"], net["batch"], net["rounds"], net["precision"]) == (1_077_572, 3, 2, "fp32")
-    arms = {arm["name"]: arm for arm in net["arms"]}
-    assert [(arm["start"], arm["k"], arm["w"], arm["forwards_per_pair"]) for arm in net["arms"]] == [
-        ("data", 5, -1, 12),
-        ("noise", None, -1, 1),
-        (None, None, None, 1),
-        (None, None, None, 0),
-    ]
-    assert all(net["seconds_per_update"][name]["low"] > 0 for name in ("optimiser", "ema"))
-    for arm in arms.values():
-        rounds = arm["rounds_seconds_per_pair"]
-        assert len(rounds) == 2
-        assert arm["seconds_per_pair"]["median"] == pytest.approx(statistics.median(rounds))
-        for other in ("continuous", "floor_forward", "floor"):
-            ratios = [a / b for a, b in zip(rounds, arms[other]["rounds_seconds_per_pair"], strict=True)]
-            spread = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-            assert arm[f"ratio_to_{other}"] == pytest.approx(spread)
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    for arm in arms.values():
-        line = next(line for line in printed.splitlines() if line.startswith(arm["label"]))
-        assert f"{arm['seconds_per_pair']['median']:.3g} [" in line
-        assert f"{arm['ratio_to_continuous']['median']:.2f} [" in line
-
-
-def test_nothing_is_timed_after_a_failed_gate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_step, "measure", lambda *_: pytest.fail("timed"))
-    output = tmp_path / "step.json"
-    wrong = [replace(ARM["released_live"], predictor=Conditional)]
-    assert bench_step.main(["--quick", "--device", "cpu", "--output", str(output)], wrong) == 1
-    assert not output.exists()
-    assert "released_live: target differs" in capsys.readouterr().err
-
-
-def test_timing_stops_at_a_wrong_number_of_forwards(bench, monkeypatch):
-    arms = [replace(ARM["released"], predictor=Skipping), ARM["continuous"]]
-    with pytest.raises(RuntimeError, match="released: 12 forwards, 24 expected"):
-        bench_step.measure(bench, 1, arms)
-
-
-def test_arms_are_those_of_the_issue():
-    """The settings of each row of the table."""
-    assert (K5.start, K5.max_steps, K5.omega, K5.grid_steps) == ("data", 5, -1, 25)
-    assert (FULL.start, FULL.stop, FULL.max_steps, FULL.omega) == ("noise", "fixed", 25, -1)
-    assert [(arm.config and arm.config.omega, arm.config and arm.config.mode) for arm in ARMS[4:]] == [
-        (-1, "lockstep"),
-        (-1, "continuous"),
-        (-5, "continuous"),
-        (None, None),
-        (None, None),
-    ]
 
 
 STUB = """
@@ -249,6 +37,7 @@ def test_runner_goes_on_after_a_failure_and_records_it(tmp_path, monkeypatch):
         "good": stub(write),
         "empty": stub(""),
         "late": stub(f"{write}; raise SystemExit(1)"),
+        "torn": stub("open(output, 'w').write('{'); raise SystemExit(1)"),
     }
     monkeypatch.setattr(run, "BENCHMARKS", registry)
     name = slug(run.describe(CPU)["device"])
@@ -265,10 +54,25 @@ def test_runner_goes_on_after_a_failure_and_records_it(tmp_path, monkeypatch):
     assert "error" not in records["good"]
     assert "no readable result" in records["empty"]["error"]
     assert records["late"]["error"].startswith("exit status 1")
-    assert records["late"]["result"]["argv"], "what went well before the failure is kept"
+    assert records["late"]["result"]["argv"][:2] == ["--device", "cpu"], "what it has measured is kept"
     assert "result" not in records["crash"]
+    assert records["torn"]["error"].startswith("exit status 1")
+    assert written["complete"] is True
     monkeypatch.setattr(run, "BENCHMARKS", {"good": registry["good"]})
     assert run.main(["--device", "cpu", "--output", str(tmp_path)]) == 0
+
+
+def test_runner_that_is_stopped_leaves_the_benchmarks_before(tmp_path, monkeypatch):
+    def run_one(command, output):
+        if command[0] == "second":
+            raise KeyboardInterrupt
+        return {"result": 1}
+
+    monkeypatch.setattr(run, "run_one", run_one)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all({"first": ["first"], "second": ["second"]}, device="cpu", results=tmp_path)
+    written = json.loads((tmp_path / f"{slug(run.describe(CPU)['device'])}.json").read_text())
+    assert (written["complete"], written["benchmarks"]) == (False, {"first": {"result": 1}})
 
 
 @pytest.mark.slow
@@ -306,6 +110,134 @@ def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
     assert json.loads(output.read_text()) == {"cases": [1, 2, 3]}
 
 
+def values(seconds: float) -> dict:
+    spread = {"median": seconds, "low": seconds, "high": seconds}
+    per_second = {key: 1 / value for key, value in spread.items()}
+    memory = {"memory_gib": [2.0], "reserved_gib": [3.0]}
+    return {"seconds_per_pair": spread, "pairs_per_second": per_second} | memory
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_gpu_gets_one_rank(one_gpu, monkeypatch, tmp_path, capsys):
+    """NCCL refuses two ranks on one device."""
+    asked = []
+    monkeypatch.setattr(bench_rollout, "run_setting", lambda *a: asked.append(a) or values(0.5))
+    output = tmp_path / "rollout.json"
+    argv = ["--device", "cuda", "--batch", "4", "--updates", "3", "--output", str(output), "--", "--config", "x"]
+    assert bench_rollout.main(argv) == 0
+    assert asked == [(1, stage, 4, 3, ["--config", "x"], {}) for stage in (0, 2)]
+    result = json.loads(output.read_text())
+    assert result["complete"] is True
+    left_out = [(row["ranks"], row["zero_stage"]) for row in result["left_out"]]
+    assert left_out == [setting for setting in bench_rollout.SETTINGS if setting[0] == 2]
+    said, printed = capsys.readouterr()[::-1]
+    assert "2 ranks, ZeRO 1: left out, ranks need a GPU each; there are 1" in said
+    assert printed.splitlines()[1].split() == ["1", "0", "4", "500", "[500,", "500]", "2", "2.00", "(3.00", "reserved)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "visible", "variables", "gpus"),
+    [
+        ("cpu", None, {"CUDA_VISIBLE_DEVICES": ""}, None),
+        ("cuda", None, {}, 3),
+        ("cuda:2", None, {"CUDA_VISIBLE_DEVICES": "2"}, 1),
+        ("cuda:1", "5,7", {"CUDA_VISIBLE_DEVICES": "7"}, 1),
+    ],
+)
+def test_ranks_see_the_devices_that_were_asked_for(monkeypatch, name, visible, variables, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert bench_rollout.gpus_for(torch.device(name)) == (variables, gpus)
+
+
+def test_a_setting_that_fails_leaves_the_others(one_gpu, monkeypatch, tmp_path, capsys):
+    """The file has every setting as soon as it has ended."""
+    output, files = tmp_path / "rollout.json", []
+
+    def run_setting(ranks, stage, *_):
+        files.append(json.loads(output.read_text()) if output.exists() else None)
+        if stage == 2:
+            raise RuntimeError("Traceback\n  torch.OutOfMemoryError: CUDA out of memory")
+        return values(0.25)
+
+    monkeypatch.setattr(bench_rollout, "run_setting", run_setting)
+    settings = [word for stage in (0, 2, 1) for word in ("--setting", f"1,{stage}")]
+    assert bench_rollout.main(["--device", "cuda", "--batch", "8", *settings, "--output", str(output)]) == 1
+    result = json.loads(output.read_text())
+    assert [(row["zero_stage"], "error" in row) for row in result["settings"]] == [(0, False), (2, True), (1, False)]
+    assert result["settings"][1]["error"].endswith("CUDA out of memory")
+    assert files[0] is None
+    assert [(len(file["settings"]), file["complete"]) for file in files[1:]] == [(1, False), (2, False)]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "failed: Traceback torch.OutOfMemoryError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "untimed"),
+    [({}, 3 + 4 * 3), ({"engine": EngineConfig(graphs=False)}, 3), ({"rollout": RolloutConfig(mode="lockstep")}, 3)],
+)
+def test_a_rank_s_clock_is_read_on_an_idle_device(monkeypatch, changes, untimed):
+    """Waits for the device, then for the other ranks, before and after every update.
+
+    Each of four groups of slots makes two plain steps and a capture before anything is timed.
+    """
+    events = []
+
+    class Stub:
+        """Trainer, recorder, world, producer and rollout at once."""
+
+        device, config = torch.device("cuda", 0), TrainConfig(**changes)
+        producer = rollout = property(lambda self: self)
+
+        def __getattr__(self, name):
+            return lambda *_: events.append(name)
+
+    monkeypatch.setattr(profile_step, "make_trainer", lambda *_: (Stub(), Stub(), Stub()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
+    result = bench_rollout.time_rank([], 2)
+    update = ["synchronize", "barrier", "train_update", "discard", "synchronize", "barrier"]
+    assert events == ["fill", *update * (untimed + 2), "close"]
+    assert len(result.pop("seconds")) == 2
+    assert result == {"memory_gib": 2, "reserved_gib": 3}
+
+
+RANK = """
+import os, sys, time
+rank = os.environ["RANK"]
+print("result of", rank)
+if rank == "1":
+    sys.exit("rank 1 is lost")
+time.sleep(60)
+"""
+
+
+def test_ranks_do_not_wait_for_one_that_is_lost(monkeypatch):
+    """They would wait ten minutes to meet it."""
+    monkeypatch.setattr(bench_rollout, "LAST_WORDS", 0.0)
+    processes, start = [], subprocess.Popen
+
+    def started(*args, **options):
+        processes.append(start(*args, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    command = [sys.executable, "-c", RANK]
+    with pytest.raises(RuntimeError, match=r"^rank 1 is lost\n$"):
+        bench_rollout.run_ranks(command, [{"RANK": "0"}, {"RANK": "1"}])
+    assert [process.returncode for process in processes] == [-9, 1]
+    assert bench_rollout.run_ranks([sys.executable, "-c", "print(7)"], [{}, {}]) == ["7\n", "7\n"]
+
+
 @pytest.mark.slow
 def test_scaling_of_ranks_and_stages(tmp_path, capsys):
     """Two settings of the digits run; one has two ranks with ZeRO 2."""
@@ -314,6 +246,8 @@ def test_scaling_of_ranks_and_stages(tmp_path, capsys):
     rows = json.loads(output.read_text())["settings"]
     assert [(row["ranks"], row["zero_stage"], row["batch"]) for row in rows] == [(1, 0, 4), (2, 2, 4)]
     assert all(row["seconds_per_pair"]["low"] > 0 and len(row["memory_gib"]) == row["ranks"] for row in rows)
+    assert all(row["pairs_per_second"]["median"] == 1 / row["seconds_per_pair"]["median"] for row in rows)
+    assert all(row["reserved_gib"] is None for row in rows), "a CPU has no allocator of its own"
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "ZeRO" in capsys.readouterr().out
 
@@ -329,6 +263,43 @@ def test_a_busy_machine_is_measured_side_by_side(tmp_path, capsys):
         assert all(value["low"] > 0 for value in record["pairs_per_second"].values())
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "short : default" in capsys.readouterr().out
+
+
+def test_a_gpu_has_no_busy_cores_to_measure(tmp_path, capsys, monkeypatch):
+    """`benchmarks.run --device cuda` runs everything."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(bench_busy, "measure", lambda *_: pytest.fail("timed"))
+    output = tmp_path / "busy.json"
+    assert bench_busy.main(["--device", "cuda", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert (result["complete"], result["environment"]["device"]) == (True, "a GPU")
+    assert "with a GPU there is nothing to time" in result["left_out"]
+    assert capsys.readouterr().out.splitlines() == [result["left_out"], str(output)]
+
+
+def test_a_busy_machine_s_rounds_are_written_as_they_come(tmp_path, monkeypatch):
+    class Stub:
+        loss, calls = 1.0, 0
+
+        def __init__(self, name, batch):
+            pass
+
+        def pairs_per_second(self, seconds):
+            Stub.calls += 1
+            if Stub.calls > 3 * 4:  # in the round after the second that counts
+                raise RuntimeError("gone")
+            return float(Stub.calls)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(bench_busy, "Trainer", Stub)
+    monkeypatch.setattr(bench_busy, "cores", lambda: 0)
+    output = tmp_path / "busy.json"
+    assert bench_busy.main(["--output", str(output)]) == 1
+    result = json.loads(output.read_text())
+    assert result["complete"] is False
+    assert result["loads"]["busy"]["rounds_pairs_per_second"] == {"default": [7.0, 11.0], "short": [8.0, 12.0]}
 
 
 def test_ratios_of_a_busy_machine_are_taken_within_a_round():
@@ -350,15 +321,3 @@ def test_arms_that_differ_are_not_timed(monkeypatch, tmp_path, capsys):
     assert bench_busy.main(["--output", str(tmp_path / "busy.json")]) == 1
     assert "the arms begin with losses 1.0 and 1.1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.gpu
-def test_bench_step_runs_on_cuda(tmp_path):
-    """Through the script; the gate compares the float32 arms on the GPU."""
-    output = tmp_path / "step.json"
-    command = [sys.executable, "benchmarks/bench_step.py", "--quick", "--net", "all", "--device", "cuda"]
-    done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    nets = json.loads(output.read_text())["nets"]
-    assert {net["precision"] for net in nets.values()} == {"bf16"}
-    assert [len(net["arms"]) for net in nets.values()] == [len(ARMS)] * 2

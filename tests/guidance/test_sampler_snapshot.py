@@ -288,3 +288,17 @@ def test_methods_of_the_network_itself_and_harmless_hooks_are_copied():
     assert_same(GuidedSampler.from_pipeline(pipe, low)(PROMPTS, **ARGUMENTS).images, whole)
     assert seen
     assert pipe.unet.conv_in not in seen
+
+
+def test_a_pipeline_that_was_loaded_in_inference_mode_is_served():
+    """torch counts no writes to its weights; its pictures are those of any other."""
+    expected = GuidedSampler.from_pipeline(pipeline())(PROMPTS, **ARGUMENTS).images
+    with torch.inference_mode():
+        pipe = pipeline()
+    assert next(pipe.unet.parameters()).is_inference()
+    sampler = GuidedSampler.from_pipeline(pipe)
+    assert_same(sampler(PROMPTS, **ARGUMENTS).images, expected)
+    with torch.inference_mode():
+        pipe.unet.conv_in.weight.add_(1)
+    with pytest.raises(UserError, match="unet has changed since the sampler was made"):
+        sampler(PROMPTS, **ARGUMENTS)

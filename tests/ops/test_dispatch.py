@@ -187,6 +187,14 @@ def test_triton_needs_a_device_or_its_interpreter():
         assert stdout(child(code, TRITON_INTERPRET="1")).startswith("True Triton's interpreter")
 
 
+def test_an_interpreter_on_a_gpu_is_a_warning():
+    """A variable that was left in the environment makes each op thousands of times as slow."""
+    code = "from selfnpo_kernels import backends\nprint(backends.backend_of('cuda'))"
+    done = child(code, TRITON_INTERPRET="1")
+    assert stdout(done) == "triton"
+    assert "fused ops on cuda: triton (Triton's interpreter (TRITON_INTERPRET=1): correct and very slow)" in done.stderr
+
+
 def test_without_the_extension_the_reference_serves_and_says_so():
     missing = {"without": ("selfnpo_kernels._cpp",)}
     done = child(ONE_CALL, **missing)

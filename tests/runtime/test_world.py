@@ -84,6 +84,19 @@ def test_more_ranks_than_gpus_are_one_line(launch, monkeypatch):
         world.init_world()
 
 
+def test_a_process_of_its_own_computes_on_the_first_gpu(launch, monkeypatch):
+    """Also DeepSpeed, which goes by LOCAL_RANK, here that of an outer launcher."""
+    launch({"LOCAL_RANK": "3"})
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert world.init_world().device == torch.device("cuda", 0)
+    assert chosen == [torch.device("cuda", 0)]
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
 def test_a_port_that_is_taken_is_one_line(launch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

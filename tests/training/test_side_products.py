@@ -99,8 +99,8 @@ def test_a_grid_under_way_gives_way_to_a_request_to_stop(model, tmp_path, monkey
 @pytest.mark.parametrize("changes", [{}, {"reference": "frozen"}, {"lora": 2}], ids=str)
 def test_the_base_is_loaded_and_drawn_once(changes, model, tmp_path, monkeypatch):
     """A moving reference needs one copy of the base; a frozen one, and LoRA, have it."""
-    loads, rows = [], []
-    load, latents = StableDiffusionAdapter.load_denoiser, GuidedSampler.latents
+    loads, rows, options = [], [], []
+    load, latents, made = StableDiffusionAdapter.load_denoiser, GuidedSampler.latents, GuidedSampler.__init__
 
     def count_load(self, *args, **kwargs):
         loads.append(None)
@@ -110,11 +110,17 @@ def test_the_base_is_loaded_and_drawn_once(changes, model, tmp_path, monkeypatch
         rows.append(None)
         return latents(self, *args, **kwargs)
 
+    def note_options(self, *args, **kwargs):
+        options.append(kwargs)
+        made(self, *args, **kwargs)
+
     monkeypatch.setattr(StableDiffusionAdapter, "load_denoiser", count_load)
     monkeypatch.setattr(GuidedSampler, "latents", count_row)
+    monkeypatch.setattr(GuidedSampler, "__init__", note_options)
     assert run(model, tmp_path / "run", *GRIDS, **changes) == 0
     assert len(loads) == (1 if changes else 2), "one of them is the student"
     assert len(rows) == 1 + 4, "the base's row, and base + negative for each of four grids"
+    assert all(option == {"graphs": False} for option in options), "ZeRO 3 gathers weights in each forward"
 
 
 def test_the_base_of_a_late_grid_is_the_base(model, tmp_path, monkeypatch):

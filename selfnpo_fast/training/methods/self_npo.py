@@ -25,6 +25,7 @@ from selfnpo_fast.rollout import (
     Producer,
 )
 from selfnpo_fast.runtime.capture import capture_of
+from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.methods.base import Method, MethodInputs
 from selfnpo_fast.training.moving_reference import Reference
@@ -71,7 +72,8 @@ class SelfNPO(Method):
             rollout = LockstepRollout(maker, **shard)
         else:
             groups, compile = config.rollout.pool * config.engine.accumulation, config.engine.compile
-            capture = capture_of(world.device, config.engine.graphs, "the rollout's steps")
+            dtype = DTYPES[config.engine.precision]
+            capture = capture_of(world.device, config.engine.graphs, "the rollout's steps", dtype)
             rollout = ContinuousRollout(maker, groups=groups, compile=compile, capture=capture, **shard)
         # The producer: when the rollout runs.
         arguments = rollout, predictor, config.engine.accumulation, lambda: reference.version

@@ -1,0 +1,96 @@
+"""The sampler on a GPU: captured steps, devices, streams and threads; tiny networks."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import tiny
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from test_guided_sampler import STEPS, assert_same, draw, lora, negatives, pipeline
+
+from selfnpo_fast import GuidedSampler
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def plain_arithmetic(monkeypatch):
+    """float32 is float32, and cuDNN takes the same algorithm again."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def no_graph_was_given_up(caplog) -> bool:
+    return "CUDA graphs: off" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_cuda_graphs_draw_the_same(tmp_path, kind, algorithm, plain_arithmetic, caplog):
+    """Captured steps, of several lengths and with single branches, against plain ones."""
+    pipe = pipeline(tiny.write_sd(tmp_path))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type=algorithm)
+    negative = negatives(pipe.unet)[kind]
+    pipe.to("cuda")
+    # Timed branches might differ between the two, and with them the rounding.
+    choices = {"branches": "batched"}
+    plain, captured = (GuidedSampler.from_pipeline(pipe, negative, graphs=on, **choices) for on in (False, True))
+    for options in ({}, {"steps": 12}, {"guidance_interval": (0.3, 0.8)}, {"batch_size": 1}, {"height": 128}):
+        assert_same(draw(captured, **options), draw(plain, **options), 1e-3)
+    captured.close()
+    assert_same(draw(captured), draw(plain), 1e-3)
+    assert no_graph_was_given_up(caplog)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_graphs(tmp_path, dtype, caplog):
+    pipe = pipeline(tiny.write_sd(tmp_path)).to("cuda", dtype)
+    drawn = draw(GuidedSampler.from_pipeline(pipe, lora(pipe.unet), branches="batched"))
+    assert drawn.isfinite().all()
+    assert no_graph_was_given_up(caplog)
+
+
+def test_threads_draw_beside_captures_on_a_gpu(tmp_path, plain_arithmetic, caplog):
+    """Each on a stream of its own: two samplers capture, wait for the device, and draw the same."""
+    pipe = pipeline(tiny.write_sd(tmp_path)).to("cuda")
+    expected = draw(GuidedSampler.from_pipeline(pipe, graphs=False, branches="batched"))
+    samplers = [GuidedSampler.from_pipeline(pipe, branches=branches) for branches in ("auto", "batched")]
+
+    def work(i: int) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return draw(samplers[i % 2], steps=STEPS)
+
+    with ThreadPoolExecutor(4) as threads:
+        for drawn in threads.map(work, range(12)):
+            assert_same(drawn, expected, 1e-3)
+    assert no_graph_was_given_up(caplog)
+
+
+def test_a_sampler_on_another_device_than_the_present_one(tmp_path, plain_arithmetic, caplog):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    first = pipeline(tiny.write_sd(tmp_path)).to("cuda:0")
+    second = pipeline(tmp_path).to("cuda:1")
+    expected = draw(GuidedSampler.from_pipeline(first, branches="batched"))
+    with torch.cuda.device(0):
+        found = draw(GuidedSampler.from_pipeline(second, branches="batched"))
+    assert_same(found, expected, 1e-3)
+    assert no_graph_was_given_up(caplog)
+
+
+def test_a_network_that_cannot_be_captured_costs_its_graphs_alone(tmp_path, caplog):
+    """A layer asks the device for a value: the pictures are drawn, and random numbers still are."""
+    pipe = pipeline(tiny.write_sd(tmp_path)).to("cuda")
+    expected = draw(GuidedSampler.from_pipeline(pipe, branches="batched"))
+    pipe.unet.conv_in.register_forward_hook(lambda module, args, out: out * float(out.sum().item() * 0 + 1))
+    asking = GuidedSampler.from_pipeline(pipe, branches="batched")
+    assert_same(draw(asking), expected, 1e-3)
+    assert caplog.text.count("CUDA graphs: off for the sampler's steps") == 1
+    torch.randn(4, device="cuda")
+    caplog.clear()
+    del pipe.unet.conv_in._forward_hooks
+    pipe.unet.conv_in._forward_hooks = {}
+    assert_same(draw(GuidedSampler.from_pipeline(pipe, branches="batched")), expected, 1e-3)
+    assert no_graph_was_given_up(caplog)
