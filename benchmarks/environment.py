@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from selfnpo_fast.runtime.folders import write_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -107,10 +109,19 @@ def bar_chart(panels: Mapping[str, Mapping[str, Mapping[str, float]]], xlabel: s
     return figure
 
 
+def write_json(output: Path, result: Mapping[str, object]) -> None:
+    """Writes `result` to `output` as JSON: readers see the old file or the whole new one.
+
+    Benchmarks write their results as they come, so that a process that is killed leaves what it has
+    measured.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_file(output, json.dumps(result, indent=1) + "\n")
+
+
 def write_result(output: Path, result: Mapping[str, object], figure: Figure) -> None:
     """Writes a benchmark's JSON to `output` and its chart next to it, and prints both paths."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(output, result)
     figure.savefig(output.with_suffix(".png"))
     print(f"{output}\n{output.with_suffix('.png')}")
 
