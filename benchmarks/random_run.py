@@ -18,7 +18,8 @@ from benchmarks.environment import ROOT
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.doctor.costs import Tracer
 from selfnpo_fast.doctor.random_inputs import random_inputs
-from selfnpo_fast.models import SD15_SMALL
+from selfnpo_fast.models import SD15_SMALL, denoiser_names, resolve_path
+from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS
 from selfnpo_fast.runtime.world import World, init_world
 from selfnpo_fast.train import parse
 from selfnpo_fast.training.recorder import Recorder
@@ -34,6 +35,9 @@ FOLDERS = {
 RECIPE = ROOT / "configs" / "sd15.yaml"
 """The recommended recipe."""
 
+CALLS_TO_CAPTURE = 3
+"""Calls of the step of a group of slots after which a GPU replays it as a graph."""
+
 
 def recipe(net: str, *words: str) -> TrainConfig:
     """The recommended recipe on one of `FOLDERS`, changed by words of `selfnpo train`.
@@ -42,6 +46,15 @@ def recipe(net: str, *words: str) -> TrainConfig:
     """
     fixed = ["--config", str(RECIPE), "--model.path", FOLDERS[net], "--log.sample_every", "-1"]
     return parse([*fixed, *words]).config
+
+
+def has_weights(config: TrainConfig) -> bool:
+    """Whether the folder of the config's model has weights of a denoiser, and not its configs alone.
+
+    What is no folder here, such as a Hub id, counts as a model with weights.
+    """
+    folder = Path(resolve_path(config.model.path)).expanduser()
+    return not folder.is_dir() or any(any((folder / name).glob(f"{DIFFUSERS_WEIGHTS}*")) for name in denoiser_names())
 
 
 def world_of(device: str) -> World:

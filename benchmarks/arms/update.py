@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import spread, synchronize
-from benchmarks.random_run import RandomRun, freed, recipe
+from benchmarks.random_run import CALLS_TO_CAPTURE, RandomRun, freed, recipe
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.doctor import costs
 from selfnpo_fast.doctor.costs import Tracer
@@ -25,8 +25,6 @@ from selfnpo_fast.runtime.world import World
 
 GRAPHS_OFF = "CUDA graphs: off"
 """How `runtime.capture` begins the line with which it gives up."""
-CALLS_TO_CAPTURE = 3
-"""Calls of a group's step after which it is replayed on a GPU."""
 GATE_UPDATES = 6
 """Updates of the gate: steps are captured in the third, and replayed in those after it."""
 GATE_TOLERANCE = 1e-3
