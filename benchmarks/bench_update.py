@@ -32,6 +32,7 @@ error                     why the arm failed, in one line; the others are still 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import sys
@@ -118,7 +119,7 @@ def run_gate(arms: Sequence[Arm], zero_stage: int, world: World) -> dict:
             records[arm.name] = gate(arm, expected, losses)
         except Exception as error:
             records[arm.name] = {"error": one_line(error, 300)}
-        freed(world.device)
+        gc.collect()
     return {"net": "digits", "tolerance": GATE_TOLERANCE, "arms": records}
 
 

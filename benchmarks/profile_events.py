@@ -161,14 +161,18 @@ class DeviceTimes:
             if event.get("cat") in LAUNCHES and (correlation := _correlation(event)) is not None
         }
         parts: Counter[str] = Counter()
+        orphans = 0.0
         names: dict[str, list[float]] = defaultdict(list)
         spans = []
         for event in trace:
             if event.get("cat") not in ON_DEVICE:
                 continue
             time, thread = launched.get(_correlation(event), (None, None))
+            if time is None:
+                orphans += event["dur"]
+                continue
             own = threads.get(thread)
-            name = time and ((own and own.at(time)) or main.at(time))
+            name = (own and own.at(time)) or main.at(time)
             if not name:  # launched outside of the updates
                 continue
             parts[name] += event["dur"]
@@ -177,6 +181,8 @@ class DeviceTimes:
         self.updates, self._names = updates, names
         self.seconds = _table(parts, sum(parts.values()), updates)
         """Seconds per update of each part's kernels and copies; those of two streams are added."""
+        self.orphans = orphans / 1e6 / updates
+        """Seconds per update of what has no launch in the trace; it is in no part."""
         self.busy = _union(spans) / 1e6 / updates
         """Seconds per update in which the device did anything."""
 

@@ -45,8 +45,8 @@ from benchmarks.profile_events import (  # noqa: E402
     PREFIX,
     WHOLE,
     DeviceTimes,
-    host_events,
     read_backs,
+    recorded,
     seconds_of,
 )
 from benchmarks.random_run import CALLS_TO_CAPTURE, FOLDERS, RECIPE, RandomRun, has_weights, world_of  # noqa: E402
@@ -65,13 +65,13 @@ LARGE = 16 * 2**20
 """Bytes of a trace from which on it is compressed."""
 
 
-def make_trainer(arguments: Sequence[str], output: Path) -> tuple[Trainer, Recorder, World]:
+def make_trainer(arguments: Sequence[str], output: Path, world: World | None = None) -> tuple[Trainer, Recorder, World]:
     """The run that `selfnpo train` sets up for these arguments; nothing is written to `output`.
 
     Where the model's folder has no weights, they are random.
     """
     config = parse([*arguments, "--output", str(output)]).config
-    world = init_world()
+    world = world or init_world()
     if not has_weights(config):
         print(f"{config.model.path} has no weights: they are random", file=sys.stderr)
         run = RandomRun(config, make_tracer(config), world, output)
@@ -105,7 +105,8 @@ def write_trace(result: profile, output: Path) -> tuple[Path, list[dict]]:
     """Writes the Chrome trace next to `output`; returns its path and its events."""
     path = output.with_suffix(".trace.json")
     result.export_chrome_trace(str(path))
-    events = json.loads(path.read_bytes())["traceEvents"]
+    # Names of kernels come from the device's libraries, as they are.
+    events = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)["traceEvents"]
     if path.stat().st_size < LARGE:
         return path, events
     packed = path.with_suffix(".json.gz")
@@ -148,29 +149,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         named = any(word.split("=")[0] == "--config" for word in training)
         training = [*([] if named else ["--config", str(RECIPE)]), *training, "--model.path", FOLDERS[args.net]]
     quiet_libraries()
-    device = world_of(args.device).device
+    world = world_of(args.device)
+    device = world.device
     content = {"benchmark": "profile_step", "complete": False, "environment": describe(device), "arguments": words}
     write_json(args.output, content)
     updates = args.updates or (2 if device.type == "cuda" else 20)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, recorder, world = make_trainer(training, Path(folder) / "run")
+        trainer, recorder, _ = make_trainer(training, Path(folder) / "run", world)
         config = trainer.config
         groups = config.rollout.pool * config.engine.accumulation
         captures = CALLS_TO_CAPTURE * groups if config.engine.graphs and device.type == "cuda" else 0
         warm_up = max(3, captures) if args.warm_up is None else args.warm_up
         result = profiled(trainer, recorder, world, updates, warm_up)
         trainer.producer.close()
-    trace, events = write_trace(result, args.output)
-    on_host = host_events(events)
+    # First what needs no trace: a run that is cut off while it writes one leaves that.
+    on_host = recorded(result)
     parts, backs = seconds_of(on_host, updates), read_backs(on_host)
-    on_device = DeviceTimes(events, updates) if device.type == "cuda" else None
-    print(table(parts, on_device))
-    print(f"read-backs in {updates} updates: {backs or 'none'}")
     content |= {"updates": updates, "warm_up": warm_up, "seconds_per_update": parts, "read_backs": backs}
+    write_json(args.output, content)
+    trace, events = write_trace(result, args.output)
+    content["trace"] = trace.name
+    on_device = DeviceTimes(events, updates) if device.type == "cuda" else None
     if on_device:
         content |= {"device_seconds_per_update": on_device.seconds, "device_busy_seconds_per_update": on_device.busy}
+        content["device_seconds_without_launch"] = on_device.orphans
         content["longest_kernels"] = on_device.longest()
-    write_json(args.output, content | {"complete": True, "trace": trace.name})
+    print(table(parts, on_device))
+    print(f"read-backs in {updates} updates: {backs or 'none'}")
+    write_json(args.output, content | {"complete": True})
     print(f"{args.output}\n{trace}")
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, pick_device
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.doctor.costs import Tracer
 from selfnpo_fast.doctor.random_inputs import random_inputs
@@ -57,21 +57,21 @@ def has_weights(config: TrainConfig) -> bool:
     return not folder.is_dir() or any(any((folder / name).glob(f"{DIFFUSERS_WEIGHTS}*")) for name in denoiser_names())
 
 
-def world_of(device: str) -> World:
-    """This process as the only rank, on `auto`, `cpu`, `cuda` or `cuda:1`.
-
-    To be called before anything else asks for a GPU: the process is left with the one that is
-    named, or with none. Raises RuntimeError where it has none but should.
-    """
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif device.startswith("cuda:"):
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        number = int(device.removeprefix("cuda:"))
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[number] if seen else str(number)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: torch finds no GPU")
-    return init_world()
+def world_of(name: str) -> World:
+    """This process as the only rank, on `auto`, `cpu`, `cuda` or `cuda:1`."""
+    device, chosen = pick_device(name), pick_device("auto")
+    if device.type == chosen.type and not device.index:
+        return init_world()
+    # Another device than that of a run: DeepSpeed is told the same.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return World(0, 1, device)
 
 
 class RandomRun:

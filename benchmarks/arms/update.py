@@ -131,6 +131,7 @@ class Bench:
                 run.trainer.producer = SamePairs(run.trainer.producer)
             record["warm_up_s"] = self.seconds(lambda: [run.update() for _ in range(count)])
             record["warm_up_updates"] = count
+            check_lines(lines)
             rounds = record["rounds"] = []
             for _ in range(self.setting.rounds):
                 taken = self.seconds(lambda: [run.update() for _ in range(self.setting.updates)])
@@ -140,7 +141,6 @@ class Bench:
             record |= self._memory()
             (loss,) = run.losses(1)
             record["loss"] = loss
-            check_lines(lines)
             if not math.isfinite(loss):
                 raise RuntimeError("the loss is not finite: the optimiser has skipped updates")
 
@@ -155,6 +155,11 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the slots that are kept for the arms to come."""
+        return sum(value.nbytes for value in (self._slots or {}).values())
 
     def _memory(self) -> dict[str, int | None]:
         """Most bytes of PyTorch's tensors, and most that its allocator held, captures included."""
@@ -186,7 +191,8 @@ def hidden_shares(arms: dict[str, dict]) -> dict[str, float]:
     1 - (t_overlap - t_student) / (t_in_turn - t_student), of the medians; 1 where the update takes
     no longer than the student alone.
     """
-    median = {name: arm["seconds_per_update"]["median"] for name, arm in arms.items() if "seconds_per_update" in arm}
+    timed = {name: arm for name, arm in arms.items() if "seconds_per_update" in arm and "error" not in arm}
+    median = {name: arm["seconds_per_update"]["median"] for name, arm in timed.items()}
     out = {}
     for name, base in HIDDEN.items():
         if {name, base, STUDENT} <= median.keys() and median[base] > median[STUDENT]:

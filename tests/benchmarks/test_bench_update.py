@@ -90,6 +90,7 @@ def test_share_of_the_forward_that_overlap_hides():
     arms = {"plain": arm(10), "student_only": arm(6), "overlap": arm(7), "graphs": arm(8), "overlap_graphs": arm(6)}
     assert hidden_shares(arms) == {"overlap": 0.75, "overlap_graphs": 1}
     assert hidden_shares({"plain": arm(10), "overlap": arm(7), "student_only": {"error": "full"}}) == {}
+    assert hidden_shares(arms | {"graphs": arm(8) | {"error": "off"}}) == {"overlap": 0.75}
 
 
 def test_graphs_that_were_given_up_are_an_error(monkeypatch):

@@ -95,6 +95,7 @@ def gpu_trace() -> list[dict]:
         traced("kernel", "gemm", 70, 8, 21, 4),
         traced("gpu_memcpy", "Memcpy DtoH", 90, 1, 21, 5),
         traced("kernel", "other", 300, 50, 21, 6),
+        traced("kernel", "stray", 400, 3, 21, 99),
         {"ph": "s", "cat": "ac2g", "name": "ac2g", "ts": 4, "tid": MAIN, "id": 1}, {"ph": "M", "name": "process_name"},
     ]  # fmt: skip
 
@@ -105,6 +106,7 @@ def test_kernels_count_for_the_part_that_launched_them():
     expected |= {"waiting": 0, "EMA": 0, "everything else": 0, WHOLE: 36}
     assert found.seconds == pytest.approx({name: value / 1e6 for name, value in expected.items()})
     assert found.busy == pytest.approx((15 + 2 + 8 + 1) / 1e6), "two streams at the same time count once"
+    assert found.orphans == pytest.approx(3e-6)
     assert found.longest(2) == [
         {"name": "conv", "ms": pytest.approx(0.025), "launches": 3},
         {"name": "gemm", "ms": pytest.approx(0.008), "launches": 1},
