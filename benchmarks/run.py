@@ -34,6 +34,7 @@ from benchmarks.environment import RESULTS, describe, pick_device, slug, write_j
 BENCHMARKS: dict[str, Sequence[str]] = {
     "bench_ops": (sys.executable, "-m", "benchmarks.bench_ops"),
     "bench_step": (sys.executable, "-m", "benchmarks.bench_step"),
+    "bench_update": (sys.executable, "-m", "benchmarks.bench_update"),
     "bench_rollout": (sys.executable, "-m", "benchmarks.bench_rollout"),
     "bench_busy": (sys.executable, "-m", "benchmarks.bench_busy"),
     "bench_sampler": (sys.executable, "-m", "benchmarks.bench_sampler"),

@@ -12,7 +12,7 @@ Sizes are in bytes. One multiplication and one addition are two FLOPs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from selfnpo_fast.config import RolloutConfig, TrainConfig
 from selfnpo_fast.doctor.tracing import FakeDenoiser, ParameterCounts, StudentTrace
@@ -34,7 +34,9 @@ REFERENCE_FORWARD = "reference forward"
 STUDENT_PASSES = "student forward and backward"
 GRADIENT_REDUCTION = "gradient reduction"
 OPTIMISER_STEP = "optimiser step"
-"""The phases of an update in order, by the names that the report prints."""
+GRAPH_CAPTURE = "capture of a CUDA graph"
+"""The phases of an update in order, by the names that the report prints. The last one belongs to
+the first updates, in the place of the reference's forward, which is a replay in later ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +210,23 @@ def keeps_gradients(config: TrainConfig) -> bool:
     return zero_stage(config) < 2 and config.engine.accumulation == 1
 
 
-def memory(run: PlannedRun) -> Memory:
-    """Memory of one rank in a steady update.
+def uses_graphs(run: PlannedRun) -> bool:
+    """Whether the rollout's steps are captured as CUDA graphs."""
+    config = run.config
+    return run.device == "cuda" and config.engine.graphs and config.rollout.mode == "continuous"
 
-    The allocator's fragmentation and the workspaces of libraries are left out.
+
+def memory(run: PlannedRun) -> Memory:
+    """Memory of one rank in a steady update, and in the captures before it.
+
+    A reference forward without graphs takes its temporary memory from the allocator, which gives
+    the same blocks to the student's passes afterwards: the peak is the larger of the two. Overlap
+    runs the reference on a stream of its own, whose blocks no other stream is given, and a graph
+    keeps its temporary memory in a private pool (`runtime.capture.CudaGraphs`): there the two add
+    up. With graphs it makes no difference to the memory whether they overlap.
+
+    The allocator's fragmentation, the workspaces of libraries and what CUDA keeps of a graph's
+    launches are left out.
     """
     config, counts = run.config, run.parameter_counts
     ema = config.reference.kind == "ema"
@@ -222,10 +237,30 @@ def memory(run: PlannedRun) -> Memory:
     has_masters = ema and config.engine.precision != "fp32"
     masters = 4 * math.ceil(counts.trained / run.world_size) if has_masters else 0
     resident, phases = _engine_memory(run)
-    if config.rollout.overlap:  # the reference runs at the same time as every other phase
+    if uses_graphs(run):
+        del phases[REFERENCE_FORWARD]
+        pool, phases[GRAPH_CAPTURE] = _graph_memory(run)
+        resident["pool of the CUDA graphs"] = pool
+    elif config.rollout.overlap:  # the reference runs at the same time as every other phase
         phases = {name: size + run.reference_peak for name, size in phases.items() if name != REFERENCE_FORWARD}
     resident |= {"reference": reference, "EMA masters": masters, **_rollout_buffers(run)}
     return Memory({name: size for name, size in resident.items() if size}, phases)
+
+
+def _graph_memory(run: PlannedRun) -> tuple[int, int]:
+    """Bytes of the graphs' pool, and those that a capture adds to it for a moment.
+
+    The graphs of all groups share the pool, since they run in turn: it holds the temporary memory
+    of one forward, and the pairs of every group, which the next replay overwrites. Before a capture
+    the step runs as it is, beside copies of its state before and after it and of its results, with
+    which the first replay is compared.
+    """
+    latent, micro = 4 * run.latent_elements, run.micro_batch
+    pairs = micro * (2 * latent + 4 * 8 + 4)  # x_s and target; s, t, row and sample id; weight
+    latents_per_slot = 2 if run.config.rollout.start == "noise" else 1
+    state = micro * (latents_per_slot * latent + 2 * 4 * 8)  # the slots' tensors, and the table of their next state
+    groups = slots_per_rank(run) // micro
+    return run.reference_peak + groups * pairs, run.reference_peak + 2 * state + pairs
 
 
 def _moment_bytes(run: PlannedRun, shard: int) -> int:
@@ -316,8 +351,9 @@ def _rollout_buffers(run: PlannedRun) -> dict[str, int]:
         "coefficient tables": 4 * (7 * states + 2 * states + 2 * states * run.timesteps + 2 * run.timesteps)
         + 8 * states
         + 4 * states,
-        # x_s and target; s, t, row, sample id and weight. Overlap keeps two more sets of buffers.
-        "pairs": (3 if rollout.overlap else 1) * accumulation * micro * (2 * latent + 5 * 8),
+        # x_s and target; s, t, row, sample id and weight. Overlap keeps two sets of buffers; what a
+        # graph returns lies in its pool.
+        "pairs": (2 * rollout.overlap + (not uses_graphs(run))) * accumulation * micro * (2 * latent + 5 * 8),
     }
     if rollout.mode == "continuous":
         latents_per_slot = 2 if rollout.start == "noise" else 1  # x, and the previous sample's final x
@@ -346,35 +382,3 @@ def negative_bytes(run: PlannedRun) -> int:
     counts = run.parameter_counts
     elements = counts.trained if run.config.lora.rank else counts.total
     return elements * DTYPES[run.config.engine.precision].itemsize
-
-
-def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[str, TrainConfig]]:
-    """Changes of a config that save memory, those with the fewest side effects first.
-
-    Each is a pair of the command-line option, such as "--rollout.pool 1", and the changed config.
-    """
-    engine = config.engine
-    changes = []
-
-    def add(option: str, **sections) -> None:
-        parts = {name: replace(getattr(config, name), **fields) for name, fields in sections.items()}
-        changes.append((option, replace(config, **parts)))
-
-    if not engine.gradient_checkpointing:
-        add("--engine.gradient_checkpointing true", engine={"gradient_checkpointing": True})
-    if engine.precision == "fp32":
-        add("--engine.precision bf16", engine={"precision": "bf16"})
-    if config.optimizer.name == "adamw":
-        add("--optimizer.name adamw8bit", optimizer={"name": "adamw8bit"})
-    highest = 2 if config.lora.rank else 3
-    for stage in range(zero_stage(config) + 1, highest + 1 if world_size > 1 else 0):
-        add(f"--engine.zero_stage {stage}", engine={"zero_stage": stage})
-    micro = engine.micro_batch(world_size)
-    for divisor in sorted({divisor for divisor in (2, micro) if divisor > 1 and micro % divisor == 0}):
-        steps = engine.accumulation * divisor
-        add(f"--engine.accumulation {steps}", engine={"accumulation": steps})
-    if config.rollout.mode == "continuous" and config.rollout.pool > 1:
-        add("--rollout.pool 1", rollout={"pool": 1})
-    if not config.lora.rank:
-        add("--lora.rank 16", lora={"rank": 16}, engine={"zero_stage": min(engine.zero_stage, 2)})
-    return changes

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.doctor.costs import PlannedRun, update_flops
+from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.training.engine import zero_stage
 
@@ -55,8 +56,9 @@ GPUS = (
 THIS_MACHINE_UTILISATION = 0.8
 """Share of one convolution's rate that whole networks are assumed to reach on this machine.
 
-On the development machine, with one thread, updates of sd15_small take the time that follows from
-it. Updates of digits, whose layers are tiny, take twice that time.
+On the development machine, with one CPU thread, updates of sd15_small take the time that follows
+from it. Updates of digits, whose layers are tiny, take twice that time. It was never measured on a
+GPU.
 """
 
 
@@ -87,40 +89,96 @@ def _update_traffic(run: PlannedRun) -> float:
     return step + average
 
 
-def measure_this_machine(precision: str) -> Machine | None:
-    """Measures this machine's rates in about a second; None for fp16 without a GPU.
+@dataclass(frozen=True)
+class Probe:
+    """What this machine's rates are measured with."""
+
+    batch: int
+    """Rows of the convolution."""
+    side: int
+    """Their height and width."""
+    copied: int
+    """Bytes of the copy."""
+
+
+PROBES = {"cpu": Probe(2, 32, 2**26), "cuda": Probe(64, 64, 2**30)}
+"""By type of device. On a GPU, work of a CPU's size would take less time than its launch, and would
+not leave the cache: there the convolution is that of SD1.5's first layers with batch 64."""
+CHANNELS = 320
+
+
+def measure_this_machine(
+    precision: str, *, device: torch.device | None = None, kind: str | None = None
+) -> Machine | None:
+    """Measures this machine's rates in about a second; None for fp16 without a GPU, and where there
+    is no room for the smallest measurement.
 
     FLOP/s are those of a 3x3 convolution of 320 channels, a layer of SD1.5; the bandwidth is that
-    of a copy.
+    of a copy. On a GPU both are halved in size until they fit.
+
+    device    by default the GPU, or the CPU where there is none
+    kind      "cuda" or "cpu": what to measure with; by default the type of `device`
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if precision == "fp16" and device.type == "cpu":
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = kind or device.type
+    if precision == "fp16" and kind == "cpu":
         return None
-    dtype = DTYPES[precision]
-    channels, side, batch = 320, 32, 2
-    layer = nn.Conv2d(channels, channels, 3, padding=1, dtype=dtype, device=device)
-    x = torch.randn(batch, channels, side, side, dtype=dtype, device=device)
-    source = torch.empty(2**26, dtype=torch.uint8, device=device)
+    probe = PROBES[kind]
 
     def shortest_seconds(action: Callable[[], object]) -> float:
-        """Seconds of the fastest of four calls."""
+        """Seconds of the fastest of eight calls, from an idle device to an idle device."""
         shortest = float("inf")
-        for _ in range(4):
+        for _ in range(8):
+            _synchronize(kind)
             start = time.perf_counter()
             action()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            _synchronize(kind)
             shortest = min(shortest, time.perf_counter() - start)
         return shortest
 
-    with torch.no_grad():
-        rate = 2 * batch * side**2 * 9 * channels**2 / shortest_seconds(lambda: layer(x))
-        bandwidth = 2 * source.nbytes / shortest_seconds(source.clone)
+    def convolution(batch: int) -> float:
+        """FLOP/s of the convolution."""
+        layer = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=DTYPES[precision], device=device)
+        x = torch.randn(batch, CHANNELS, probe.side, probe.side, dtype=DTYPES[precision], device=device)
+        return 2 * batch * probe.side**2 * 9 * CHANNELS**2 / shortest_seconds(lambda: layer(x))
+
+    def copy(size: int) -> float:
+        """Bytes per second of a copy, which reads and writes `size` bytes each."""
+        source = torch.empty(size, dtype=torch.uint8, device=device)
+        return 2 * size / shortest_seconds(source.clone)
+
+    try:
+        with torch.no_grad():
+            batch, rate = _what_fits(convolution, probe.batch)
+            copied, bandwidth = _what_fits(copy, probe.copied)
+    except torch.OutOfMemoryError:
+        logger.warning("this machine: not measured, since its memory is full")
+        return None
     return Machine(
         name="this machine",
         flops={precision: rate},
         bandwidth=bandwidth,
         utilisation=THIS_MACHINE_UTILISATION,
-        source="measured just now: a 3x3 convolution of 320 channels, a copy",
-        gpu=device.type == "cuda",
+        source=f"measured just now: a 3x3 convolution of {CHANNELS} channels with batch {batch}, {probe.side} wide; "
+        f"a copy of {copied / 2**20:g} MiB",
+        gpu=kind == "cuda",
     )
+
+
+def _synchronize(kind: str) -> None:
+    if kind == "cuda":
+        torch.cuda.synchronize()
+
+
+def _what_fits(rate: Callable[[int], float], size: int) -> tuple[int, float]:
+    """The first of `size`, its half and so on that fits into memory, and the rate with it.
+
+    Raises torch.OutOfMemoryError where not even 1 does.
+    """
+    while True:
+        try:
+            return size, rate(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size //= 2

@@ -24,12 +24,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from selfnpo_fast.config import LogConfig, TrainConfig
 from selfnpo_fast.doctor.costs import GRADIENT_REDUCTION, OPTIMISER_STEP, REFERENCE_FORWARD, STUDENT_PASSES, Memory
+from selfnpo_fast.doctor.random_inputs import random_inputs
 from selfnpo_fast.models import Adapter
-from selfnpo_fast.models.conditioning import ConditioningTable
-from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.engine import start_deepspeed
-from selfnpo_fast.training.inputs import Inputs
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.trainer import Trainer
 
@@ -92,7 +90,7 @@ def measure(config: TrainConfig, adapter: Adapter, prompts: int, world: World) -
     # it saw the allocation. DeepSpeed starts before the profile does.
     records, local = profile(activities=activities, profile_memory=True), _local_communication(world)
     with records, local, tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(config, _random_inputs(config, adapter, prompts, world), world, Path(output))
+        trainer = Trainer(config, random_inputs(config, adapter, prompts, world), world, Path(output))
         recorder = Recorder(config, world, adapter.schedule.num_train_timesteps)
         # The model describes a steady update: slots are filled and the optimiser has its moments.
         trainer.producer.rollout.fill()
@@ -167,20 +165,6 @@ def _marked(name: str, function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return call
-
-
-def _random_inputs(config: TrainConfig, adapter: Adapter, prompts: int, world: World) -> Inputs:
-    """The trainer's inputs in their real sizes and dtypes, with random values."""
-    dtype, device = DTYPES[config.engine.precision], world.device
-
-    def rows(count: int) -> dict[str, torch.Tensor]:
-        return {name: torch.randn(count, *shape, device=device) for name, shape in adapter.conditioning_shapes.items()}
-
-    latents = torch.randn(prompts, *adapter.latent_shape) if config.rollout.start == "data" else None
-    with torch.random.fork_rng(devices=[]):
-        student = adapter.new_denoiser(dtype).to(device)
-    table = ConditioningTable.build(rows(1), rows(prompts), dtype)
-    return Inputs(adapter, table, [""] * prompts, latents, student, base={})
 
 
 def _memory_by_phase(records: profile, device_type: str) -> dict[str, int]:

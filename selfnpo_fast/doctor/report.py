@@ -11,6 +11,7 @@ from selfnpo_fast.doctor import costs
 from selfnpo_fast.doctor.costs import GIB, Memory, PlannedRun, Tracer
 from selfnpo_fast.doctor.machines import GPUS, Machine, measure_this_machine, update_seconds
 from selfnpo_fast.doctor.memory_check import TOLERANCE, Comparison, compare, measure
+from selfnpo_fast.doctor.savings import memory_saving_changes
 from selfnpo_fast.models import SD15_SMALL, load_adapter
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError
@@ -170,7 +171,7 @@ def _savings_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Ite
     """What each change saves by itself, and the changes that make the run fit each small card."""
     lines = ["what each change alone takes off the peak"]
     savings = []
-    for option, changed in costs.memory_saving_changes(run.config, run.world_size):
+    for option, changed in memory_saving_changes(run.config, run.world_size):
         after = costs.memory(tracer.plan(changed, run.world_size, run.device))
         savings.append((option, memory.peak - after.peak))
     lines += _table_lines(((option, format_bytes(size)) for option, size in savings if size > 0), width=40)
@@ -197,7 +198,7 @@ def changes_to_fit(tracer: Tracer, run: PlannedRun, card: float) -> tuple[list[s
     """
     config, values, memory = run.config, {}, costs.memory(run)
     while not fits(memory, card):
-        for setting, changed in costs.memory_saving_changes(config, run.world_size):
+        for setting, changed in memory_saving_changes(config, run.world_size):
             after = costs.memory(tracer.plan(changed, run.world_size, run.device))
             if after.peak < (1 - LEAST_SAVING) * memory.peak:
                 option, value = setting.split()
@@ -220,8 +221,9 @@ def _assumptions_section(machines: Iterable[Machine]) -> str:
         )
     lines += [
         "  time: networks, then optimiser and EMA; no communication between ranks, no overlap, no loading",
-        "  memory: PyTorch's tensors on a GPU with flash attention; a card fits when the peak is at most "
-        f"{USABLE:.0%} of it; sample grids and the encoding of prompts, which need further memory, are left out",
+        "  memory: PyTorch's tensors on a GPU with flash attention, and the pool of CUDA graphs, which no other pass "
+        f"can use; a card fits when the peak is at most {USABLE:.0%} of it; sample grids and the encoding of prompts, "
+        "which need further memory, are left out",
     ]
     return "\n".join(lines)
 
@@ -244,9 +246,10 @@ def compare_with_update(config: TrainConfig) -> Comparison:
     """Compares the memory model, phase by phase, with a real update on this machine and one rank.
 
     Overlap is turned off, because the profiler keeps no records of its second thread, and so are
-    compilers, because they allocate memory as well. Raises UserError where there are several ranks.
+    compilers, because they allocate memory as well, and CUDA graphs, which are captured in later
+    updates than the measured one. Raises UserError where there are several ranks.
     """
-    rollout, engine = replace(config.rollout, overlap=False), replace(config.engine, compile="off")
+    rollout, engine = replace(config.rollout, overlap=False), replace(config.engine, compile="off", graphs=False)
     config = replace(config, rollout=rollout, engine=engine)
     world, tracer = init_world(), make_tracer(config)
     if world.size > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -16,6 +18,7 @@ import tiny
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfnpo_fast import train
 from selfnpo_fast.cli import main
@@ -31,7 +34,8 @@ from selfnpo_fast.config import (
     RolloutConfig,
     TrainConfig,
 )
-from selfnpo_fast.doctor import costs
+from selfnpo_fast.doctor import costs, machines, report
+from selfnpo_fast.doctor.machines import measure_this_machine
 from selfnpo_fast.doctor.memory_check import replaced_attributes
 from selfnpo_fast.doctor.report import (
     VERIFIED,
@@ -43,6 +47,7 @@ from selfnpo_fast.doctor.report import (
     format_bytes,
     make_tracer,
 )
+from selfnpo_fast.doctor.savings import memory_saving_changes
 from selfnpo_fast.doctor.tracing import FakeDenoiser, LiveBytes, ParameterCounts
 from selfnpo_fast.models import DIGITS, load_adapter
 from selfnpo_fast.runtime.errors import UserError
@@ -211,7 +216,7 @@ def test_digits_parameters_and_checkpointing():
 
 def test_no_weight_is_loaded(tmp_path, monkeypatch, capsys):
     """The doctor reads a copy of the embedded model that has no weight files and no tokenizer."""
-    monkeypatch.setattr(costs, "memory_saving_changes", lambda config, world_size: [])  # for speed
+    monkeypatch.setattr(report, "memory_saving_changes", lambda config, world_size: [])  # for speed
     folder = shutil.copytree(DIGITS, tmp_path / "model")
     for path in [*folder.rglob("*.safetensors"), *folder.rglob("tokenizer*.json")]:
         path.unlink()
@@ -328,6 +333,43 @@ def test_buffers():
     assert resident["slots"] == 3 * 2 * 4 * (latent + 4 * 8) + 4 * 4 * 8
 
 
+def test_graphs_keep_the_reference_forward_in_a_pool_of_their_own():
+    """Without graphs the peak is the larger of the two forwards, with overlap or graphs their sum.
+
+    The pool also holds each group's pairs: two latents, four int64 and one float32 for each.
+    """
+
+    def costed(device: str = "cuda", graphs: bool = True, **rollout) -> tuple[costs.PlannedRun, costs.Memory]:
+        engine = EngineConfig(batch_size=8, accumulation=2, graphs=graphs)
+        run = traced(digits(rollout=RolloutConfig(pool=3, **rollout), engine=engine), device=device)
+        return run, costs.memory(run)
+
+    pool = "pool of the CUDA graphs"
+    run, graphs = costed()
+    _, plain = costed(graphs=False)
+    latent, micro, groups = 4 * 4 * 8 * 8, 4, 6
+    pairs = micro * (2 * latent + 36)
+    assert graphs.resident[pool] == run.reference_peak + groups * pairs
+    assert pool not in plain.resident
+    # One more forward runs for the comparison, beside copies of the slots' state and of its results.
+    state = micro * (2 * latent + 8 * 8)
+    assert graphs.phases["capture of a CUDA graph"] == run.reference_peak + 2 * state + pairs
+    assert "reference forward" not in graphs.phases
+    student = "student forward and backward"
+    assert graphs.phases[student] == plain.phases[student] > run.reference_peak
+    # What a graph returns is not counted twice.
+    returned = plain.resident["pairs"]
+    assert "pairs" not in graphs.resident
+    assert graphs.peak == plain.peak + graphs.resident[pool] - returned
+    _, both = costed(overlap=True)
+    _, overlap = costed(graphs=False, overlap=True)
+    assert both.peak - overlap.peak == groups * pairs - returned
+    # Nothing is captured on a CPU, nor in lockstep mode.
+    for _, other in (costed("cpu"), costed(mode="lockstep")):
+        assert pool not in other.resident
+        assert "reference forward" in other.phases
+
+
 @pytest.mark.parametrize(
     ("rollout", "expected"),
     [
@@ -428,6 +470,7 @@ def test_bytes_are_those_of_a_real_trainer(world, tmp_path, sd, optimizer, lora,
 
 def test_report_says_what_fits_and_what_would(sd, capsys):
     words = ["--config", str(ROOT / "configs" / "digits.yaml"), "--model.path", str(sd), "--engine.batch_size", "8"]
+    words += ["--engine.graphs", "false"]
     assert main(["doctor", *words, "--memory_gib", "0.0024", "--world_size", "2"]) == 0
     out = capsys.readouterr().out
     for expected in (
@@ -449,7 +492,7 @@ def test_changes_lead_to_a_config_that_fits(sd):
     config = tiny_config(sd)
     tracer = make_tracer(config)
     run = tracer.plan(config, 1, "cuda")
-    for words, changed in costs.memory_saving_changes(config, 1):
+    for words, changed in memory_saving_changes(config, 1):
         option, value = words.removeprefix("--").split()
         section, _, name = option.partition(".")
         found = getattr(getattr(changed, section), name)
@@ -463,6 +506,63 @@ def test_changes_lead_to_a_config_that_fits(sd):
     words, least = changes_to_fit(tracer, run, 1e-6)
     assert not fits(least, 1e-6)
     assert least.peak <= after.peak
+
+
+class SmallCard(TorchDispatchMode):
+    """A card on which a tensor of more than `most` bytes does not fit; notes what is convolved."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most, self.convolved = most, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.nbytes > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if func is torch.ops.aten.convolution.default:
+            self.convolved.append(tuple(args[0].shape))
+        return out
+
+
+class FakeGpu:
+    """The meta device, which computes nothing, as a GPU; every look at the clock is 1 ms later."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.waits, clock = 0, iter(range(10**9))
+        patch.setattr(machines.time, "perf_counter", lambda: next(clock) / 1e3)
+        patch.setattr(torch.cuda, "synchronize", self.synchronize)
+
+    def synchronize(self, device=None) -> None:
+        self.waits += 1
+
+    def measured(self, precision: str, most: float) -> tuple[machines.Machine, set]:
+        with SmallCard(most) as card:
+            machine = measure_this_machine(precision, device=torch.device("meta"), kind="cuda")
+        return machine, set(card.convolved)
+
+
+@pytest.mark.parametrize(
+    ("most", "batch", "copied"), [(math.inf, 64, 2**30), (64 * 320 * 64**2 * 2 - 1, 32, 2**27)], ids=["large", "small"]
+)
+def test_this_machine_is_measured_at_the_size_of_an_update_on_a_gpu(monkeypatch, most, batch, copied):
+    """A kernel of a tiny batch would take less time than its launch. Where a tensor does not fit,
+    its size is halved until it does."""
+    gpu = FakeGpu(monkeypatch)
+    machine, convolved = gpu.measured("bf16", most)
+    assert convolved == {(batch, 320, 64, 64)}
+    # One multiply-add per weight and output position, in 1 ms; a copy reads and writes.
+    assert machine.flops["bf16"] == pytest.approx(2 * batch * 64**2 * 9 * 320**2 / 1e-3)
+    assert machine.bandwidth == pytest.approx(2 * copied / 1e-3)
+    assert machine.gpu
+    assert f"batch {batch}," in machine.source
+    assert gpu.waits >= 16, "before and after each call"
+
+
+def test_this_machine_that_has_no_room_has_no_rates(monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING, "selfnpo"):
+        machine, _ = FakeGpu(monkeypatch).measured("bf16", 1000)
+    assert machine is None
+    assert "this machine: not measured" in caplog.text
 
 
 MISTAKES = {

@@ -1,0 +1,42 @@
+"""What may be changed of a config so that a run needs less memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.training.engine import zero_stage
+
+
+def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[str, TrainConfig]]:
+    """Changes of a config that save memory, those with the fewest side effects first.
+
+    Each is a pair of the command-line option, such as "--rollout.pool 1", and the changed config.
+    """
+    engine = config.engine
+    changes = []
+
+    def add(option: str, **sections) -> None:
+        parts = {name: replace(getattr(config, name), **fields) for name, fields in sections.items()}
+        changes.append((option, replace(config, **parts)))
+
+    if engine.graphs and config.rollout.mode == "continuous":
+        add("--engine.graphs false", engine={"graphs": False})
+    if not engine.gradient_checkpointing:
+        add("--engine.gradient_checkpointing true", engine={"gradient_checkpointing": True})
+    if engine.precision == "fp32":
+        add("--engine.precision bf16", engine={"precision": "bf16"})
+    if config.optimizer.name == "adamw":
+        add("--optimizer.name adamw8bit", optimizer={"name": "adamw8bit"})
+    highest = 2 if config.lora.rank else 3
+    for stage in range(zero_stage(config) + 1, highest + 1 if world_size > 1 else 0):
+        add(f"--engine.zero_stage {stage}", engine={"zero_stage": stage})
+    micro = engine.micro_batch(world_size)
+    for divisor in sorted({divisor for divisor in (2, micro) if divisor > 1 and micro % divisor == 0}):
+        steps = engine.accumulation * divisor
+        add(f"--engine.accumulation {steps}", engine={"accumulation": steps})
+    if config.rollout.mode == "continuous" and config.rollout.pool > 1:
+        add("--rollout.pool 1", rollout={"pool": 1})
+    if not config.lora.rank:
+        add("--lora.rank 16", lora={"rank": 16}, engine={"zero_stage": min(engine.zero_stage, 2)})
+    return changes
