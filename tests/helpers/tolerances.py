@@ -23,9 +23,26 @@ _TABLE = [
     ("ema_update", ANY, ANY, 3),  # 1.7, 1.7, 2.1
 ]
 
+# Triton on CUDA tensors, where it compiles square roots and divisions to approximate instructions.
+# tests/ops/test_cuda_arithmetic.py derives each number: the largest error of an emulation in which
+# all of these instructions err by as much as the PTX ISA allows, and at most 15% more. The other ops
+# hold nothing approximate, and have the rows above.
+_CUDA = {
+    # op: tolerance  # largest error of the emulation
+    "normal": 4.3,  # 4.06
+    "affine_noise": 6.2,  # 5.56
+    "guided_step": 5.2,  # 4.73
+    "tdft_step": 6.2,  # 5.59
+    "tdft_step run": 5.6,  # 5.16
+    "x0_loss": 4.5,  # 4.17
+    "x0_loss gradient": 9.8,  # 8.86
+}
 
-def tolerance(op: str, backend: str, mixture: str) -> float:
-    """The tolerance of an op's result; KeyError where the table has none."""
+
+def tolerance(op: str, backend: str, mixture: str, device: str = "cpu") -> float:
+    """The tolerance of an op's result on a device, cpu or cuda; KeyError where the table has none."""
+    if device == "cuda" and backend == "triton" and op in _CUDA:
+        return _CUDA[op]
     for name, backends, mixtures, value in _TABLE:
         if name == op and (backends is ANY or backend in backends) and (mixtures is ANY or mixture in mixtures):
             return value

@@ -156,30 +156,35 @@ def noise_terms(noise: torch.Tensor | NoiseKey, shape: tuple[int, ...]) -> tuple
 OBSERVED: dict[tuple[str, str], float] = {}
 
 
-def within(op: str, backend: str, mixture: Mixture, excess: np.ndarray, unit: np.ndarray) -> None:
-    """The errors `excess` are at most the tolerance times `unit`.
+def worst_error(
+    out: torch.Tensor, exact: np.ndarray, terms: np.ndarray, *, roundings: int = 1, arithmetic: torch.dtype = F32
+) -> float:
+    """The largest error of `out`, in the unit of `tolerances.py`.
 
-    The largest ratio is kept for the summary.
+    `out` is `exact`, rounded `roundings` times to its dtype. The arithmetic before it may have
+    rounded terms of the sizes `terms`.
     """
-    if excess.size == 0:
-        return
-    ratio = np.where(excess > 0, excess, 0) / np.where(excess > 0, np.maximum(unit, 1e-300), 1)
-    worst = float(ratio.max()) if np.isfinite(excess).all() else float("inf")
-    OBSERVED[op, backend] = max(OBSERVED.get((op, backend), 0.0), worst)
-    allowed = tolerance(op, backend, mixture.name)
-    assert worst <= allowed, f"{op}, {backend}, {mixture.name}: {worst:.3g} where {allowed} is allowed"
+    assert tuple(out.shape) == exact.shape
+    if exact.size == 0:
+        return 0.0
+    bound = HALF_SUBNORMAL.get(out.dtype, 0.0)
+    if out.dtype not in (F32, F64):
+        bound = bound + roundings * UNIT[out.dtype] * np.abs(exact)
+    excess = np.abs(wide(out) - exact) - bound
+    unit = np.maximum(UNIT[arithmetic] * terms, 1e-300)
+    ratio = np.where(excess > 0, excess, 0) / np.where(excess > 0, unit, 1)
+    return float(ratio.max()) if np.isfinite(excess).all() else float("inf")
 
 
 def assert_rounded(
     op: str, backend: str, mixture: Mixture, out: torch.Tensor, exact: np.ndarray, terms: np.ndarray, *, roundings=1
 ) -> None:
-    """`out` is `exact`, rounded `roundings` times to its dtype.
+    """The error of `out` is at most the op's tolerance; see `worst_error`.
 
-    The arithmetic before it may have rounded terms of the sizes `terms`.
+    The largest error is kept for the summary.
     """
-    assert tuple(out.shape) == exact.shape
     arithmetic = F64 if mixture is FLOAT64 else F32
-    bound = HALF_SUBNORMAL.get(out.dtype, 0.0)
-    if out.dtype not in (F32, F64):
-        bound = bound + roundings * UNIT[out.dtype] * np.abs(exact)
-    within(op, backend, mixture, np.abs(wide(out) - exact) - bound, UNIT[arithmetic] * terms)
+    worst = worst_error(out, exact, terms, roundings=roundings, arithmetic=arithmetic)
+    OBSERVED[op, backend] = max(OBSERVED.get((op, backend), 0.0), worst)
+    allowed = tolerance(op, backend, mixture.name, out.device.type)
+    assert worst <= allowed, f"{op}, {backend}, {mixture.name}: {worst:.3g} where {allowed} is allowed"

@@ -48,17 +48,21 @@ def uniforms(seed: int, ids, draws, count: int) -> tuple[np.ndarray, np.ndarray]
     )
 
 
-def sized_normals(seed: int, ids, draws, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(normals, sizes), each (B, *shape). Roundings are relative to the sizes.
+def box_muller(u1: np.ndarray, u2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(normals, sizes), each (..., 2), of two uniforms. Roundings are relative to the sizes.
 
     The rounding of an angle grows with the angle.
     """
-    count = math.prod(shape)
-    u1, u2 = uniforms(seed, ids, draws, count)
     radius, angle = np.sqrt(-2 * np.log(u1)), 2 * np.pi * u2
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    sizes = np.repeat(radius * (1 + angle), 2, axis=1)
-    return tuple(a.reshape(len(a), -1)[:, :count].reshape(-1, *shape) for a in (pairs, sizes))
+    return pairs, np.repeat((radius * (1 + angle))[..., None], 2, axis=-1)
+
+
+def sized_normals(seed: int, ids, draws, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(normals, sizes), each (B, *shape), of a key."""
+    count = math.prod(shape)
+    both = box_muller(*uniforms(seed, ids, draws, count))
+    return tuple(a.reshape(len(a), -1)[:, :count].reshape(-1, *shape) for a in both)
 
 
 def normals(seed: int, ids, draws, shape: tuple[int, ...]) -> np.ndarray:

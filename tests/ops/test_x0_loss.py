@@ -48,6 +48,16 @@ def by_hand(pred, x_s, target, weight, each: np.ndarray, kind: str, c: float) ->
     }
 
 
+def gradient_by_hand(exact_: dict[str, tuple], pred, weight, each: np.ndarray, upstream: float) -> tuple:
+    """(value, size) of `upstream` times the gradient, from the results of `by_hand`."""
+    gradient, size = upstream * exact_["gradient"][0], abs(upstream) * exact_["gradient"][1]
+    if pred.dtype == F16:
+        # The slope is kept in pred's dtype: half a step of it near zero, too, reaches the gradient.
+        factor = np.abs(upstream * exact.column(each, 1, pred.ndim)) / pred.numel()
+        size = size + factor * np.abs(wide(weight)).reshape(factor.shape) * cases.HALF_SUBNORMAL[F16] / UNIT[F32]
+    return gradient, size
+
+
 def check(backend, mixture, tensors, k, index, kind: str, c: float = C, upstream: float = 1.0) -> None:
     pred, x_s, target, weight = tensors
     pred = pred.clone().requires_grad_()
@@ -59,11 +69,7 @@ def check(backend, mixture, tensors, k, index, kind: str, c: float = C, upstream
     cases.assert_rounded("x0_loss", backend, mixture, loss, *exact_["loss"])
     cases.assert_rounded("x0_loss", backend, mixture, samples, *exact_["samples"])
     assert pred.grad.dtype == pred.dtype
-    gradient, size = upstream * exact_["gradient"][0], abs(upstream) * exact_["gradient"][1]
-    if pred.dtype == F16:
-        # The slope is kept in pred's dtype: half a step of it near zero, too, reaches the gradient.
-        factor = np.abs(upstream * exact.column(rows(k, index, len(pred)), 1, pred.ndim)) / pred.numel()
-        size = size + factor * np.abs(wide(weight)).reshape(factor.shape) * cases.HALF_SUBNORMAL[F16] / UNIT[F32]
+    gradient, size = gradient_by_hand(exact_, pred, weight, rows(k, index, len(pred)), upstream)
     cases.assert_rounded("x0_loss gradient", backend, mixture, pred.grad, gradient, size, roundings=2)
 
 

@@ -15,7 +15,7 @@ def _moments(values, inside, count):
     inside: mask of the elements within the row.
     count: how many they are.
     """
-    mean = tl.sum(values, 0) / count
+    mean = tl.div_rn(tl.sum(values, 0), count)
     deviation = tl.where(inside, values - mean, 0.0)
     return mean, tl.sum(deviation * deviation, 0)
 
@@ -58,7 +58,7 @@ def _combined(partial, blocks, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.c
         b = start + tl.arange(0, WIDTH)
         count = tl.minimum(N - b * BLOCK, BLOCK).to(tl.float32)
         weighted += tl.where(b < blocks, count * tl.load(partial + 4 * b, mask=b < blocks, other=0), 0.0)
-    mean = tl.sum(weighted, 0) / N
+    mean = tl.div_rn(tl.sum(weighted, 0), N * 1.0)
     # The squared deviations from it.
     total = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, blocks, WIDTH):
@@ -80,7 +80,7 @@ def guidance_rescale_kernel(
     squares = _combined(partial, blocks, N, BLOCK, WIDTH)
     guided_squares = _combined(partial + 2, blocks, N, BLOCK, WIDTH)
     # The 1 / (N - 1) of both variances cancels.
-    tl.store(scale + sample, phi * tl.sqrt(squares / guided_squares) + one_minus_phi)
+    tl.store(scale + sample, phi * tl.sqrt_rn(tl.div_rn(squares, guided_squares)) + one_minus_phi)
 
 
 def guidance_rescale(pos, neg, k, index, phi):

@@ -55,10 +55,10 @@ def x0_loss_sum_kernel(
             column = start + tl.arange(0, WIDTH)
             mask = (row < samples)[:, None] & (column < blocks)[None, :]
             sums += tl.sum(tl.load(partial + row[:, None] * blocks + column[None, :], mask=mask, other=0), 1)
-        mean = sums / count
+        mean = tl.div_rn(sums, count)
         tl.store(per_sample + row, mean, mask=row < samples)
         total += mean * tl.load(weight + row, mask=row < samples, other=0)
-    tl.store(loss, tl.sum(total, 0) / samples)
+    tl.store(loss, tl.div_rn(tl.sum(total, 0), samples.to(tl.float32)))
 
 
 def x0_loss(pred, x_s, target, k, index, weight, kind, c, want_slope):
@@ -93,7 +93,7 @@ def x0_loss_backward_kernel(
     sample, block = sample_and_block(N, BLOCK, WIDE)
     slope_values = load(slope, sample, block, N, BLOCK)
     k += table_row(index, sample, PER_SAMPLE) * 2
-    factor = tl.load(k + 1) * tl.load(weight + sample) * tl.load(grad) / size
+    factor = tl.div_rn(tl.load(k + 1) * tl.load(weight + sample) * tl.load(grad), size)
     store(out, sample, block, factor * slope_values, N, BLOCK)
 
 
