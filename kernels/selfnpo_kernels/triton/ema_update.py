@@ -90,6 +90,7 @@ class Tables:
         """
         stream = torch.cuda.current_stream()
         if stream.cuda_stream not in self.streams:
+            assert self.uploaded is not None, "set where there are streams"
             stream.wait_event(self.uploaded)
             for tensors, programs, *_ in self.launches:
                 tensors.record_stream(stream)
