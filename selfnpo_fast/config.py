@@ -291,8 +291,9 @@ class EngineConfig:
     """On a GPU, let fp32 training multiply and convolve in TF32 (10 bits of mantissa), and let
     cuDNN choose the fastest algorithms by trying them. false keeps float32 throughout."""
     channels_last: bool = False
-    """Keep convolution weights in channels_last order, which GPUs prefer in half precision: those
-    of the reference, and with ZeRO 0 those of the student (ZeRO's flat buffers are row-major)."""
+    """Convolve in channels_last order, which GPUs prefer in half precision. The weights are kept in
+    it, except for trained ones under ZeRO 1 to 3, whose flat buffers are row-major: there the
+    convolutions of the student get their inputs in it."""
 
     def __post_init__(self) -> None:
         _check_fields("engine.", self)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from selfnpo_kernels import cpp, reference
+from selfnpo_kernels.known_lists import KnownLists
 
 NAMES = ("reference", "cpp", "triton")
 _LOG = logging.getLogger("selfnpo_kernels")
@@ -142,16 +143,23 @@ def _tensors(arguments) -> Iterator[torch.Tensor]:
             yield from _tensors(argument)
 
 
-def implementation(op: str, arguments: tuple) -> Callable:
+def implementation(op: str, arguments: tuple | KnownLists) -> Callable:
     """The function that serves a call of `op` with these arguments, in the order of its schema.
+
+    Of lists of tensors it is enough to have what is known of them.
 
     Raises BackendError where a forced or required backend cannot serve the call.
     """
-    tensors = list(_tensors(arguments))
-    if not tensors:  # an empty list of parameters
-        return getattr(reference, op)
-    float64 = any(t.dtype == torch.float64 for t in tensors) or any(a is torch.float64 for a in arguments)
-    name = backend_of(tensors[0].device.type, float64)
+    if isinstance(arguments, KnownLists):
+        name = backend_of(arguments.device.type, arguments.float64)
+        if name == "triton":
+            return functools.partial(getattr(_triton()[0], op), known=arguments)
+    else:
+        tensors = list(_tensors(arguments))
+        if not tensors:  # an empty list of parameters
+            return getattr(reference, op)
+        float64 = any(t.dtype == torch.float64 for t in tensors) or any(a is torch.float64 for a in arguments)
+        name = backend_of(tensors[0].device.type, float64)
     if name == "reference":
         return getattr(reference, op)
     return getattr((_cpp() if name == "cpp" else _triton())[0], op)

@@ -230,6 +230,18 @@ def x0_loss_backward(slope, k, index, weight, grad):
 
 def ema_update(masters, live, shadows, decay):
     """See `ops.ema_update`."""
+    ema_decay(decay)
+    ema_lists(masters, live, shadows)
+
+
+def ema_decay(decay):
+    """The part of `ema_update` that every call needs."""
+    if not 0 <= decay <= 1:
+        _fail("ema_update", "decay", f"is {decay}; expected 0 to 1")
+
+
+def ema_lists(masters, live, shadows):
+    """The part of `ema_update` that depends on the lists alone (`known_lists.py`)."""
     op = "ema_update"
     if len(live) != len(masters) or len(shadows) not in (0, len(masters)):
         _fail(op, "masters", f"are {len(masters)}, live {len(live)}, shadows {len(shadows)}; expected equal lengths")
@@ -249,5 +261,15 @@ def ema_update(masters, live, shadows, decay):
             if not _dense(tensor):
                 _fail(op, f"{name}[{i}]", f"has gaps (strides {tensor.stride()}); expected a dense tensor")
             _device(op, f"{name}[{i}]", tensor, master)
-    if not 0 <= decay <= 1:
-        _fail(op, "decay", f"is {decay}; expected 0 to 1")
+
+
+def in_memory(op: str, **lists) -> None:
+    """Raises ValueError where a tensor's storage is too small for it, as after `resize_(0)`.
+
+    Tracing has no memory, and does not call it.
+    """
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+            if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+                _fail(op, f"{name}[{i}]", f"has a storage of {tensor.untyped_storage().nbytes()} bytes; needs {needed}")

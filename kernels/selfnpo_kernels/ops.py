@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from selfnpo_kernels import backends, checks
+from selfnpo_kernels import backends, checks, known_lists
 from selfnpo_kernels.rng import NoiseKey
 from selfnpo_kernels.schemas import SCHEMAS
 
@@ -264,10 +264,11 @@ def ema_update(
     decay: 0 to 1.
 
     live and shadows have the shapes and strides of their masters.
+
+    Lists are checked at the first call with them. Later calls with the same tensors in the same
+    memory go straight to the launch (`known_lists.py`).
     """
-    torch.ops.selfnpo.ema_update(
-        [m.detach() for m in masters], [p.detach() for p in live], [s.detach() for s in shadows], decay
-    )
+    torch.ops.selfnpo.ema_update(masters, live, shadows, decay)
 
 
 # The results without their values, which torch.compile traces with.
@@ -337,9 +338,24 @@ def _serve(name: str, *arguments):
             checks.no_shared_memory(name, x=x, final=final, **branch)
         checks.no_shared_memory(name, slots=slots, next_slots=next_slots)
         torch.autograd.graph.increment_version([t for t in (x, final, next_slots) if t is not None])
-    elif name == "ema_update":
-        torch.autograd.graph.increment_version([*arguments[0], *arguments[2]])
     return run(*arguments)
+
+
+def _serve_ema_update(masters, live, shadows, decay):
+    """As `_serve`, but checks lists only at the first call with them."""
+    checks.ema_decay(decay)
+    if not masters:
+        checks.ema_lists(masters, live, shadows)
+        return
+
+    def check() -> None:
+        checks.ema_lists(masters, live, shadows)
+        checks.in_memory("ema_update", masters=masters, live=live, shadows=shadows)
+
+    known = known_lists.CACHE.find((masters, live, shadows), check)
+    run = backends.implementation("ema_update", known)
+    torch.autograd.graph.increment_version([*masters, *shadows])
+    run(masters, live, shadows, decay)
 
 
 def _traced(name: str, *arguments):
@@ -353,7 +369,8 @@ def _register() -> torch.library.Library:
     library = torch.library.Library("selfnpo", "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-        library.impl(name, functools.partial(_serve, name), "CompositeExplicitAutograd")
+        serve = _serve_ema_update if name == "ema_update" else functools.partial(_serve, name)
+        library.impl(name, serve, "CompositeExplicitAutograd")
         torch.library.register_fake(f"selfnpo::{name}", functools.partial(_traced, name), lib=library)
     torch.library.register_autograd("selfnpo::x0_loss", _x0_loss_gradients, setup_context=_x0_loss_setup, lib=library)
     return library

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from selfnpo_fast.config import RolloutConfig, TrainConfig
 from selfnpo_fast.doctor.tracing import FakeDenoiser, ParameterCounts, StudentTrace
 from selfnpo_fast.models import Adapter
+from selfnpo_fast.rollout.continuous import fill_width
 from selfnpo_fast.rollout.pairs import forwards_per_state
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.training.engine import deepspeed_config, zero_stage
@@ -143,12 +144,15 @@ def forwards_per_pair(rollout: RolloutConfig) -> float:
 def startup_forwards(run: PlannedRun) -> int:
     """Upper bound on the reference forwards of all ranks that fill a continuous rollout's slots.
 
-    A run fills its slots once. Lockstep mode has none, so it needs 0 forwards.
+    A run fills its slots once: about (grid_steps + 1) / 2 forwards for each from noise, and never
+    more than grid_steps for each, in whole batches. Lockstep mode has none, so it needs 0 forwards.
     """
     rollout = run.config.rollout
     if rollout.mode == "lockstep":
         return 0
-    return forwards_per_state(rollout.omega) * slots_per_rank(run) * run.world_size * rollout.grid_steps
+    width, groups = fill_width(run.micro_batch), slots_per_rank(run) // run.micro_batch
+    forwards = -(-run.micro_batch * rollout.grid_steps // width)
+    return forwards_per_state(rollout.omega) * run.world_size * groups * forwards * width
 
 
 def slots_per_rank(run: PlannedRun) -> int:

@@ -25,6 +25,15 @@ _COLUMNS = ("index", "ids", "left", "rows")
 """Names of the four slot tables in a checkpoint."""
 
 
+def fill_width(batch: int) -> int:
+    """Rows of each forward that fills the slots of a group of `batch`.
+
+    A sample walks about half as many steps as the longest walk has. With half of the batch in a
+    forward, hardly a row is empty, and all forwards have one size.
+    """
+    return -(-batch // 2)
+
+
 class ContinuousRollout:
     """Slots whose samples are at different grid indices; one forward moves a group by one step.
 
@@ -56,6 +65,7 @@ class ContinuousRollout:
         self._capture, self._compiled = capture, compiled(self._advance, compile)
         self._steps: list[Step | None] = [None] * groups  # each is built when it is first needed
         self.maker, self.batch, self.groups, self.cursor = maker, batch, groups, 0
+        maker.predictor.full_batch = max(maker.predictor.full_batch, batch)
         self.total_slots = batch * groups * world_size
         group = torch.arange(groups, device=maker.device)[:, None]
         lane = torch.arange(batch, device=maker.device)[None] + rank * batch
@@ -124,12 +134,14 @@ class ContinuousRollout:
         first = self._first_states(walker_ids, start)
         stop = torch.where(at_start, -1, index)
         # Walk. Every step needs to know on the host how many samples still move.
-        x = walk(maker.predictor, maker.grid, first, start.cpu(), stop.cpu(), maker.rows(walker_ids))
-        self.x[group] = x
+        x = walk(
+            maker.predictor, maker.grid, first, start.cpu(), stop.cpu(), maker.rows(walker_ids), fill_width(self.batch)
+        )
         # Keep the ends, and put the slot's own sample where the sample before has walked.
         if self.final is not None:
             self.final[group] = x
-            self.x[group][at_start] = self._first_states(ids, start)[at_start]
+            x = torch.where(at_start.view(-1, *[1] * len(maker.latent_shape)), self._first_states(ids, start), x)
+        self.x[group] = x
 
     def fill(self, turns: int | None = None, before_group: Callable[[], None] | None = None) -> None:
         """Fill those groups that are still empty: all of them, or those of the next `turns` calls.

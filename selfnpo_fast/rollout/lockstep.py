@@ -53,6 +53,53 @@ class LockstepResult:
     """(B, ...) the student's input."""
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Which samples take their next step in which forward; F forwards of R rows in all."""
+
+    sizes: list[int]
+    """(F) rows of each forward."""
+    sample: torch.Tensor
+    """(R,) int64, on the host: the sample of each row; beyond the last sample where none is left,
+    and the row is computed and thrown away."""
+    taken: torch.Tensor
+    """(R,) int64, on the host: the steps that the row's sample has taken before."""
+
+    @classmethod
+    def together(cls, steps: torch.Tensor) -> Turns:
+        """All samples that still move, in one forward for each step; `steps` (B,) is how many each
+        takes."""
+        # Those with the most steps come first: what still moves is always a prefix.
+        order = steps.argsort(descending=True, stable=True)
+        sizes = [int((steps > taken).sum()) for taken in range(int(steps.max()))]
+        samples = [order[:size] for size in sizes]
+        taken = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64))
+        return cls(sizes, torch.cat([order[:0], *samples]), taken)
+
+    @classmethod
+    def packed(cls, steps: torch.Tensor, width: int) -> Turns:
+        """Forwards of `width` rows each, as few as there can be: max(max d, ceil(sum d / width))
+        for samples that take d steps, which are `steps` (B,).
+
+        Source: McNaughton's rule. The steps of all samples fill one row of the forwards after the
+        other. A sample that begins in a row's last forwards goes on in the next row's first ones;
+        the two do not overlap, since no sample takes more steps than there are forwards.
+        """
+        total = int(steps.sum())
+        forwards = max(int(steps.max()), -(-total // width))
+        # Where each step of each sample goes.
+        place, owner = torch.arange(total), torch.repeat_interleave(steps)
+        row, forward = place // forwards, place % forwards
+        # The steps of a sample are taken in the order of their forwards.
+        taken = torch.empty_like(owner)
+        taken[(owner * forwards + forward).argsort()] = place - (steps.cumsum(0) - steps)[owner]
+        samples = (len(steps) + torch.arange(width)).repeat(forwards, 1)
+        samples[forward, row] = owner
+        before = torch.zeros_like(samples)
+        before[forward, row] = taken
+        return cls([width] * forwards, samples.flatten(), before.flatten())
+
+
 @torch.no_grad()
 def walk(
     predictor: GuidedPredictor,
@@ -61,31 +108,29 @@ def walk(
     index: torch.Tensor,
     stop: torch.Tensor,
     rows: torch.Tensor,
+    width: int | None = None,
 ) -> torch.Tensor:
     """DDIM steps from states x at grid indices `index` down to grid indices `stop`.
 
     x              (B, ...), on the device; so is the result (B, ...)
     index, stop    (B,) int64, on the host: the device is never asked how many samples still move
     rows           (B,) int64, on the device: the prompts' rows of the conditioning table
+    width          rows of every forward, 1 to B; by default a forward has all samples that still
+                   move, so that there are about as many sizes as steps
     """
-    # Samples with the most steps come first, so that those that still move are always a prefix.
-    order = (index - stop).argsort(descending=True, stable=True)
-    steps = (index - stop)[order].tolist()
-    device_order = order.to(x.device)
-    x, index, rows = x[device_order], index[order].to(x.device), rows[device_order]
-    arrived = []
-    for step in range(steps[0]):
-        # Leave samples that have arrived out of the network's batch.
-        moving = sum(n > step for n in steps)
-        if moving < len(x):
-            arrived.append(x[moving:])
-            x, index, rows = x[:moving], index[:moving], rows[:moving]
-        # One guided step of all others.
-        pos, neg = predictor(x, grid.timestep(index), rows)
-        x, _ = guided_step(pos, neg, x, grid.step, index=index + 1)
-        index = index - 1
-    # The last to arrive come first: join all in sorted order, then restore the caller's order.
-    return torch.cat([x, *reversed(arrived)])[device_order.argsort()]
+    steps = index - stop
+    turns = Turns.together(steps) if width is None else Turns.packed(steps, width)
+    # A row without a sample has a state of its own, at grid index 0.
+    spare = width or 0
+    at = torch.cat([index, index.new_zeros(spare)])[turns.sample] - turns.taken
+    x, rows = torch.cat([x, x[:spare]]), torch.cat([rows, rows[:spare]])
+    samples, at = turns.sample.to(x.device), at.to(x.device)
+    for sample, grid_index in zip(samples.split(turns.sizes), at.split(turns.sizes), strict=True):
+        state = x[sample]
+        pos, neg = predictor(state, grid.timestep(grid_index), rows[sample])
+        state, _ = guided_step(pos, neg, state, grid.step, index=grid_index + 1)
+        x.index_copy_(0, sample, state)
+    return x[: len(steps)]
 
 
 @torch.no_grad()

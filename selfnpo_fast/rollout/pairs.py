@@ -66,7 +66,8 @@ class GuidedPredictor:
         self.predict, self.table, self.omega = predict, table, omega
         self.branches = BatchOrSplit(branches, "rollouts")
         self.forwards = 0
-        self._largest_batch = 0
+        self.full_batch = 0
+        """Samples of a full batch: as many as a rollout announces, or the most so far."""
 
     @property
     def forwards_per_state(self) -> int:
@@ -96,11 +97,11 @@ class GuidedPredictor:
             return self.predict(x, t, self.table.gather(rows)), None
         if self.branches.decided:
             return self._both(x, t, rows, bool(self.branches.batched))
-        if len(x) > self._largest_batch:
-            self._largest_batch = len(x)
+        if len(x) > self.full_batch:
+            self.full_batch = len(x)
             self.branches.restart()
-        if len(x) < self._largest_batch:
-            # Some samples have arrived: the time of this call is no measure of a full batch.
+        if len(x) < self.full_batch:
+            # Slots are filled, or some samples have arrived: the time of this call is no measure.
             return self._both(x, t, rows, batched=True)
         return self.branches.run(lambda batched: self._both(x, t, rows, batched), x.device)
 

@@ -65,6 +65,25 @@ def _to_channels_last(parameters: Iterable[nn.Parameter]) -> None:
             p.data = p.data.to(memory_format=torch.channels_last)
 
 
+def _feed_channels_last(network: nn.Module, row_major: set[int]) -> None:
+    """Give 2D convolutions whose weights have to stay row-major their inputs in channels_last.
+
+    torch convolves in channels_last where the input or the weights have that order, and puts the
+    other one into it. The input is put into it at every convolution, not once at the network's:
+    on a GPU, group norm returns row-major tensors.
+
+    row_major    the `id` of each parameter that stays as it is
+    """
+
+    def reorder(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, *others = inputs
+        return x.contiguous(memory_format=torch.channels_last), *others
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and id(module.weight) in row_major:
+            module.register_forward_pre_hook(reorder)
+
+
 class Trainer:
     """The parts of a run, and its loop `run`. The method makes the pairs and knows their loss."""
 
@@ -90,6 +109,7 @@ class Trainer:
             trained = {id(p) for p in student.parameters() if p.requires_grad}
             flat = trained if self.engine.stage else set()
             _to_channels_last(p for p in (*student.parameters(), *reference.parameters()) if id(p) not in flat)
+            _feed_channels_last(student, flat)
         # Build the reference, the method and its producer of pairs.
         self.reference = self._make_reference(reference, average)
         self.method = find_method(config.method)(config, self.adapter, self.table, world)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 import torch
 import triton
 import triton.language as tl
 
+from selfnpo_kernels.known_lists import CACHE, KnownLists
 from selfnpo_kernels.triton.common import launch, rounded
 
 # Elements of a program, by whether the tensors begin at multiples of 16 bytes. If they do, a thread
@@ -64,59 +66,92 @@ def ema_update_kernel(
                 weight, decay)  # fmt: skip
 
 
-# The launches of each list of parameters, by the addresses, sizes and dtypes of its tensors. A
-# training run finds its lists and uploads nothing. The newest _MAX_TABLES are kept, since
-# under ZeRO 3 parameters are gathered one by one at new addresses. Those that a CUDA graph refers
-# to are kept always.
-_tables: OrderedDict[tuple, list[tuple]] = OrderedDict()
-_captured: dict[tuple, list[tuple]] = {}
-_MAX_TABLES = 4096
+@dataclass
+class Tables:
+    """What the launches of one call need."""
 
-
-def _table(device: torch.device, key: tuple) -> list[tuple]:
-    """The launches of a list of parameters, built at the first call with it.
-
-    Raises RuntimeError where the first call comes while a CUDA graph is captured.
-    """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    known = _captured.get((device, key)) or _tables.get((device, key))
-    if known is None:
-        if capturing:
-            raise RuntimeError("ema_update: call it once with this list of tensors before a CUDA graph is captured")
-        known = _build(device, key)
-    if capturing:
-        _captured[device, key] = known
-    _tables[device, key] = known
-    _tables.move_to_end((device, key))
-    if len(_tables) > _MAX_TABLES:
-        _tables.popitem(last=False)
-    return known
-
-
-def _build(device: torch.device, key: tuple) -> list[tuple]:
+    launches: list[tuple]
     """(tensors, programs, live dtype, shadow dtype, aligned) of each launch.
 
     There is one launch unless dtypes or alignments differ.
     """
+    nbytes: int
+    """Bytes of device memory that the tables take."""
+    uploaded: torch.cuda.Event | None = None
+    """On a GPU: when the tables are whole."""
+    streams: set[int] = field(default_factory=set)
+    """Handles of the CUDA streams that may read them."""
+
+    def order(self) -> None:
+        """Let the present stream read the tables.
+
+        It waits for them. And their memory is not used again before the stream has done what it
+        has been given by the time they are dropped.
+        """
+        stream = torch.cuda.current_stream()
+        if stream.cuda_stream not in self.streams:
+            assert self.uploaded is not None, "set where there are streams"
+            stream.wait_event(self.uploaded)
+            for tensors, programs, *_ in self.launches:
+                tensors.record_stream(stream)
+                programs.record_stream(stream)
+            self.streams.add(stream.cuda_stream)
+
+
+def _uploaded(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The table on the device, for which the host does not wait."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+def _build(device: torch.device, masters, live, shadows) -> Tables:
+    """The tables of some lists."""
     # Tensors of equal dtypes and alignment share a launch.
     groups = defaultdict(list)
-    for master, live, shadow, size, live_dtype, shadow_dtype in key:
-        aligned = (master | live | shadow) % 16 == 0
-        groups[live_dtype, shadow_dtype, aligned].append((master, live, shadow, size))
+    for i, master in enumerate(masters):
+        shadow, shadow_dtype = (shadows[i].data_ptr(), _TYPES[shadows[i].dtype]) if shadows else (0, None)
+        row = master.data_ptr(), live[i].data_ptr(), shadow, master.numel()
+        aligned = (row[0] | row[1] | row[2]) % 16 == 0
+        groups[_TYPES[live[i].dtype], shadow_dtype, aligned].append(row)
     # One program for each chunk of each tensor of a launch.
-    launches = []
+    launches, nbytes = [], 0
     for (live_dtype, shadow_dtype, aligned), rows in groups.items():
         tensors = torch.tensor(rows, dtype=torch.int64)
         chunks = (tensors[:, 3] + _CHUNK[aligned] - 1) // _CHUNK[aligned]
         tensor = torch.repeat_interleave(torch.arange(len(rows)), chunks)
         chunk = torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]
-        tables = tensors.to(device), torch.stack([tensor, chunk], dim=1).to(device)
-        launches.append((*tables, _TYPES[live_dtype], _TYPES.get(shadow_dtype), aligned))
-    return launches
+        tables = [_uploaded(table, device) for table in (tensors, torch.stack([tensor, chunk], dim=1))]
+        launches.append((*tables, live_dtype, shadow_dtype, aligned))
+        nbytes += sum(triton.cdiv(table.nbytes, 512) * 512 for table in tables)  # the allocator's unit
+    return Tables(launches, nbytes)
 
 
-def ema_update(masters, live, shadows, decay):
+def _prepared(known: KnownLists, masters, live, shadows) -> Tables:
+    """The tables of known lists, built at the first call with them.
+
+    Raises RuntimeError where the first call comes while a CUDA graph is captured.
+    """
+    on_gpu = known.device.type == "cuda"
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    if known.prepared is None:
+        if capturing:
+            raise RuntimeError("ema_update: call it once with this list of tensors before a CUDA graph is captured")
+        tables = _build(known.device, masters, live, shadows)
+        if on_gpu:
+            tables.uploaded = torch.cuda.current_stream().record_event()
+        CACHE.prepare(known, tables, tables.nbytes)
+    if capturing:
+        # The graph reads the tables at each replay. They are whole: before it captures,
+        # torch.cuda.graph waits for the device.
+        CACHE.keep(known)
+    elif on_gpu:
+        known.prepared.order()
+    return known.prepared
+
+
+def ema_update(masters, live, shadows, decay, known: KnownLists | None = None):
     """master <- decay master + (1 - decay) live and shadow <- master; see `ops.ema_update`.
+
+    known: what is known of the lists; None where they are used once.
 
     Elements are updated in the order of memory. Tensors of equal dtypes that all begin at multiples
     of 16 bytes share one launch. The first call with a list uploads its addresses, and therefore
@@ -124,18 +159,13 @@ def ema_update(masters, live, shadows, decay):
     """
     if not masters:
         return
-    device = masters[0].device
-    if shadows:
-        key = tuple(
-            (m.data_ptr(), n.data_ptr(), s.data_ptr(), m.numel(), n.dtype, s.dtype)
-            for m, n, s in zip(masters, live, shadows, strict=True)
-        )
-    else:
-        key = tuple(
-            (m.data_ptr(), n.data_ptr(), 0, m.numel(), n.dtype, None) for m, n in zip(masters, live, strict=True)
-        )
-    for tensors, programs, live_dtype, shadow_dtype, aligned in _table(device, key):
-        launch(
-            ema_update_kernel, len(programs), tensors, tensors, programs, 1 - decay, decay,
-            LIVE=live_dtype, SHADOW=shadow_dtype, ALIGN=16 if aligned else 1, CHUNK=_CHUNK[aligned], num_warps=4,
-        )  # fmt: skip
+    with torch.cuda.device_of(masters[0]):
+        if known is None:
+            tables = _build(masters[0].device, masters, live, shadows)
+        else:
+            tables = _prepared(known, masters, live, shadows)
+        for tensors, programs, live_dtype, shadow_dtype, aligned in tables.launches:
+            launch(
+                ema_update_kernel, len(programs), tensors, tensors, programs, 1 - decay, decay,
+                LIVE=live_dtype, SHADOW=shadow_dtype, ALIGN=16 if aligned else 1, CHUNK=_CHUNK[aligned], num_warps=4,
+            )  # fmt: skip
