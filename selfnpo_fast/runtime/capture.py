@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -203,3 +203,17 @@ def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor],
         if apart > tolerance:
             return f"a replay differs from the plain step by {apart:.2g} of the largest value"
     return None
+
+
+@contextlib.contextmanager
+def over_where_it_fails(device: torch.device) -> Iterator[None]:
+    """A block that is over on a GPU, too, where an exception ends it.
+
+    Its buffers may be used on another stream then.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # of a GPU that is broken: the block has raised it
+            wait_for_stream(device)
+        raise

@@ -316,7 +316,7 @@ def test_a_call_that_ends_early_is_over_on_the_device_too(sd, monkeypatch):
     waits: list[tuple[torch.device, bool]] = []
     sampler = GuidedSampler.from_pipeline(sd)
     monkeypatch.setattr(
-        "selfnpo_fast.guidance.sampler.wait_for_stream",
+        "selfnpo_fast.runtime.capture.wait_for_stream",
         lambda device: waits.append((device, sampler._lock.locked())),
     )
     draw(sampler)
