@@ -206,14 +206,17 @@ def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor],
 
 
 @contextlib.contextmanager
-def over_where_it_fails(device: torch.device) -> Iterator[None]:
-    """A block that is over on a GPU, too, where an exception ends it.
+def own_modes(device: torch.device) -> Iterator[None]:
+    """A block without gradients and without the caller's modes, whose steps may be captured.
 
-    Its buffers may be used on another stream then.
+    Buffers that are made in inference mode cannot be written to outside of it, and autocast frees
+    its casts of weights, which a captured step would read. Where an exception ends the block, it is
+    over on a GPU, too: its buffers may be used on another stream then.
     """
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(RuntimeError):  # of a GPU that is broken: the block has raised it
-            wait_for_stream(device)
-        raise
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # of a GPU that is broken: the block has raised it
+                wait_for_stream(device)
+            raise
