@@ -48,6 +48,12 @@ def _triton() -> tuple[Any, str]:
         return module, "Triton's interpreter (TRITON_INTERPRET=1): correct and very slow"
     if not torch.cuda.is_available():
         return None, "no CUDA device is present"
+    try:
+        # What launches kernels is compiled here.
+        importlib.import_module("triton.runtime").driver.active  # noqa: B018
+    except Exception as error:
+        words = " ".join(str(error).split())[:200]
+        return None, f"Triton cannot launch kernels, for which it needs a C compiler and Python's headers: {words}"
     return module, "Triton kernels, compiled at first use"
 
 

@@ -63,6 +63,15 @@ class Branches:
         """Whether one network computes both branches, so that they can be one batch."""
         return self.negative is None
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors of both networks are in memory: captured steps read them there.
+
+        A network that is moved away and back is somewhere else.
+        """
+        networks = [network for network in (self.positive, self.negative) if network is not None]
+        named = [pair for network in networks for pair in (*network.named_parameters(), *network.named_buffers())]
+        return tuple(tensor.data_ptr() for _, tensor in named if type(tensor.data) is torch.Tensor)
+
     def _rows(self, choice: Rows) -> AbstractContextManager:
         """The rows that get the low-rank updates within the block, where there are updates."""
         return self.backbone.rows(choice) if self.backbone is not None else nullcontext()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,7 +42,7 @@ from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
-from selfnpo_fast.runtime.capture import capture_of, wait_for_stream
+from selfnpo_fast.runtime.capture import capture_of, own_modes
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import RunError, UserError, shortened
@@ -247,21 +247,16 @@ class GuidedSampler:
         """
         if self._drawing == threading.get_ident():
             raise UserError("sampler: progress and cancelled may not call the sampler that calls them")
-        # Buffers that a first call made in inference mode could not be written to outside of it.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, own_modes(self.device):
             self._drawing = threading.get_ident()
             try:
                 if self._snapshot is not None:
                     self._snapshot.check()
                 if next(self._branches.positive.parameters()).device != self.device:
-                    raise UserError(
-                        f"pipe: its {self.adapter.denoiser_name} has left {self.device}; make a new sampler"
-                    )
+                    name = self.adapter.denoiser_name
+                    raise UserError(f"pipe: its {name} has left {self.device}; make a new sampler")
+                self._trajectories.follow()
                 yield
-            except BaseException:
-                with suppress(RuntimeError):  # the next call may be on another stream
-                    wait_for_stream(self.device)
-                raise
             finally:
                 self._drawing = None
 

@@ -118,6 +118,14 @@ class Trajectories:
         self.branches, self.choice, self.capture = branches, choice, capture
         self.most, self.most_steps = most, most_steps
         self._by_shape: OrderedDict[tuple, Trajectory] = OrderedDict()
+        self._addresses = branches.addresses()
+
+    def follow(self) -> None:
+        """Drop all trajectories where the networks are no longer where captured steps read them."""
+        addresses = self.branches.addresses()
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self.clear()
 
     def of(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps, rescale: float) -> Trajectory:
         """The trajectory for states (B, ...) and rows (2 B, ...) of these shapes.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -204,3 +204,20 @@ def _difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor],
         if apart > tolerance:
             return f"a replay differs from the plain step by {apart:.2g} of the largest value"
     return None
+
+
+@contextlib.contextmanager
+def own_modes(device: torch.device) -> Iterator[None]:
+    """A block without gradients and without the caller's modes, whose steps may be captured.
+
+    Buffers that are made in inference mode cannot be written to outside of it, and autocast frees
+    its casts of weights, which a captured step would read. Where an exception ends the block, it is
+    over on a GPU, too: its buffers may be used on another stream then.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # of a GPU that is broken: the block has raised it
+                wait_for_stream(device)
+            raise

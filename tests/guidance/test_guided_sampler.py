@@ -19,7 +19,6 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from recording import Recording
 
 from selfnpo_fast import GuidedSampler, attach_negative
 from selfnpo_fast.guidance.sampler import SamplingCancelled, start_noise
@@ -261,20 +260,6 @@ def test_shapes_are_kept_and_the_oldest_goes(sd):
     assert not kept
 
 
-@pytest.mark.parametrize("kind", ["none", "lora", "full"])
-def test_captured_steps_replay_with_the_same_memory_and_ask_nothing(sd, kind):
-    """With the stand-in for CUDA graphs: other lengths and scales replay the same steps."""
-    negative = negatives(sd.unet).get(kind)
-    plain = GuidedSampler.from_pipeline(sd, negative, branches="batched")
-    captured = GuidedSampler.from_pipeline(sd, negative, branches="batched")
-    recording = captured._trajectories.capture = Recording()
-    replays = 0
-    for options in ({}, {"steps": 4, "guidance_scale": 2.0, "seeds": 3}, {"guidance_interval": (0.3, 0.8)}):
-        assert torch.equal(draw(captured, **options), draw(plain, **options))
-        assert recording.replays > replays
-        replays = recording.replays
-
-
 def test_threads_take_turns_and_get_their_own_images(sd):
     """Twelve threads, forty calls of several shapes, solvers and lengths.
 
@@ -316,7 +301,7 @@ def test_a_call_that_ends_early_is_over_on_the_device_too(sd, monkeypatch):
     waits: list[tuple[torch.device, bool]] = []
     sampler = GuidedSampler.from_pipeline(sd)
     monkeypatch.setattr(
-        "selfnpo_fast.guidance.sampler.wait_for_stream",
+        "selfnpo_fast.runtime.capture.wait_for_stream",
         lambda device: waits.append((device, sampler._lock.locked())),
     )
     draw(sampler)

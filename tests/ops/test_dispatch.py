@@ -187,6 +187,27 @@ def test_triton_needs_a_device_or_its_interpreter():
         assert stdout(child(code, TRITON_INTERPRET="1")).startswith("True Triton's interpreter")
 
 
+def test_without_a_compiler_for_triton_s_launcher_the_reference_serves_and_says_so():
+    """As in images of PyTorch that have no gcc; here it is the driver that is not there."""
+    code = """
+import torch
+torch.cuda.is_available = lambda: True
+from triton.runtime.driver import DriverConfig
+def fail(self):
+    raise RuntimeError("Failed to find C compiler.")
+DriverConfig.active = property(fail)
+from selfnpo_kernels import backends
+print(backends.backend_of("cuda"))
+with backends.use("triton"): pass
+"""
+    done = child(code)
+    assert done.stdout.strip() == "reference"
+    assert "fused ops on cuda: the PyTorch reference, since triton is not there: Triton cannot launch" in done.stderr
+    line = failure(done)
+    assert "BackendError: backend triton was asked for and is not there" in line
+    assert "a C compiler and Python's headers: Failed to find C compiler." in line
+
+
 def test_an_interpreter_on_a_gpu_is_a_warning():
     """A variable that was left in the environment makes each op thousands of times as slow."""
     code = "from selfnpo_kernels import backends\nprint(backends.backend_of('cuda'))"
