@@ -263,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment, (devices, gpus) = describe(device), gpus_for(device)
     updates = args.updates or (QUICK_UPDATES if args.quick else UPDATES)
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del arguments["child"]
     result = {"benchmark": "bench_rollout", "complete": False, "environment": environment, "arguments": arguments}
     result |= {"training_arguments": training, "settings": rows, "left_out": left_out}
     for ranks, stage in args.setting or (QUICK_SETTINGS if args.quick else SETTINGS):

@@ -501,6 +501,18 @@ def test_every_timing_starts_and_ends_with_an_idle_device(bench, monkeypatch):
     assert events == ["wait", "step", "wait"] * 9
 
 
+def test_the_optimiser_is_timed_on_float32_masters(monkeypatch):
+    """As training has them, whatever the precision; the student stays as it is."""
+    bench = Workbench(digits(), batch=1, device=CPU, dtype=torch.bfloat16)
+    before, moved, make = [p.clone() for p in bench.student.parameters()], [], arms_step.make_optimizer
+    monkeypatch.setattr(arms_step, "make_optimizer", lambda config: lambda p: moved.extend(p) or make(config)(p))
+    assert all(len(values) == 2 for values in bench.update_seconds(2).values())
+    assert sum(p.numel() for p in moved) == 1_077_572
+    assert {p.dtype for p in moved} == {p.grad.dtype for p in moved} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(before, bench.student.parameters(), strict=True))
+    assert not torch.equal(moved[0], before[0].float())
+
+
 def test_memory_is_the_device_s_since_the_gate(monkeypatch):
     """In GiB; what was freed goes back to the GPU, and the peaks begin anew."""
     device, calls = torch.device("cuda", 1), []
