@@ -25,12 +25,11 @@ STEPS = 3
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-3}
 """Largest difference between latents that should be equal, relative to their root mean square.
 
-Seen on a CPU, for digits and for both halves and wholes of SD1.5: 2e-5 at most. On a GPU cuDNN
-chooses algorithms by shape, and two networks in turn have other shapes than one batch of both
-branches. Noise of 1e-6 of the root mean square after every layer, as float32 rounds, moves latents
-by 2e-4; noise of 1e-5, more than Winograd's convolutions make, by 1e-3. Left-out updates of a
-single layer, out of 32 to 128, move them by 5e-3 to 0.5, and the negative as a whole by more
-than 1.
+Seen on a CPU for digits, sd15_small and sd15: 2e-5 at most. On a GPU cuDNN chooses algorithms by
+shape, and two networks in turn have other shapes than one batch of both branches. Noise of 1e-6 of
+the root mean square after every layer, as float32 rounds, moves the latents of digits by 2e-4;
+noise of 1e-5, more than Winograd's convolutions make, by 1e-3. Without the update of one of the 32
+to 128 layers that have one they move by 5e-3 to 0.5, and without the negative by more than 1.
 """
 TRUTHS = {"plain": STOCK, "negative": TWO}
 """The arms whose latents are the right ones."""
