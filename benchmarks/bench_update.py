@@ -18,9 +18,11 @@ outside of the timing. Updates until all steps are captured are not timed either
 The JSON is written after every round. For each arm it has
 seconds_per_update        median, lowest and highest of the rounds
 peak_bytes                most that PyTorch's tensors took after the slots were filled, captures
-                          included; graphs keep memory that is free between replays, which only
-                          reserved_bytes, the allocator's, contains
-computed_peak_bytes       what `selfnpo doctor` says: of graphs, with their memory
+                          included
+reserved_bytes            most that its allocator held: also what is free, but for one stream or for
+                          graphs alone
+computed_peak_bytes       what `selfnpo doctor` says. With overlap and graphs it holds the memory of the
+                          reference's forward apart, as reserved_bytes does and peak_bytes does not
 tflops                    the doctor's FLOPs of an update, recomputation included, by its seconds
 share_of_peak             the same by --peak_tflops
 left_bytes                what stays allocated when the arm has gone
