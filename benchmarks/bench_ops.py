@@ -102,7 +102,7 @@ QUICK_LATENTS = {
 NETWORKS = {"cpu": ("digits", "sd15_small"), "cuda": ("digits", "sd15_small", "sd15")}
 """Networks whose parameters `ema_update` moves, its "shapes".
 
-They have 1 M parameters in 172 tensors, 80 M in 400 and 860 M in 686.
+They have 1 M parameters in 286 tensors, 80 M in 208 and 860 M in 686.
 """
 QUICK_NETWORK = "digits"
 GATE_BATCH = 4

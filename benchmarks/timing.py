@@ -1,7 +1,7 @@
 """How benchmarks time a function that takes microseconds: on a GPU by replays of a CUDA graph.
 
-A GPU takes 3 to 10 microseconds for what Python needs 50 to 300 to launch. Calls in a row are
-therefore captured in one CUDA graph, whose replays are timed between two events: that is the
+A GPU has finished a small operation long before Python has launched the next one. Calls in a row
+are therefore captured in one CUDA graph, whose replays are timed between two events: that is the
 device's time. What the host takes to issue a call is timed apart. On a CPU the host's clock times
 plain calls.
 
