@@ -41,11 +41,25 @@ class Part:
 
     def command(self, output: Path, device: str, *, tiny: bool) -> list[str]:
         """The command line; a benchmark writes `output`."""
-        command = [sys.executable, "-m", *(self.tiny if tiny else self.real).split()]
-        return command if self.tests else [*command, "--device", device, "--output", str(output)]
+        module, *options = (self.tiny if tiny else self.real).split()
+        # Before the options: what follows a "--" among them belongs to the training command.
+        where = [] if self.tests else ["--device", device, "--output", str(output)]
+        return [sys.executable, "-m", module, *where, *options]
 
 
 _PYTEST = "pytest -v -p no:cacheprovider --tb=line"
+_OPS = (
+    "--op ema_update --op guided_step --op affine_noise --op tdft_step --op x0_loss --op guidance_rescale --op normal"
+)
+_STEP = "released released_live lockstep continuous continuous_graphs floor_forward floor"
+_SDXL = "stock attach_lora sampler sampler_graphs sampler_lora_graphs"
+
+
+def _arms(names: str) -> str:
+    """The options that choose these arms."""
+    return " ".join(f"--arm {name}" for name in names.split())
+
+
 PARTS = (
     Part(
         name="peaks",
@@ -65,49 +79,42 @@ PARTS = (
         name="op_times",
         what="time of each op in a CUDA graph, and of its launch on the host",
         limit=80,
-        real="benchmarks.bench_ops --arm ours --arm eager --arm floor --rounds 5",
-        tiny="benchmarks.bench_ops --quick --arm ours --arm eager --arm floor --op guided_step",
+        real=f"benchmarks.bench_ops {_OPS} --shape uncached --shape sd15 {_arms('ours eager floor')} --rounds 5",
+        tiny=f"benchmarks.bench_ops --quick --op guided_step {_arms('ours eager floor')}",
     ),
     Part(
         name="gpu_tests",
-        what="the tests that need a GPU: graphs, recomputation, benchmarks",
+        what="the tests that need a GPU: graphs, streams, recomputation",
         limit=60,
-        real=f"{_PYTEST} -m gpu tests/runtime tests/guidance tests/rollout tests/training",
+        real=f"{_PYTEST} -m gpu tests/ops tests/runtime tests/guidance tests/rollout tests/training",
         tiny=f"{_PYTEST} tests/runtime/test_cuda_graphs.py",
     ),
     Part(
         name="update",
-        what="whole updates of the recommended recipe on SD1.5",
-        limit=150,
-        real="benchmarks.bench_update --net sd15",
-        tiny="benchmarks.bench_update --quick",
+        what="whole updates of the recommended recipe on SD1.5, batch 80",
+        limit=170,
+        real="benchmarks.bench_update --net sd15 --pool 1 --rounds 3",
+        tiny=f"benchmarks.bench_update --tiny {_arms('plain overlap')}",
     ),
     Part(
         name="step",
         what="seconds a pair: the authors' schedule of network calls, and ours",
-        limit=80,
-        real="benchmarks.bench_step --net sd15 --rounds 5",
-        tiny="benchmarks.bench_step --quick",
-    ),
-    Part(
-        name="sampler_4",
-        what="SD1.5, 4 pictures a call",
         limit=70,
-        real="benchmarks.bench_sampler --net sd15 --batch 4 --rounds 5 --cold 0",
-        tiny="benchmarks.bench_sampler --quick --cold 0",
+        real=f"benchmarks.bench_step --net sd15 --rounds 3 {_arms(_STEP)}",
+        tiny=f"benchmarks.bench_step --quick {_arms('released continuous floor')}",
     ),
     Part(
-        name="sampler_1",
-        what="SD1.5, 1 picture a call",
-        limit=50,
-        real="benchmarks.bench_sampler --net sd15 --batch 1 --rounds 5 --cold 0",
-        tiny="",
+        name="sampler",
+        what="pictures of SD1.5, 1 and 4 a call",
+        limit=110,
+        real="benchmarks.bench_sampler --net sd15 --batch 1 --batch 4 --rounds 5 --cold 0",
+        tiny=f"benchmarks.bench_sampler --quick --cold 0 {_arms('stock attach_lora sampler_lora')}",
     ),
     Part(
         name="sampler_sdxl",
-        what="SDXL, 1 picture a call",
+        what="pictures of SDXL, 1 a call",
         limit=70,
-        real="benchmarks.bench_sampler --net sdxl --batch 1 --steps 10 --rounds 3 --cold 0",
+        real=f"benchmarks.bench_sampler --net sdxl --batch 1 --steps 10 --rounds 3 --cold 0 {_arms(_SDXL)}",
         tiny="",
     ),
     Part(
@@ -115,14 +122,15 @@ PARTS = (
         what="every op against its float64 formula: dtypes, shapes, layouts",
         limit=130,
         real=f"{_PYTEST} -n 14 --dist worksteal -m gpu_core tests/ops",
-        tiny=f"{_PYTEST} tests/ops/test_guided_step.py -k single",
+        tiny=f"{_PYTEST} tests/ops/test_guided_step.py -k identity",
     ),
     Part(
         name="profile",
         what="where an update's time goes, and a trace",
         limit=70,
-        real="benchmarks.profile_step --net sd15 --updates 2 --warm_up 3",
-        tiny="benchmarks.profile_step --updates 1 --warm_up 1",
+        real="benchmarks.profile_step --net sd15 -- --engine.batch_size 20 --rollout.pool 1",
+        tiny="benchmarks.profile_step --net digits --updates 1 --warm_up 1 -- --engine.batch_size 8 "
+        "--rollout.grid_steps 5 --optimizer.name adamw",
     ),
 )
 
