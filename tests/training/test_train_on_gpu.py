@@ -15,11 +15,14 @@ from selfnpo_fast import train
 pytestmark = pytest.mark.gpu
 
 UPDATES = 10  # with a pool of 2 a group's third turn, which is captured, comes with the fifth
-RATE = 1e-3
+RATE = 1e-4
 RECIPES = {
     "recommended": ("sd15.yaml", []),
     "overlap, zero 2": ("sd15.yaml", ["--rollout.overlap", "true", "--engine.zero_stage", "2"]),
-    "two branches, accumulation": ("sd15.yaml", ["--rollout.omega", "-3", "--engine.accumulation", "2"]),
+    "two branches, accumulation": (
+        "sd15.yaml",
+        ["--rollout.omega", "-3", "--rollout.branches", "batched", "--engine.accumulation", "2"],
+    ),
     "fp16": ("sd15.yaml", ["--engine.precision", "fp16", "--optimizer.name", "adamw"]),
     "fp32": ("sd15.yaml", ["--engine.precision", "fp32", "--engine.zero_stage", "0", "--optimizer.name", "adamw"]),
     "lora": ("sd15_lora.yaml", ["--engine.channels_last", "true"]),
