@@ -29,6 +29,10 @@ MAX_BLOCKS = 8
 class StableDiffusionAdapter(UNetAdapter):
     """Loads the parts of a Stable Diffusion pipeline one by one and calls its denoiser."""
 
+    upcasts = False
+    """Whether the stock pipeline decodes in float32 where a float16 autoencoder's config says
+    force_upcast, which is diffusers' default."""
+
     @classmethod
     def from_pipeline(cls, pipe: Any) -> Adapter:
         """As in the base; the autoencoder is the pipeline's own."""
@@ -149,7 +153,7 @@ class StableDiffusionAdapter(UNetAdapter):
         pixels = latents[0, 0].numel() * self.vae_scale**2
         batch_size = max(1, 2**20 // pixels)
         vae = self.vae.to(latents.device)
-        upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows in float16
+        upcast = self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
         mean, std = self._latent_statistics(latents.device)
         scaled = latents.float() * std / vae.config.scaling_factor + mean
         try:

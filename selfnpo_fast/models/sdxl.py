@@ -14,6 +14,8 @@ from selfnpo_fast.models.unet import UNetFamily, guided_pipelines
 class StableDiffusionXLAdapter(StableDiffusionAdapter):
     """Adds `text_embeds` (N, P) and `time_ids` (N, 6) to the conditioning rows."""
 
+    upcasts = True  # its autoencoder overflows in float16
+
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one prompt's row by name: both encoders' states side by side, and what SDXL

@@ -391,11 +391,11 @@ def test_other_pipelines_are_refused(sd, tmp_path):
 
 
 def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
-    """As in the stock pipelines, and the autoencoder stays in float16.
+    """As in the stock pipeline of SDXL, and the autoencoder stays in float16.
 
     Networks stay in float32, as always on a CPU.
     """
-    pipe = pipeline(tiny.write_sd(tmp_path))
+    pipe = pipeline(tiny.write_sdxl(tmp_path), StableDiffusionXLPipeline)
     pipe.vae.register_to_config(force_upcast=True)
     whole = draw(GuidedSampler.from_pipeline(pipe), output="pt")
     pipe.vae.to(torch.float16)
@@ -409,9 +409,23 @@ def test_a_float16_autoencoder_that_overflows_decodes_in_float32(tmp_path):
     assert pipe.vae.dtype == torch.float16
 
 
+def test_the_autoencoder_of_stable_diffusion_decodes_in_float16(tmp_path):
+    """As in the stock pipeline: force_upcast is true in every config that does not name it."""
+    pipe = pipeline(tiny.write_sd(tmp_path))
+    assert pipe.vae.config.force_upcast
+    whole = draw(GuidedSampler.from_pipeline(pipe), output="pt")
+    pipe.vae.to(torch.float16)
+    seen = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    found = draw(GuidedSampler.from_pipeline(pipe), output="pt")
+    assert set(seen) == {torch.float16}
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, whole, rtol=0, atol=2e-2)
+
+
 def test_a_float16_autoencoder_without_memory_to_decode_stays_in_float16(tmp_path, monkeypatch):
     """Else each later call would say that the pipeline has changed."""
-    pipe = pipeline(tiny.write_sd(tmp_path))
+    pipe = pipeline(tiny.write_sdxl(tmp_path), StableDiffusionXLPipeline)
     pipe.vae.register_to_config(force_upcast=True)
     pipe.vae.to(torch.float16)
     sampler = GuidedSampler.from_pipeline(pipe, branches="batched")

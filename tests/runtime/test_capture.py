@@ -260,8 +260,8 @@ def test_a_compiled_rollout_makes_the_same_pairs():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("branches", ["batched", "auto"])
-def test_cuda_graphs_make_the_same_pairs(branches, monkeypatch):
+@pytest.mark.parametrize(("branches", "overlap"), [("batched", False), ("auto", False), ("batched", True)])
+def test_cuda_graphs_make_the_same_pairs(branches, overlap, monkeypatch):
     """With timed branches the groups are not captured in the order in which they are replayed."""
     device = torch.device("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -281,8 +281,11 @@ def test_cuda_graphs_make_the_same_pairs(branches, monkeypatch):
 
     graphs = CudaGraphs(device)
     plain, captured = on_gpu(), on_gpu(capture=graphs)
-    first, second = (Producer(rollout, rollout.maker.predictor, 4, lambda: 0) for rollout in (plain, captured))
+    first = Producer(plain, plain.maker.predictor, 4, lambda: 0)
+    arguments = captured, captured.maker.predictor, 4, lambda: 0
+    second = OverlappedProducer(*arguments, device=device) if overlap else Producer(*arguments)
     for _ in range(10):
         for a, b in zip(copies(first.take()), copies(second.take()), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        second.settle()
     assert graphs.on
