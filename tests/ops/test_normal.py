@@ -58,7 +58,7 @@ PURE = [m for m in cases.EVERY_MIXTURE if m.network == m.state]
 
 
 @pytest.mark.parametrize("mixture", PURE, ids=lambda m: str(m.state))
-@pytest.mark.parametrize("shape", [(1,), (2, 67), (4, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2, 67), *(shape[1:] for shape in cases.CORE.values())], ids=str)
 def test_values(backend, mixture, shape):
     out = normal(cases.key(3, cases.device(backend)), shape, mixture.state)
     assert out.dtype == mixture.state
@@ -117,7 +117,7 @@ AMOUNTS = [
     pytest.param("cpp", 10**7, marks=pytest.mark.slow),
     pytest.param("reference", 10**6),
     pytest.param("reference", 10**7, marks=pytest.mark.slow),
-    pytest.param("triton", 10**7 if torch.cuda.is_available() else 10**5),
+    pytest.param("triton", 10**7 if torch.cuda.is_available() else 10**5, marks=pytest.mark.gpu_core),
 ]
 
 
@@ -142,7 +142,7 @@ def test_distribution(backend, count):
 
 def test_seeds_ids_and_draws_are_independent(backend):
     """A thousand and more numbers under keys that differ in one bit."""
-    on, size = cases.device(backend), 2**14 if backend != "triton" or torch.cuda.is_available() else 2**11
+    on, size = cases.device(backend), 2**11 if cases.interpreted(backend) else 2**14
 
     def one(seed: int = 5, sample: int = 9, draw: int = 0) -> torch.Tensor:
         return normal(NoiseKey(seed, column([sample], on), draw), (size,)).cpu()
