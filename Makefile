@@ -39,8 +39,9 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow
 
-# On a machine with a GPU. tests/ops compiles 2,000 kernels there, one in each of GPU_WORKERS processes at a time, which
-# share Triton's cache; `-m gpu_core` has the 630 that matter most. Tests that need one say so when they are skipped; the benchmarks fail without.
+# On a machine with a GPU. tests/ops compiles 2,000 kernels there, in GPU_WORKERS processes that share Triton's cache;
+# `-m gpu_core` has the 630 that matter most. Tests that need a GPU say so when they are skipped; the benchmarks fail
+# without.
 test-gpu: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(GPU_WORKERS) --dist worksteal tests/ops
