@@ -41,7 +41,8 @@ ONCE = (  # what has no mixture of its own
 def launches() -> dict[str, list[str]]:
     """Test -> specialisations that it launches, of the tests marked gpu_core."""
     # Triton's compiler, of which only the specialising of arguments runs, and not its interpreter.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # The tensors are on the CPU, on a machine with a GPU, too.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     path = os.pathsep.join([str(HERE), *filter(None, [environment.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "launches.json")

@@ -71,17 +71,21 @@ def test_float64():
 
 
 def test_no_uniform_is_off_by_one(backend):
-    """Both uniforms, recovered from the normals, are right on average to a part of the 24th bit."""
+    """Both uniforms, recovered from the normals, are right on average to a part of the 24th bit.
+
+    Of the first only those below 1/64: of those a radius that is too long by 2^-23, as an approximate
+    square root may be, takes 0.15 of that bit, and of all it would take a whole one.
+    """
     on, samples = cases.device(backend), 40
     pairs = wide_pairs(normal(NoiseKey(SEED, torch.arange(samples, device=on), 7), (1000,)))
     u1, u2 = exact.uniforms(SEED, np.arange(samples), 7, 1000)
     found1 = np.exp(-(pairs**2).sum(-1) / 2)
     found2 = np.arctan2(pairs[..., 1], pairs[..., 0]) / (2 * np.pi)
     turn = (found2 - u2 + 0.5) % 1 - 0.5
-    # Observed in reference, cpp and triton: -.01, .007, -.08 of 2^-24, and .23 (a float32 angle is
+    # Observed in reference, cpp and triton: -.004, -.001, -.014 of 2^-24, and .23 (a float32 angle is
     # too large by that in the mean), .0004, .0002. Leaving out the 1 that is added to the bits of
     # u1 would be 1.
-    assert abs((found1 - u1).mean()) < 0.25 * 2.0**-24
+    assert abs((found1 - u1)[u1 < 1 / 64].mean()) < 0.25 * 2.0**-24
     assert abs(turn.mean()) < 0.4 * 2.0**-24
 
 
