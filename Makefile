@@ -30,6 +30,7 @@ report: setup
 # Two processes of one thread each. Each starts with half of the files, and takes tests from the other when it is done;
 # WORKERS=0 runs all tests in this process.
 WORKERS ?= 2
+GPU_WORKERS ?= 14
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: setup
@@ -38,10 +39,12 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow
 
-# On a machine with a GPU. Tests that need one say so when they are skipped; the benchmarks fail without.
+# On a machine with a GPU. tests/ops compiles 2,000 kernels there, in GPU_WORKERS processes that share Triton's cache;
+# `-m gpu_core` has the 630 that matter most. Tests that need a GPU say so when they are skipped; the benchmarks fail
+# without.
 test-gpu: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/ops
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(GPU_WORKERS) --dist worksteal tests/ops
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.run --device cuda
 
 lint: setup

@@ -172,21 +172,34 @@ def floor(call: str, net: torch.dtype, state: torch.dtype) -> tuple[float, float
     return nets * net.itemsize + states * state.itemsize + masters * 4.0, restarting * float(state.itemsize)
 
 
+def _bound(kernel, arguments: tuple, options: dict, arch: int) -> tuple:
+    """(target, backend, bound arguments, specialisation, compiler's options) of a launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return target, backend, *bind(*arguments, **options)
+
+
+def specialisation(kernel, arguments: tuple, options: dict, arch: int) -> str:
+    """What a launch is compiled for: two launches share a compiled kernel if this is the same."""
+    _, _, _, specialised, chosen = _bound(kernel, arguments, options, arch)
+    return f"{kernel.__name__} {specialised} {chosen}"
+
+
 def compiled(kernel, arguments: tuple, options: dict, arch: int):
     """`kernel`, compiled as for a launch with these arguments on compute capability `arch`.
 
     Integers and pointers are specialised as in a real launch.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from triton.compiler import ASTSource
 
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialisation, _ = bind(*arguments, **options)
-    chosen, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, specialisation, None)
+    target, backend, bound, specialised, _ = _bound(kernel, arguments, options, arch)
+    chosen, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, specialised, None)
     source = ASTSource(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options=chosen.__dict__)
 

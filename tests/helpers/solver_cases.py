@@ -24,7 +24,7 @@ class Unrounded(torch.Tensor):
 
 def network(x: torch.Tensor, t: torch.Tensor, shift: float) -> torch.Tensor:
     """A smooth bounded output that differs with timestep, element and branch (`shift`)."""
-    phase = torch.linspace(-1, 1, x[0].numel(), dtype=torch.float64).view(x.shape[1:]).to(x.dtype)
+    phase = torch.linspace(-1, 1, x[0].numel(), dtype=torch.float64).view(x.shape[1:]).to(x.device, x.dtype)
     return torch.sin(0.8 * x + shift + phase + t.to(x.dtype) / 400)
 
 

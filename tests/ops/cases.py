@@ -14,6 +14,8 @@ from tolerances import tolerance
 from selfnpo_kernels import NoiseKey
 
 BACKENDS = ("reference", "cpp", "triton")
+# The same as parameters of tests. What is not part of a grid runs on a GPU first, too.
+MARKED_BACKENDS = ("reference", "cpp", pytest.param("triton", marks=pytest.mark.gpu_core))
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 UNIT = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24, F64: 2.0**-53}
 HALF_SUBNORMAL = {F16: 2.0**-25}  # half a step near zero, where it matters
@@ -44,10 +46,14 @@ EVERY_MIXTURE = tuple(Mixture("any", network, state) for network in (F32, BF16, 
 # B, C, H, W and B, F, C, H, W; no size is a multiple of a vector.
 IMAGE, VIDEO = (3, 4, 5, 7), (2, 3, 4, 5, 3)
 BLOCKS = (2, 2085)  # more than one block of every kernel, the last of them ragged
-SHAPES = (IMAGE, VIDEO, (1, 1), (1, 2), (5, 63), (257, 4), BLOCKS, (2, 4, 64, 64), (3000, 3))
-# Every mixture runs these in Triton's interpreter, which takes about 10 ms for a program.
+SHAPES = (IMAGE, VIDEO, (1, 1), (1, 2), (5, 63), (257, 4), BLOCKS, (2, 4, 64, 64), (3000, 3), (2, 67))
+# Every mixture runs these in Triton's interpreter.
 INTERPRETED = (IMAGE, (2, 67))
 INTERPRETED_IN_FLOAT32 = (VIDEO, (1, 1), (1, 2), (5, 63), (40, 3), BLOCKS, (2, 4, 64, 64))
+
+
+# Whether Triton's kernels are compiled, and run on the GPU; recorded_launches.py sets it, too.
+COMPILED = torch.cuda.is_available()
 
 
 def device(backend: str) -> str:
@@ -55,40 +61,66 @@ def device(backend: str) -> str:
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
-def grid(*, least: int = 1) -> list:
-    """Parameters (backend, mixture, shape), `least` elements a sample."""
+def interpreted(backend: str) -> bool:
+    """Whether a backend's tests run in Triton's interpreter, which takes about 10 ms a program."""
+    return backend == "triton" and not COMPILED
+
+
+# The shapes of `gpu_core`: a whole vector nowhere, five dimensions, less than a vector, more than one
+# block with the last one ragged, and whole blocks only.
+CORE = {"odd": IMAGE, "five-dimensional": VIDEO, "few": (1, 2), "ragged": BLOCKS, "whole": (2, 4, 64, 64)}
+
+
+def core_marks(backend: str, mixture: Mixture, shape: tuple[int, ...], variant: int = 0, variants: int = 1) -> list:
+    """[the mark gpu_core] for Triton's tests of these parameters that belong to it, [] for others.
+
+    Every shape of `CORE` does for every mixture, with one of the test's variants by turns.
+    """
+    if backend != "triton" or shape not in CORE.values():
+        return []
+    turn = MIXTURES.index(mixture) + list(CORE.values()).index(shape)
+    return [pytest.mark.gpu_core] if turn % variants == variant else []
+
+
+def grid(*, least: int = 1, variants: tuple = ()) -> list:
+    """Parameters (backend, mixture, shape) and, if given, a variant; `least` elements a sample."""
     out = []
     for backend in BACKENDS:
-        interpreted = backend == "triton" and device(backend) == "cpu"
         for mixture in MIXTURES:
-            shapes = INTERPRETED if interpreted else (*SHAPES, (2, 67))
-            if interpreted and mixture is FLOAT32:
+            shapes = INTERPRETED if interpreted(backend) else SHAPES
+            if interpreted(backend) and mixture is FLOAT32:
                 shapes += INTERPRETED_IN_FLOAT32
             for shape in shapes:
                 if np.prod(shape[1:]) < least:
                     continue
-                marks = pytest.mark.slow if interpreted and np.prod(shape) > 10_000 else ()
+                slow = [pytest.mark.slow] if interpreted(backend) and np.prod(shape) > 10_000 else []
                 name = f"{backend}-{mixture.name}-{'x'.join(map(str, shape))}"
-                out.append(pytest.param(backend, mixture, shape, id=name, marks=marks))
+                for i, variant in enumerate(variants or (None,)):
+                    marks = slow + core_marks(backend, mixture, shape, i, max(1, len(variants)))
+                    more, suffix = ((variant,), f"-{variant}") if variants else ((), "")
+                    out.append(pytest.param(backend, mixture, shape, *more, id=name + suffix, marks=marks))
     return out
 
 
 def some_slow(values, quick: tuple) -> list:
     """Parameters (backend, value); under the interpreter all but those in `quick` are slow."""
+    out = []
+    for backend in BACKENDS:
+        for value in values:
+            marks = [pytest.mark.gpu_core] if backend == "triton" else []
+            if interpreted(backend) and value not in quick:
+                marks.append(pytest.mark.slow)
+            out.append(pytest.param(backend, value, id=f"{backend}-{value}", marks=marks))
+    return out
 
-    def slow(backend: str, value) -> bool:
-        return backend == "triton" and device(backend) == "cpu" and value not in quick
 
-    return [
-        pytest.param(backend, value, id=f"{backend}-{value}", marks=pytest.mark.slow if slow(backend, value) else ())
-        for backend in BACKENDS
-        for value in values
-    ]
+def over_grid(*, least: int = 1, **variants: tuple):
+    """Run a test for every backend, mixture and shape, under that backend.
 
-
-def over_grid(**options):
-    """Run a test for every backend, mixture and shape, under that backend."""
-    return pytest.mark.parametrize(("backend", "mixture", "shape"), grid(**options), indirect=["backend"])
+    variants: at most one more parameter of the test, with its values.
+    """
+    values = grid(least=least, variants=next(iter(variants.values()), ()))
+    return pytest.mark.parametrize(("backend", "mixture", "shape", *variants), values, indirect=["backend"])
 
 
 def draw(seed: int, *sizes: tuple[int, ...], dtype: torch.dtype = F32, on: str = "cpu") -> list[torch.Tensor]:
@@ -129,7 +161,7 @@ def tables(seed: int, batch: int, columns: int, on: str = "cpu") -> Iterator[tup
 
 def large(backend: str) -> tuple[int, ...]:
     """A shape that several threads share; a smaller one for the interpreter."""
-    return (3, 70) if backend == "triton" and device(backend) == "cpu" else (3, 4, 96, 100)
+    return (3, 70) if interpreted(backend) else (3, 4, 96, 100)
 
 
 def assert_repeatable(call: Callable[[], tuple[torch.Tensor, ...]]) -> None:

@@ -24,7 +24,7 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.fixture(params=cases.BACKENDS)
+@pytest.fixture(params=cases.MARKED_BACKENDS)
 def backend(request) -> Iterator[str]:
     """The name of a backend that serves every op meanwhile."""
     with backends.use(request.param):

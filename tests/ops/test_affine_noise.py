@@ -22,14 +22,14 @@ def check(backend, mixture, x, k, index, noise) -> None:
     cases.assert_rounded("affine_noise", backend, mixture, out, *terms)
 
 
-@cases.over_grid()
-def test_values(backend, mixture, shape):
+@cases.over_grid(noise=("given", "drawn"))
+def test_values(backend, mixture, shape, noise):
     on = cases.device(backend)
-    (x,), (noise,) = draw(1, shape, dtype=mixture.state, on=on), draw(2, shape, dtype=mixture.network, on=on)
+    (x,), (given_,) = draw(1, shape, dtype=mixture.state, on=on), draw(2, shape, dtype=mixture.network, on=on)
     before = x.clone()
     for i, (k, index) in enumerate(cases.tables(3, shape[0], 2, on)):
-        check(backend, mixture, x, k, index, noise)
-        check(backend, mixture, x, k, index, cases.key(shape[0], on, per_sample=i != 0))
+        drawn = cases.key(shape[0], on, per_sample=i != 0)
+        check(backend, mixture, x, k, index, given_ if noise == "given" else drawn)
     assert torch.equal(x, before)
 
 

@@ -127,16 +127,16 @@ def test_use_forces_a_backend_and_leaves_no_trace(monkeypatch):
         return function
 
     monkeypatch.setattr(backends, "implementation", watched)
-    x, k = draw(1, (2, 3), (1, 2))
     for name, module in (("reference", "selfnpo_kernels.reference"), ("cpp", "selfnpo_cpp"), ("triton", "triton")):
+        on = cases.device(name)
+        x, k = draw(1, (2, 3), (1, 2), on=on)
         with backends.use(name):
-            assert backends.backend_of("cpu") == name
+            assert backends.backend_of(x.device.type) == name
             with backends.use("reference"):
-                assert backends.backend_of("cpu") == "reference"
-            assert backends.backend_of("cpu") == name
-            if name != "triton" or cases.device(name) == "cpu":
-                affine_noise(x, k, x)
-                assert module in served[-1][1]
+                assert backends.backend_of(x.device.type) == "reference"
+            assert backends.backend_of(x.device.type) == name
+            affine_noise(x, k, x)
+            assert module in served[-1][1]
     assert backends.backend_of("cpu") == "cpp"
     with pytest.raises(ZeroDivisionError), backends.use("reference"):
         raise ZeroDivisionError
@@ -151,12 +151,13 @@ def test_a_backend_that_is_not_one_is_refused():
 
 @pytest.mark.parametrize("name", ["cpp", "triton"])
 def test_a_forced_backend_refuses_float64(name):
-    x, k = draw(2, (2, 3), (1, 2), dtype=F64)
+    on = cases.device(name)
+    x, k = draw(2, (2, 3), (1, 2), dtype=F64, on=on)
     with backends.use(name):
         with pytest.raises(backends.BackendError, match=f"backend {name} .* float64"):
             affine_noise(x, k.float(), x)
         with pytest.raises(backends.BackendError, match="float64"):
-            normal(cases.key(2), (3,), F64)
+            normal(cases.key(2, on), (3,), F64)
     assert affine_noise(x, k, x).dtype == F64
 
 

@@ -41,8 +41,7 @@ def parameters(seed: int, shapes, mixture, on: str = "cpu") -> tuple[list, list,
     return masters, live, [torch.full_like(p, float("nan")) for p in live]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999, 0.9999, 1.0])
-@cases.over_grid()
+@cases.over_grid(decay=(0.0, 0.5, 0.999, 0.9999, 1.0))
 def test_values(backend, mixture, shape, decay):
     masters, live, shadows = parameters(1, (shape,), mixture, cases.device(backend))
     check(backend, mixture, masters, live, shadows, decay)

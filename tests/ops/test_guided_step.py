@@ -49,16 +49,15 @@ def extras(seed: int, shape, mixture, on: str = "cpu") -> list[dict]:
     ]
 
 
-@cases.over_grid()
-def test_values(backend, mixture, shape):
-    """All pairs of branches and optional arguments, with each way to give coefficients in turn."""
+@cases.over_grid(branches=BRANCHES)
+def test_values(backend, mixture, shape, branches):
+    """All optional arguments, with each way to give coefficients in turn."""
     on = cases.device(backend)
     (x,) = draw(1, shape, dtype=mixture.state, on=on)
     before, ways = x.clone(), list(cases.tables(2, shape[0], 7, on))
-    for i, branches in enumerate(BRANCHES):
-        pos, neg = outputs(3, shape, mixture.network, branches, on)
-        for j, extra in enumerate(extras(4, shape, mixture, on)):
-            check(backend, mixture, pos, neg, x, *ways[(i + j) % 3], **extra)
+    pos, neg = outputs(3, shape, mixture.network, branches, on)
+    for i, extra in enumerate(extras(4, shape, mixture, on), start=BRANCHES.index(branches)):
+        check(backend, mixture, pos, neg, x, *ways[i % 3], **extra)
     assert torch.equal(x, before)
 
 

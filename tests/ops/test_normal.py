@@ -58,7 +58,7 @@ PURE = [m for m in cases.EVERY_MIXTURE if m.network == m.state]
 
 
 @pytest.mark.parametrize("mixture", PURE, ids=lambda m: str(m.state))
-@pytest.mark.parametrize("shape", [(1,), (2, 67), (4, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2, 67), *(shape[1:] for shape in cases.CORE.values())], ids=str)
 def test_values(backend, mixture, shape):
     out = normal(cases.key(3, cases.device(backend)), shape, mixture.state)
     assert out.dtype == mixture.state
@@ -71,17 +71,21 @@ def test_float64():
 
 
 def test_no_uniform_is_off_by_one(backend):
-    """Both uniforms, recovered from the normals, are right on average to a part of the 24th bit."""
+    """Both uniforms, recovered from the normals, are right on average to a part of the 24th bit.
+
+    Of the first only those below 1/64: of those a radius that is too long by 2^-23, as an approximate
+    square root may be, takes 0.15 of that bit, and of all it would take a whole one.
+    """
     on, samples = cases.device(backend), 40
     pairs = wide_pairs(normal(NoiseKey(SEED, torch.arange(samples, device=on), 7), (1000,)))
     u1, u2 = exact.uniforms(SEED, np.arange(samples), 7, 1000)
     found1 = np.exp(-(pairs**2).sum(-1) / 2)
     found2 = np.arctan2(pairs[..., 1], pairs[..., 0]) / (2 * np.pi)
     turn = (found2 - u2 + 0.5) % 1 - 0.5
-    # Observed in reference, cpp and triton: -.01, .007, -.08 of 2^-24, and .23 (a float32 angle is
+    # Observed in reference, cpp and triton: -.004, -.001, -.014 of 2^-24, and .23 (a float32 angle is
     # too large by that in the mean), .0004, .0002. Leaving out the 1 that is added to the bits of
     # u1 would be 1.
-    assert abs((found1 - u1).mean()) < 0.25 * 2.0**-24
+    assert abs((found1 - u1)[u1 < 1 / 64].mean()) < 0.25 * 2.0**-24
     assert abs(turn.mean()) < 0.4 * 2.0**-24
 
 
@@ -117,7 +121,7 @@ AMOUNTS = [
     pytest.param("cpp", 10**7, marks=pytest.mark.slow),
     pytest.param("reference", 10**6),
     pytest.param("reference", 10**7, marks=pytest.mark.slow),
-    pytest.param("triton", 10**7 if torch.cuda.is_available() else 10**5),
+    pytest.param("triton", 10**7 if torch.cuda.is_available() else 10**5, marks=pytest.mark.gpu_core),
 ]
 
 
@@ -142,7 +146,7 @@ def test_distribution(backend, count):
 
 def test_seeds_ids_and_draws_are_independent(backend):
     """A thousand and more numbers under keys that differ in one bit."""
-    on, size = cases.device(backend), 2**14 if backend != "triton" or torch.cuda.is_available() else 2**11
+    on, size = cases.device(backend), 2**11 if cases.interpreted(backend) else 2**14
 
     def one(seed: int = 5, sample: int = 9, draw: int = 0) -> torch.Tensor:
         return normal(NoiseKey(seed, column([sample], on), draw), (size,)).cpu()

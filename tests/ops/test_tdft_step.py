@@ -67,8 +67,7 @@ def check(op, backend, mixture, world, told: dict[int, lives.Slot], pos, neg, x,
             cases.assert_rounded(op, backend, mixture, tensor[i], *terms)
 
 
-@pytest.mark.parametrize("start", STARTS)
-@cases.over_grid()
+@cases.over_grid(start=STARTS)
 def test_one_step(backend, mixture, shape, start):
     """With both branches and Eq. 16, and with one and Eq. 15; ids beyond 2^32."""
     on = cases.device(backend)
@@ -198,8 +197,7 @@ def test_a_reseeded_slot_restarts(backend):
 
 def test_slots_noise_is_independent(backend):
     """The noise of Eq. 16 without a signal, in neighbouring slots, samples and grid indices."""
-    interpreted = backend == "triton" and cases.device(backend) == "cpu"
-    on, shape = cases.device(backend), (6, 2**10 if interpreted else 2**14)
+    on, shape = cases.device(backend), (6, 2**10 if cases.interpreted(backend) else 2**14)
     world = lives.make_world(SEED, shape, steps=4, w=0.0, start="noise", on=on, stride=1)
     world.tables.renoise[:] = torch.tensor([0.0, 1.0], device=on)
     zeros, drawn = torch.zeros(shape, device=on), []

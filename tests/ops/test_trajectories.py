@@ -28,6 +28,12 @@ SCHEDULERS = {
 }
 
 
+def test_the_network_computes_where_the_state_is():
+    """On a device that is not the CPU: here one without memory."""
+    x, t = torch.empty(solvers.SHAPE, device="meta"), torch.empty((), device="meta")
+    assert solvers.network(x, t, 0.4).device.type == "meta"
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_trajectories_in_every_backend(backend, name):
     cls, options = SCHEDULERS[name]

@@ -18,6 +18,7 @@ from selfnpo_kernels import NoiseKey, affine_noise, backends, guidance_rescale, 
 
 FILES = ("affine_noise", "guidance_rescale", "guided_step", "normal", "tdft_step", "x0_loss")
 ON = cases.device("triton")
+pytestmark = pytest.mark.gpu_core
 
 
 def module(name: str):
@@ -38,6 +39,11 @@ def wide(monkeypatch) -> list[bool]:
     for name in FILES:
         monkeypatch.setattr(module(name), "plan", with_wide_indices)
     return asked
+
+
+def test_the_compiler_is_chosen_where_there_is_a_gpu():
+    """Else a run on a GPU would say nothing about compiled kernels."""
+    assert importlib.import_module("selfnpo_kernels.triton").interpreted() != cases.COMPILED
 
 
 def some_calls() -> list[torch.Tensor]:

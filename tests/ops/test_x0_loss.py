@@ -73,8 +73,7 @@ def check(backend, mixture, tensors, k, index, kind: str, c: float = C, upstream
     cases.assert_rounded("x0_loss gradient", backend, mixture, pred.grad, gradient, size, roundings=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@cases.over_grid()
+@cases.over_grid(kind=KINDS)
 def test_values_and_gradients(backend, mixture, shape, kind):
     """Under a loss scale, too, without which float16 has few of the gradient's digits."""
     on = cases.device(backend)
