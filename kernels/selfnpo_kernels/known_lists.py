@@ -104,8 +104,13 @@ class ListCache:
         return known
 
     def prepare(self, known: KnownLists, prepared: Any, nbytes: int) -> None:
-        """Keep what a backend has prepared for an entry, `nbytes` in all."""
+        """Keep what a backend has prepared for an entry, `nbytes` in all.
+
+        Where another thread was quicker, what that one has prepared stays.
+        """
         with self._lock:
+            if known.prepared is not None:
+                return
             known.prepared = prepared
             known.nbytes += nbytes
             if self._entries.get(hash(known.key)) is known:

@@ -14,6 +14,7 @@ from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.rollout.pairs import GuidedPredictor, PairMaker, Pairs
 from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
 from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
+from selfnpo_fast.runtime.upload import upload
 from selfnpo_kernels import Draw, NoiseKey, affine_noise, guided_step, normal, randint
 
 
@@ -124,7 +125,7 @@ def walk(
     spare = width or 0
     at = torch.cat([index, index.new_zeros(spare)])[turns.sample] - turns.taken
     x, rows = torch.cat([x, x[:spare]]), torch.cat([rows, rows[:spare]])
-    samples, at = turns.sample.to(x.device), at.to(x.device)
+    samples, at = upload(turns.sample, x.device), upload(at, x.device)
     for sample, grid_index in zip(samples.split(turns.sizes), at.split(turns.sizes), strict=True):
         state = x[sample]
         pos, neg = predictor(state, grid.timestep(grid_index), rows[sample])
@@ -152,9 +153,9 @@ def lockstep_rollout(
     if latents is None:
         x_start = draws.noise
     else:
-        x_start = affine_noise(latents, grid.start, draws.noise, index=start.to(latents.device) + 1)
+        x_start = affine_noise(latents, grid.start, draws.noise, index=upload(start, latents.device) + 1)
     x = walk(predictor, grid, x_start, start, stop, rows)
-    stop = stop.to(x.device)
+    stop = upload(stop, x.device)
     t = grid.timestep(stop)
     pos, neg = predictor(x, t, rows)
     _, target = guided_step(pos, neg, x, grid.step, index=stop + 1)
@@ -184,7 +185,8 @@ class LockstepRollout:
         steps = torch.full_like(ids, config.max_steps)
         if config.start == "noise" and config.stop == "uniform":
             steps = 1 + randint(maker.key(Draw.STEPS, ids), config.max_steps)
-        ids, stop = ids.to(maker.device), (start_index - steps).clamp(min=-1).to(maker.device)
+        stop = upload((start_index - steps).clamp(min=-1), maker.device)
+        ids = upload(ids, maker.device)
         key = maker.key(Draw.START_NOISE, ids)
         return LockstepDraws(
             start_index=start_index,
@@ -203,18 +205,19 @@ class LockstepRollout:
         maker = self.maker
         ids = torch.arange(self.next_id, self.next_id + self.batch)
         self.next_id += self.stride
-        draws = self.draws(ids)
-        ids = ids.to(maker.device)
-        latents = maker.start_latents(ids)
-        out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, maker.rows(ids))
+        # What depends on ids alone is found on the host, which would wait for a GPU's answers.
+        draws, latents = self.draws(ids), maker.start_latents(ids)
+        rows = upload(maker.rows(ids), maker.device)
+        student_rows = upload(maker.student_rows(ids, draws.stop_index()), maker.device)
+        out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, rows)
         return Pairs(
             x_s=out.x_s,
             s=draws.s,
             target=out.target,
             t=out.t,
-            rows=maker.student_rows(ids, draws.stop_index().to(maker.device)),
+            rows=student_rows,
             weight=torch.ones(self.batch, device=maker.device),
-            sample_ids=ids,
+            sample_ids=upload(ids, maker.device),
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from selfnpo_fast.rollout.grid import Grid
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
 from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
+from selfnpo_fast.runtime.upload import upload
 from selfnpo_kernels import Draw, NoiseKey, TdftRules, draw_id, permute, randint, uniform
 
 BranchOutputs = tuple[torch.Tensor | None, torch.Tensor | None]
@@ -188,7 +189,7 @@ class PairMaker:
         """Scaled latents (B, ...) of real data, or None where rollouts start from noise."""
         if self.latents is None:
             return None
-        return self.latents[self.prompt_index(sample_ids).to(self.latents.device)].to(self.device)
+        return upload(self.latents[self.prompt_index(sample_ids).to(self.latents.device)], self.device)
 
     def check_pairs(self, pairs: dict[str, torch.Tensor], lead: tuple[int, ...]) -> None:
         """ValueError where saved fields of pairs, each (*lead, ...), are none that this maker

@@ -120,9 +120,10 @@ class _StreamWorker:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream, self._done = torch.cuda.Stream(device), torch.cuda.Event()
+        self._device, self._stream, self._done = device, torch.cuda.Stream(device), torch.cuda.Event()
         self._pairs: UpdatePairs | None = None
         self._action: Callable[[], UpdatePairs] | None = None
+        self._error: Exception | None = None
 
     def begin(self, action: Callable[[], UpdatePairs]) -> None:
         """Enqueue `action` after all that the caller's stream has been given.
@@ -130,17 +131,27 @@ class _StreamWorker:
         By then the reference has moved and the buffers are free. The action, and so the tensors
         that it reads, live until `finish`: the allocator would give memory that was allocated on
         the caller's stream to that stream again, while the action's kernels still read it.
+
+        `finish` raises what the action has raised.
         """
-        self._action = action
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._action, self._pairs, self._error = action, None, None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._pairs = action()
+            try:
+                self._pairs = action()
+            except Exception as error:
+                self._error = error
             self._done.record()
 
     def finish(self) -> UpdatePairs:
-        """Returns the action's pairs, and makes the caller's stream wait for them."""
-        torch.cuda.current_stream().wait_event(self._done)
+        """Returns the action's pairs, and makes the caller's stream wait for them.
+
+        Re-raises the action's exception with its traceback.
+        """
+        torch.cuda.current_stream(self._device).wait_event(self._done)
         self._action = None
+        if self._error is not None:
+            raise self._error
         return self._pairs
 
     def close(self) -> None:

@@ -11,7 +11,20 @@ from torch.utils._pytree import tree_leaves
 
 # Ops that move, view or make tensors and compute nothing.
 LAYOUT = {
-    *("alias", "as_strided", "cat", "clone", "copy_", "detach", "empty", "empty_like", "expand", "index", "new_empty"),
+    *(
+        "alias",
+        "as_strided",
+        "cat",
+        "clone",
+        "copy_",
+        "detach",
+        "empty",
+        "empty_like",
+        "expand",
+        "index",
+        "index_copy_",
+        "new_empty",
+    ),
     *("select", "slice", "split", "stack", "t", "transpose", "unbind", "unsqueeze", "view", "zeros_like", "_to_copy"),
     *("_unsafe_view", "new_empty_strided", "empty_strided", "zero_", "zeros"),
 }

@@ -207,7 +207,8 @@ def test_entries_are_bounded_by_bytes_and_dropped_at_once():
         assert freed == [1]
         assert (len(cache), cache.nbytes) == (4, 4 * one + 1000)
         large = cache.find([tensors[5]], lambda: None)
-        cache.prepare(large, None, 10**9)
+        for _ in range(2):  # of two threads
+            cache.prepare(large, "tables", 10**9)
         assert sorted(freed) == [0, 1, 2]
         assert (len(cache), cache.nbytes) == (1, one + 10**9), "the newest is kept whatever it takes"
         cache.find([tensors[6]], lambda: None)

@@ -113,14 +113,17 @@ def test_two_sets_of_buffers_in_turn():
     producer.close()
 
 
-def test_an_error_stops_the_update_with_its_own_traceback():
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")], ids=str)
+def test_an_error_stops_the_update_with_its_own_traceback(device, request):
+    if device.type == "cuda":
+        request.getfixturevalue("side_stream")
     rollout, reference = Counting(), Moving()
     make = rollout.next_pairs
 
     def a_broken_network():
         raise ZeroDivisionError("the reference broke")
 
-    producer = overlapped(rollout, reference, accumulation=1)
+    producer = OverlappedProducer(rollout, rollout, 1, lambda: reference.version, device=device)
     producer.take()
     producer.settle()
     rollout.next_pairs = lambda: a_broken_network() if rollout.calls >= 2 else make()
@@ -172,12 +175,17 @@ class _SideStream:
         pass
 
 
-def test_what_a_side_stream_reads_outlives_its_kernels(monkeypatch):
-    """Resumed pairs are copied on a second stream: until that is done nobody else gets their memory."""
+@pytest.fixture
+def side_stream(monkeypatch) -> None:
+    """A GPU that never ends anything by itself."""
     monkeypatch.setattr(torch.cuda, "Stream", _SideStream)
     monkeypatch.setattr(torch.cuda, "Event", _SideStream)
     monkeypatch.setattr(torch.cuda, "current_stream", _SideStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+
+def test_what_a_side_stream_reads_outlives_its_kernels(side_stream):
+    """Resumed pairs are copied on a second stream: until that is done nobody else gets their memory."""
     first = overlapped(Counting(), Moving())
     first.take()
     state = {name: value.clone() for name, value in first.state_dict().items()}

@@ -23,7 +23,13 @@ def in_order(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-@pytest.mark.parametrize(("stage", "lora"), [("0", False), ("1", False), ("1", True), ("3", False)])
+@pytest.mark.parametrize(
+    ("stage", "lora"),
+    [
+        ("1", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("0", False), ("1", True), ("3", False))),
+    ],
+)
 def test_every_convolution_of_the_student_runs_in_channels_last(stage, lora, tmp_path):
     """By its weights or by its input, of which either is enough for torch."""
     words = ["--engine.channels_last", "true", "--engine.zero_stage", stage, *SHORT]

@@ -24,7 +24,7 @@ RECIPES = {
 }
 
 
-SLOW = ("guided", "accumulation", "zero 1", "zero 2")
+SLOW = ("guided", "data", "lora", "accumulation", "zero 1", "zero 2")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES])
