@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import selfnpo_fast
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,6 +46,11 @@ def test_a_wheel_holds_every_module_and_asset(names):
         assert path.relative_to("kernels").as_posix() in names
     for path in tracked_below("configs"):
         assert f"selfnpo_fast/configs/{path.name}" in names
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_version_of_the_code(names):
+    assert f"selfnpo_fast-{selfnpo_fast.__version__}.dist-info/METADATA" in names
 
 
 @pytest.mark.slow
