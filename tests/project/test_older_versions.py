@@ -17,7 +17,7 @@ from checkouts import ROOT, copy_tracked
 REQUIREMENTS = Path(__file__).with_name("older_versions.txt")
 KERNELS_BUILT_HERE = sorted((ROOT / "kernels" / "selfnpo_kernels").glob("_cpp*"))
 
-# Every module of the packages, and one graph over the fused step of rollouts.
+# Every module of the packages.
 IMPORTS = """
 import importlib, importlib.metadata, pkgutil, sys
 import torch, triton, transformers, numpy
@@ -29,7 +29,7 @@ assert "diffusers" in installed and "selfnpo-fast" not in installed
 count = 0
 for name in ("selfnpo_fast", "selfnpo_kernels", "benchmarks"):
     package = importlib.import_module(name)
-    assert package.__file__.startswith(sys.argv[2]), package.__file__
+    assert [*package.__path__][0].startswith(sys.argv[2]), package.__path__
     for module in pkgutil.walk_packages(package.__path__, name + "."):
         if not module.name.endswith(("__main__", "._cpp")):
             importlib.import_module(module.name)
@@ -101,7 +101,7 @@ def test_a_checkout_runs_on_older_versions(tmp_path):
 
     kernels = start("-m", "selfnpo_kernels.aot", "--arch", "90", "--json", tmp_path / "kernels.json")
     try:
-        assert re.search(r"\n1\d\d modules\n", output(start("-c", IMPORTS, REQUIREMENTS, checkout)))
+        assert int(re.search(r"^(\d+) modules$", output(start("-c", IMPORTS, REQUIREMENTS, checkout)), re.M)[1]) > 150
         train = ("-m", "selfnpo_fast.train", "--config", checkout / "configs" / "digits.yaml", "--output", run)
         train += ("--engine.batch_size", "8", "--log.every", "1", "--log.checkpoint_every", "2")
         said = output(start(*train, "--updates", "3"))
@@ -118,4 +118,4 @@ def test_a_checkout_runs_on_older_versions(tmp_path):
         assert re.search(r"\n2\d\d kernels, 0 failed\n", output(kernels))
     finally:
         kernels.kill()
-        kernels.communicate()
+        kernels.wait()
