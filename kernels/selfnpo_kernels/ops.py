@@ -205,7 +205,8 @@ def tdft_step(
     pairs: (4, B) int64, with the rows t, s, sample id and the student's conditioning row.
     weight: (B,) float32, the pair's weight in the loss.
     """
-    checks.no_gradient("tdft_step", pos=pos, neg=neg, x=x, final=final, latents=latents, **vars(tables))
+    tensors = {"step": tables.step, "start": tables.start, "renoise": tables.renoise, "weight": tables.weight}
+    checks.no_gradient("tdft_step", pos=pos, neg=neg, x=x, final=final, latents=latents, **tensors)
     return torch.ops.selfnpo.tdft_step(
         pos, neg, x, final, slots, next_slots,
         tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, latents,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.console import logger, say_once
 
 MODES = {"default": None, "max": "max-autotune-no-cudagraphs"}
 """The mode of torch.compile for each `engine.compile`. CUDA graphs are made by capture.py."""
@@ -36,12 +37,29 @@ def compile_blocks(module: nn.Module, names: Iterable[str], choice: str, *, trai
         return 0
     kinds = {*names, *(getattr(module, "_repeated_blocks", None) or ())}
     blocks = [block for block in module.modules() if type(block).__name__ in kinds]
+    limit = _recompile_limit() if blocks else {}
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=False, mode=MODES[choice], recompile_limit=RECOMPILES)
+        block.compile(fullgraph=True, dynamic=False, mode=MODES[choice], **limit)
         if training:
             block._compiled_call_impl = _with_gradients(block._compiled_call_impl, block._call_impl)
     logger.info("engine.compile: %d blocks of the student; the first updates take longer", len(blocks))
     return len(blocks)
+
+
+def _recompile_limit() -> dict[str, int]:
+    """The argument of torch.compile that sets RECOMPILES. Where torch has none, as before 2.13, its
+    setting for the whole process is raised instead."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": RECOMPILES}
+    from torch._dynamo import config as settings  # late: runs that compile nothing do not need it
+
+    if settings.recompile_limit < RECOMPILES:
+        settings.recompile_limit = RECOMPILES
+        say_once(
+            f"engine.compile: torch {torch.__version__} has no limit of its own for the student's blocks; "
+            f"all compiled code of this process may be compiled for {RECOMPILES} shapes"
+        )
+    return {}
 
 
 def _with_gradients(compiled: Callable, plain: Callable) -> Callable:

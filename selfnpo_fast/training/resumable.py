@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from selfnpo_fast import __version__
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
@@ -27,8 +29,8 @@ MOMENTS = "optimizer"
 """The part of a rank's file that has to be finite. A rollout may hold a state that is not: the
 updates that it spoils are skipped, and it ends."""
 _NAME = re.compile(r"update-(\d{7,18})$")
-_PACKAGES = ("selfnpo-fast", "torch", "deepspeed", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors")
-"""Packages whose versions can change the bits of a run."""
+_PACKAGES = ("deepspeed", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors")
+"""Other packages whose versions can change the bits of a run."""
 _MAY_CHANGE = ("updates", "log", "output")
 """Sections of a config that a resumed run may change: its length, its log, its folder."""
 _SHOWN = 10
@@ -36,8 +38,20 @@ _SHOWN = 10
 
 
 def versions() -> dict[str, str]:
-    """The installed version of each package that can change the bits of a run."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """The version of each package that can change the bits of a run, or "not installed".
+
+    Our own version is the code's: a checkout on PYTHONPATH is not installed. torch's own has the
+    build, such as 2.13.0+cu130, which the metadata of some wheels leaves out.
+    """
+    ours = {"selfnpo-fast": __version__, "torch": str(torch.__version__)}
+    return ours | {name: _installed(name) for name in _PACKAGES}
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a run may need no bitsandbytes
+        return "not installed"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

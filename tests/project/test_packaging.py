@@ -8,19 +8,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkouts import ROOT, copy_tracked
 
-ROOT = Path(__file__).resolve().parents[2]
+import selfnpo_fast
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory) -> set[str]:
     """The files of a wheel that is built from what git tracks, without the C++ extension."""
     folder = tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in tracked.stdout.rstrip("\0").split("\0"):
-        if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    copy_tracked(folder / "source")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     env = {"SELFNPO_BUILD_CPP": "0", "PATH": str(Path(sys.executable).parent), "HOME": str(folder)}
     done = subprocess.run(
@@ -44,6 +41,11 @@ def test_a_wheel_holds_every_module_and_asset(names):
         assert path.relative_to("kernels").as_posix() in names
     for path in tracked_below("configs"):
         assert f"selfnpo_fast/configs/{path.name}" in names
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_version_of_the_code(names):
+    assert f"selfnpo_fast-{selfnpo_fast.__version__}.dist-info/METADATA" in names
 
 
 @pytest.mark.slow

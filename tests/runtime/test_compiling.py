@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -60,7 +61,11 @@ def test_blocks_keep_their_parameters_and_names():
 def test_blocks_for_training_run_plain_without_gradients(monkeypatch):
     network = tiny.unet()
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *a, **k: (calls.append(0), call(*a, **k))[1])
+
+    def counted(call, *, recompile_limit, **_):
+        return lambda *a, **k: (calls.append(0), call(*a, **k))[1]
+
+    monkeypatch.setattr(torch, "compile", counted)
     compile_blocks(network, BLOCKS, "default", training=True)
     given = torch.zeros(1, 4, 8, 8), torch.tensor([3]), torch.zeros(1, 12, tiny.WIDTH)
     with torch.no_grad():
@@ -68,6 +73,39 @@ def test_blocks_for_training_run_plain_without_gradients(monkeypatch):
     assert not calls
     network(*given)
     assert len(calls) > 3
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_blocks_of_one_kind_may_have_many_shapes(older, monkeypatch, caplog):
+    """More than the 8 that torch allows; an older torch.compile takes no limit of its own."""
+    torch.compiler.reset()
+    original, seen = torch.compile, CompileCounter()
+
+    def newer_compile(call, *, recompile_limit, mode, **settings):
+        if "recompile_limit" in inspect.signature(original).parameters:
+            settings["recompile_limit"] = recompile_limit
+        else:  # this torch is an older one
+            torch._dynamo.config.recompile_limit = recompile_limit
+        return original(call, **settings, backend=seen)
+
+    def older_compile(call, *, fullgraph, dynamic, mode):
+        return original(call, fullgraph=fullgraph, dynamic=dynamic, backend=seen)
+
+    monkeypatch.setattr(torch, "compile", older_compile if older else newer_compile)
+    network = torch.nn.Sequential(Doubling(), Doubling())
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for _ in range(2):
+            assert compile_blocks(network, ("Doubling",), "default") == 2
+        for size in range(2, 13):
+            x = torch.randn(size)
+            assert torch.equal(network(x), 4 * x)
+    assert seen.frame_count >= 11, "a graph for each shape"
+    assert len([line for line in caplog.messages if "64 shapes" in line]) == older
 
 
 RECIPES = {

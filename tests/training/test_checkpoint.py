@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import pickle
 import shutil
@@ -10,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import crash
+import diffusers
 import pytest
 import tiny
 import torch
 from runs import CASE, run
 from safetensors.torch import load_file
 
+import selfnpo_fast
 from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.runtime.folders import why_not_whole, write_manifest
 from selfnpo_fast.runtime.world import init_world
@@ -154,6 +157,24 @@ def test_other_versions_are_logged(copied, model, capfd):
     write_manifest_again(newest(copied))
     assert run(model, copied, "--resume") == 0
     assert f"version of torch is '{torch.__version__}', but was '1.0'" in capfd.readouterr().err
+
+
+def test_a_checkout_that_is_not_installed_writes_checkpoints(model, tmp_path, monkeypatch):
+    """Nor need an optimizer be installed that the run does not use."""
+    original = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name.lower().replace("_", "-") in ("selfnpo-fast", "bitsandbytes"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert run(model, tmp_path / "run", "--updates", "3") == 0
+    found = json.loads((newest(tmp_path / "run") / "state.json").read_text())["versions"]
+    assert found["selfnpo-fast"] == selfnpo_fast.__version__
+    assert found["torch"] == torch.__version__
+    assert found["bitsandbytes"] == "not installed"
+    assert found["diffusers"] == diffusers.__version__
 
 
 def write_manifest_again(folder: Path) -> None:
