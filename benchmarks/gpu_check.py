@@ -45,7 +45,9 @@ def run_part(part: Part, out: Path, device: str, *, tiny: bool, seconds: float) 
     output, log_file = out / f"{part.name}.json", out / f"{part.name}.log"
     output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one
     command = part.command(output, device, tiny=tiny)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    # The checkout need not be installed.
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     start = time.monotonic()
     with log_file.open("wb") as log:
         # A session of its own: a part that is cut off ends with all of its processes.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.arms.sampler import ARMS, STOCK, TWO, Arm, Bench, Draw, Drawing, calls_to_settle
+from benchmarks.environment import exact_float32
 from benchmarks.nets import SMALL, BenchNet
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import one_line
@@ -58,7 +59,7 @@ class Gate:
 
 def gate(net: BenchNet, arms: Sequence[Arm], device: torch.device) -> Gate:
     """Runs the arms on the network in float32, with one or two pictures; nothing of it stays."""
-    with float32_throughout():
+    with exact_float32():
         batch = 2 if net.name in SMALL else 1  # two could be mixed up; one is cheaper at full size
         found = check(Bench(net, batch=batch, steps=STEPS, device=device, dtype=torch.float32), arms)
     free(device)
@@ -146,17 +147,3 @@ def _fail(found: Gate, arms: Sequence[Arm], reason: str) -> None:
     for arm in arms:
         found.failures[arm.name] = reason
         print(f"{arm.name}: the correctness gate failed: {reason}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def float32_throughout() -> Iterator[None]:
-    """No TF32 on a GPU meanwhile: it rounds to 11 bits, which would hide mistakes."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = False
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
