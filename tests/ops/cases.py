@@ -66,8 +66,8 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and not COMPILED
 
 
-# The shapes of `gpu_core`: a whole vector nowhere, five dimensions, less than a vector, more than one
-# block with the last one ragged, and whole blocks only.
+# The shapes of `gpu_core`: no multiple of a vector, five dimensions, less than a vector, several
+# blocks with the last one ragged, and whole blocks only.
 CORE = {"odd": IMAGE, "five-dimensional": VIDEO, "few": (1, 2), "ragged": BLOCKS, "whole": (2, 4, 64, 64)}
 
 
@@ -188,6 +188,11 @@ def noise_terms(noise: torch.Tensor | NoiseKey, shape: tuple[int, ...]) -> tuple
 OBSERVED: dict[tuple[str, str], float] = {}
 
 
+def observe(op: str, backend: str, worst: float) -> None:
+    """Keep an error for the summary, if it is the largest."""
+    OBSERVED[op, backend] = max(OBSERVED.get((op, backend), 0.0), worst)
+
+
 def worst_error(
     out: torch.Tensor, exact: np.ndarray, terms: np.ndarray, *, roundings: int = 1, arithmetic: torch.dtype = F32
 ) -> float:
@@ -217,6 +222,6 @@ def assert_rounded(
     """
     arithmetic = F64 if mixture is FLOAT64 else F32
     worst = worst_error(out, exact, terms, roundings=roundings, arithmetic=arithmetic)
-    OBSERVED[op, backend] = max(OBSERVED.get((op, backend), 0.0), worst)
+    observe(op, backend, worst)
     allowed = tolerance(op, backend, mixture.name, out.device.type)
     assert worst <= allowed, f"{op}, {backend}, {mixture.name}: {worst:.3g} where {allowed} is allowed"

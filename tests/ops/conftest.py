@@ -31,8 +31,19 @@ def backend(request) -> Iterator[str]:
         yield request.param
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of xdist's processes tells the first one
+        session.config.workeroutput["observed"] = [[*key, worst] for key, worst in cases.OBSERVED.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    for op, backend, worst in getattr(node, "workeroutput", {}).get("observed", ()):
+        cases.observe(op, backend, worst)
+
+
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if config.get_verbosity() > 0 and cases.OBSERVED:
+    if cases.OBSERVED and (config.get_verbosity() > 0 or cases.COMPILED):
         terminalreporter.section("largest errors, in the unit of tests/helpers/tolerances.py")
         for (op, backend), worst in sorted(cases.OBSERVED.items()):
             terminalreporter.write_line(f"{op:24} {backend:10} {worst:.2f}")

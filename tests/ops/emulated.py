@@ -23,8 +23,8 @@ F = np.float32
 DOCUMENTED = {"sqrt.approx.f32": 2.0**-23, "div.full.f32": 2.0}
 SMALLEST_NORMAL = 2.0**-126  # .ftz replaces smaller arguments and results by zero
 
-# ln(1 + f) = f + f^2 (LOG[0] + LOG[1] f + ...) for -1/3 <= f <= 1/3: __nv_logf of libdevice. Numbers
-# as in the PTX.
+# ln(1 + f) = f + f^2 (LOG[0] + LOG[1] f + ...) for -1/3 <= f <= 1/3: __nv_logf of libdevice, with
+# its numbers as the PTX writes them.
 LOG_BITS = ("BF000000", "3EAAAA78", "BE7FFF22", "3E4CED0B", "BE2AD8B9", "3E0F2955", "BDF8CDCC", "3E1039F6", "BE055027")
 LN2_BITS = "3F317218"
 _LOG = [np.uint32(int(bits, 16)).view(F) for bits in LOG_BITS]
@@ -69,7 +69,7 @@ def two_products(choice: Choice, k0, a, k1, b) -> np.ndarray:
 
 
 def _within(value: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """The float32 farthest from the float64 `value`, of those within `error` on the error's side."""
+    """The float32 that is farthest from the float64 `value` and within `error`, on its side."""
     edge = value + error
     out = F(edge)
     beyond = np.abs(np.float64(out) - value) > np.abs(error)

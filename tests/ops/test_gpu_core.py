@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -86,3 +87,18 @@ def test_the_core_has_what_no_grid_has():
         "guidance_rescale_kernel",
         "x0_loss_sum_kernel",
     }
+
+
+def test_parallel_processes_tell_their_largest_errors(request, monkeypatch):
+    """The summary of a parallel run has the errors of all of its processes."""
+    plugins = request.config.pluginmanager.get_plugins()
+    conftest = next(p for p in plugins if getattr(p, "__file__", None) == str(HERE / "conftest.py"))
+    workers = []
+    for worst in (1.0, 3.0, 2.0):
+        monkeypatch.setattr(cases, "OBSERVED", {("normal", "triton"): worst})
+        workers.append(SimpleNamespace(workeroutput={}))
+        conftest.pytest_sessionfinish(SimpleNamespace(config=workers[-1]))
+    monkeypatch.setattr(cases, "OBSERVED", {})
+    for worker in workers:
+        conftest.pytest_testnodedown(worker)
+    assert cases.OBSERVED == {("normal", "triton"): 3.0}
