@@ -62,14 +62,15 @@ def memory_gib(device: torch.device) -> dict[str, float] | None:
 def exact_float32() -> Iterator[None]:
     """float32 arithmetic that repeats: no TF32, and cuDNN's deterministic algorithms, which no timing
     picks. torch's switches are put back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Not set_float32_matmul_precision: torch refuses to say it once a backend's own switch was set.
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
     exact = {"benchmark": False, "deterministic": True, "allow_tf32": False}
     try:
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, **exact):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.allow_tf32 = before
 
 
 def cores() -> int:

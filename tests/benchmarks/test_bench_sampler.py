@@ -179,7 +179,7 @@ class Graphs:
     captures: list[int]
     fail: str | None
 
-    def __init__(self, device, graphs, what):
+    def __init__(self, device, graphs, what, dtype):
         self.on, self.steps = graphs, 0
 
     def __call__(self, step, state=()):

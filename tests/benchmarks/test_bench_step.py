@@ -295,17 +295,17 @@ def test_results_are_written_after_every_round(tmp_path, monkeypatch):
 def switches() -> tuple:
     cudnn = torch.backends.cudnn
     exact = (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic, cudnn.enabled)
-    return (*exact, torch.get_float32_matmul_precision())
+    return (*exact, torch.backends.cuda.matmul.allow_tf32)
 
 
 @pytest.fixture
 def fast_switches(monkeypatch):
     """What a training run in float32 sets on a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield (True, True, False, True, "high")
-    torch.set_float32_matmul_precision(before)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    yield (True, True, False, True, True)
+    matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -322,7 +322,7 @@ def test_the_gate_computes_in_float32_that_repeats(fast_switches, fails):
 
     assert switches() == fast_switches
     gate = gate_of(digits(), CPU, [replace(ARM["released_live"], predictor=Looking)])
-    assert seen == {(False, False, True, True, "highest")}
+    assert seen == {(False, False, True, True, False)}
     assert switches() == fast_switches
     assert gate.failures == ({"released_live": ["RuntimeError: no"]} if fails else {})
 
