@@ -6,9 +6,11 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,10 +81,17 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
+@pytest.fixture
+def folder(tmp_path) -> Iterator[Path]:
+    """A folder for an environment: 4 GB, which pytest would keep."""
+    yield tmp_path / "environment"
+    shutil.rmtree(tmp_path / "environment", ignore_errors=True)
+
+
 @pytest.mark.slow
-def test_a_checkout_runs_on_older_versions(tmp_path):
+def test_a_checkout_runs_on_older_versions(folder, tmp_path):
     """Imports, Triton's compiler for sm_90, training, a checkpoint, its continuation and a draw."""
-    python, checkout, run = make_environment(tmp_path / "environment"), tmp_path / "checkout", tmp_path / "run"
+    python, checkout, run = make_environment(folder), tmp_path / "checkout", tmp_path / "run"
     copy_tracked(checkout)
     for built in KERNELS_BUILT_HERE:  # for the torch of this environment
         (checkout / "kernels" / "selfnpo_kernels" / built.name).symlink_to(built)
