@@ -6,9 +6,11 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,12 +52,6 @@ print([(image.size, bool(np.asarray(image).std() > 5)) for image in drawn.images
 """
 
 
-def fail(what: str, done: subprocess.CompletedProcess) -> None:
-    """Fails with one line, which ends with the last line that the process wrote."""
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    pytest.fail(f"{what}: {said[-1] if said else f'exit status {done.returncode}'}", pytrace=False)
-
-
 def make_environment(folder: Path) -> Path:
     """A virtual environment with REQUIREMENTS, and links to all else that this environment has.
 
@@ -66,7 +62,11 @@ def make_environment(folder: Path) -> Path:
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-compile"]
     done = subprocess.run([*install, "-r", str(REQUIREMENTS)], capture_output=True, text=True)
     if done.returncode != 0:
-        fail(f"the packages of {REQUIREMENTS.name} could not be installed", done)
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["nothing"]
+        pytest.fail(
+            f"pip could not install {REQUIREMENTS.name}; is the package index reachable? It says: {said[0]}",
+            pytrace=False,
+        )
     names = {line.partition("==")[0] for line in REQUIREMENTS.read_text().splitlines() if "==" in line}
     here = Path(sysconfig.get_paths()["purelib"])
     (there,) = folder.glob("lib/python*/site-packages")
@@ -79,10 +79,17 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
+@pytest.fixture
+def folder(tmp_path) -> Iterator[Path]:
+    """A folder for an environment: 4 GB, which pytest would keep."""
+    yield tmp_path / "environment"
+    shutil.rmtree(tmp_path / "environment", ignore_errors=True)
+
+
 @pytest.mark.slow
-def test_a_checkout_runs_on_older_versions(tmp_path):
+def test_a_checkout_runs_on_older_versions(folder, tmp_path):
     """Imports, Triton's compiler for sm_90, training, a checkpoint, its continuation and a draw."""
-    python, checkout, run = make_environment(tmp_path / "environment"), tmp_path / "checkout", tmp_path / "run"
+    python, checkout, run = make_environment(folder), tmp_path / "checkout", tmp_path / "run"
     copy_tracked(checkout)
     for built in KERNELS_BUILT_HERE:  # for the torch of this environment
         (checkout / "kernels" / "selfnpo_kernels" / built.name).symlink_to(built)
