@@ -73,7 +73,7 @@ PARTS = (
         what="every fused op against eager PyTorch and the reference backend",
         limit=70,
         real="benchmarks.bench_ops --check",
-        tiny="benchmarks.bench_ops --check --quick",
+        tiny="benchmarks.bench_ops --check --quick --op guided_step --op normal",
     ),
     Part(
         name="op_times",
@@ -94,21 +94,21 @@ PARTS = (
         what="whole updates of the recommended recipe on SD1.5, batch 80",
         limit=170,
         real="benchmarks.bench_update --net sd15 --pool 1 --rounds 3",
-        tiny=f"benchmarks.bench_update --tiny {_arms('plain overlap')}",
+        tiny=f"benchmarks.bench_update --tiny --rounds 1 {_arms('plain')}",
     ),
     Part(
         name="step",
         what="seconds a pair: the authors' schedule of network calls, and ours",
         limit=70,
         real=f"benchmarks.bench_step --net sd15 --rounds 3 {_arms(_STEP)}",
-        tiny=f"benchmarks.bench_step --quick {_arms('released continuous floor')}",
+        tiny=f"benchmarks.bench_step --quick {_arms('continuous floor')}",
     ),
     Part(
         name="sampler",
         what="pictures of SD1.5, 1 and 4 a call",
         limit=110,
         real="benchmarks.bench_sampler --net sd15 --batch 1 --batch 4 --rounds 5 --cold 0",
-        tiny=f"benchmarks.bench_sampler --quick --cold 0 {_arms('stock attach_lora sampler_lora')}",
+        tiny=f"benchmarks.bench_sampler --quick --cold 0 {_arms('stock sampler_lora')}",
     ),
     Part(
         name="sampler_sdxl",
