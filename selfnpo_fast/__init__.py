@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.1.0"
+from selfnpo_fast.runtime.version import __version__
 
 # Imported when first asked for: commands that need none of them start without diffusers.
 _PUBLIC = {

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from selfnpo_fast import __version__
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
@@ -21,6 +20,7 @@ from selfnpo_fast.runtime.files import read_json
 from selfnpo_fast.runtime.finite import first_not_finite
 from selfnpo_fast.runtime.folders import MANIFEST, why_not_whole
 from selfnpo_fast.runtime.limits import MAX_COUNT, MAX_TENSORS
+from selfnpo_fast.runtime.version import __version__
 from selfnpo_fast.runtime.world import World
 
 STATE = "state.json"

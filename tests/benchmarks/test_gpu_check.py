@@ -197,12 +197,55 @@ def test_the_options_of_every_part_exist(part, size, tmp_path):
     parser.parse_args([*options, "--device", "cpu", "--output", str(tmp_path / "x.json")])
 
 
-def test_the_expected_figures_are_named_as_the_parts_name_theirs():
-    """Whose part does not exist, or whose name no figure can have, would never be printed."""
+def test_every_expected_value_has_a_figure_that_can_be_measured(tmp_path):
+    """A value whose name no part gives would never be printed."""
+    cases = [("guided_step", "uncached"), ("affine_noise", "uncached"), ("ema_update", "sd15")]
+    ops = [{"op": op, "shape": shape, "dtype": "bf16", "fraction_of_floor": spread(0.9)} for op, shape in cases]
+    arms = [{"name": "sampler_lora_graphs", "ratio_to_stock": spread(0.5)}]
+    profile = {"device_seconds_per_update": {"kernels": 0.001}, "device_busy_seconds_per_update": 0.5}
+    out = results(
+        tmp_path,
+        H100,
+        op_times={"benchmark": "bench_ops", "cases": ops},
+        update=UPDATE | {"hidden_share": {"overlap": 0.9}},
+        sampler={"benchmark": "bench_sampler", "nets": {str(n): {"batch": n, "arms": arms} for n in (1, 4)}},
+        profile={"benchmark": "profile_step"} | profile,
+    )
+    parts = [record["name"] for record in gpu_report.read(out, "summary")["parts"]]
+    measured = {f"{part}.{figure.name}" for part in parts for figure in gpu_report.part_figures(out, part)}
     content = json.loads(gpu_report.EXPECTED.read_text())
-    assert content["card"] and content["date"]
-    for name in content["figures"]:
-        assert name.partition(".")[0] in {part.name for part in PARTS}, name
+    assert content["card"] == "H100" and content["date"]
+    assert set(content["figures"]) <= measured
+    assert gpu_report.page(out).count("at least") == 6
+
+
+def test_what_failed_or_was_slower_than_the_plain_way_stays_on_the_page(tmp_path):
+    case = {"op": "normal", "shape": "sd15", "dtype": "bf16"}
+    slow = case | {"seconds": {"ours": spread(2e-6)}, "ratio_to": {"eager": spread(0.5)}}
+    arms = [{"name": "sampler", "error": "out of memory"}, {"name": "attach_lora", "ratio_to_stock": spread(1.25)}]
+    update = {
+        name: {"seconds_per_update": spread(s), "hours_per_1000_updates": s} for name, s in (("plain", 2), ("all", 3))
+    }
+    out = results(
+        tmp_path,
+        H200,
+        ops={"benchmark": "bench_ops", "cases": [case | {"failures": ["z differs by 1"]}]},
+        op_times={"benchmark": "bench_ops", "cases": [slow]},
+        gpu_tests={"benchmark": "tests", "passed": 1, "skipped": 0, "failed": {"tests/a.py::test_b": "no"}},
+        update={"benchmark": "bench_update", "arms": update, "gate": {"arms": {"graphs": {"error": "other losses"}}}},
+        sampler={"benchmark": "bench_sampler", "nets": {"sd15": {"batch": 1, "arms": arms}}},
+    )
+    text = gpu_report.page(out)
+    for line in (
+        "- normal.sd15.bf16: z differs by 1",
+        "- normal.sd15.bf16: 2 times eager PyTorch's time",
+        "- tests/a.py::test_b: no",
+        "- graphs, the gate: other losses",
+        "- all: 1.5 times the time of plain",
+        "- sd15, sampler: out of memory",
+        "- sd15, attach_lora: 1.25 times stock diffusers' time",
+    ):
+        assert line in text.splitlines(), text
 
 
 @pytest.mark.slow
