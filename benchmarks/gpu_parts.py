@@ -91,7 +91,7 @@ PARTS = (
     ),
     Part(
         name="update",
-        what="whole updates of the recommended recipe on SD1.5, batch 80",
+        what="whole updates of the recommended recipe on SD1.5, batch 80, one slot a pair",
         limit=170,
         real="benchmarks.bench_update --net sd15 --pool 1 --rounds 3",
         tiny=f"benchmarks.bench_update --tiny --rounds 1 {_arms('plain')}",

@@ -143,7 +143,8 @@ class StopRequest:
 
     def _first(self, name: str) -> None:
         """Note and say the request, once on each host."""
-        # Python runs the handlers of signals that wait by their numbers; this thread reads them as they came.
+        # Python runs the handlers of signals that wait by their numbers; this thread reads the
+        # signals as they came.
         self.signal = name
         self._since = time.monotonic()
         if os.environ.get("LOCAL_RANK", "0") == "0":

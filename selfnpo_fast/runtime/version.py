@@ -1,3 +1,3 @@
-"""The version of this package: pyproject.toml reads it here, and so does a checkout that is not installed."""
+"""The version of this package, for pyproject.toml and for a checkout that is not installed."""
 
 __version__ = "0.1.0"
