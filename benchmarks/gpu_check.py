@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
 
+from selfnpo_fast.runtime.command import short_spin  # noqa: E402
+
+os.environ.update(short_spin())  # before torch is imported
+
 from benchmarks.environment import describe, pick_device, write_json  # noqa: E402
 from benchmarks.gpu_parts import COMPLETE, CUT_OFF, NOT_BEGUN, PARTS, Part, read_tests  # noqa: E402
 from benchmarks.gpu_report import page, part_figures, write_page  # noqa: E402

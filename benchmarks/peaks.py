@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script: Python has put this folder on the path, not its parent
     sys.path[0] = str(ROOT)
+
+from selfnpo_fast.runtime.command import short_spin  # noqa: E402
+
+os.environ.update(short_spin())  # before torch is imported
 
 import torch  # noqa: E402
 
