@@ -67,6 +67,9 @@ def _peaks(result: Mapping, _: Mapping) -> Iterator[Figure]:
 
 def _ops(result: Mapping, peaks: Mapping) -> Iterator[Figure]:
     copy = _median(peaks, "copy_bytes_per_second")
+    yield figure("checked", len(result.get("cases", [])), "cases")
+    for dtype, error in result.get("largest_error", {}).items():
+        yield figure(f"largest_error.{dtype}", error)
     for case in result.get("cases", []):
         name = _case(case)
         for arm, seconds in case.get("seconds", {}).items():

@@ -13,7 +13,7 @@ from selfnpo_fast.diffusion.solvers import SolverSteps
 from selfnpo_fast.guidance.branches import Branches, halves
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
-from selfnpo_fast.runtime.capture import Capture, Step
+from selfnpo_fast.runtime.capture import Capture, Step, no_capture
 from selfnpo_kernels import Draw, NoiseKey, draw_id, guidance_rescale, guided_step
 
 
@@ -118,14 +118,16 @@ class Trajectories:
         self.branches, self.choice, self.capture = branches, choice, capture
         self.most, self.most_steps = most, most_steps
         self._by_shape: OrderedDict[tuple, Trajectory] = OrderedDict()
-        self._addresses = branches.addresses()
+        self._addresses: tuple[int, ...] | None = None
 
     def follow(self) -> None:
         """Drop all trajectories where the networks are no longer where captured steps read them."""
+        if self.capture is no_capture:
+            return  # nothing is read at an address; and under ZeRO 3 weights have none
         addresses = self.branches.addresses()
-        if addresses != self._addresses:
-            self._addresses = addresses
+        if self._addresses not in (None, addresses):
             self.clear()
+        self._addresses = addresses
 
     def of(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps, rescale: float) -> Trajectory:
         """The trajectory for states (B, ...) and rows (2 B, ...) of these shapes.
