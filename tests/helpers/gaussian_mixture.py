@@ -11,7 +11,7 @@ import torch
 from benchmarks.arms.pairs import finished_pairs
 from benchmarks.closed_form.gaussian_mixture import ExactDenoiser, GaussianMixture
 from selfnpo_fast.config import RolloutConfig
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.rollout import (
     ContinuousRollout,
@@ -55,7 +55,7 @@ def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE
 
     Rollouts from data start at 4 images, one of each prompt.
     """
-    schedule = NoiseSchedule.from_scheduler(theirs or scheduler())
+    schedule = Levels.of(theirs or scheduler())
     data = mixture.sample(table.rows["weights"][1:], rng(7)).float() if setting.start == "data" else None
     return PairMaker(
         GuidedPredictor(ExactDenoiser(mixture, schedule), table, setting.omega),
