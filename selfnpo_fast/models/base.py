@@ -370,7 +370,7 @@ class Adapter:
     def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, ...]:
         """The shape of the latent of a picture or video of this size.
 
-        Raises UserError for a size that the model cannot draw, naming `size.side_field(field, side)`:
+        Raises UserError for a size that the model cannot draw, naming `side_field(field, side)`:
         the field, or with a section ("model.") or nothing the side in it.
         """
         raise NotImplementedError
