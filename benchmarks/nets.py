@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import SD15_SMALL, Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 
@@ -35,7 +35,7 @@ class BenchNet:
         return self.adapter.latent_shape
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Levels:
         """The model's noise levels."""
         return self.adapter.schedule
 
@@ -62,9 +62,9 @@ class BenchNet:
     ) -> torch.Tensor:
         """The network's raw output (B, ...) by the project's adapter.
 
-        x is (B, ...), t (B,) int64; the adapter casts the inputs to the network's dtype.
+        x is (B, ...), t (B,) int64 noise levels; the adapter casts the inputs to the network's dtype.
         """
-        return self.adapter.predict(network, x, t, cond)
+        return self.adapter.predict_level(network, x, t, cond)
 
     def table(self, prompts: int, dtype: torch.dtype, device: torch.device) -> ConditioningTable:
         """Random conditioning: rows (prompts + 1, ...) in `dtype` by the adapter's
@@ -77,7 +77,7 @@ class BenchNet:
             name: torch.randn(prompts + 1, *shape, generator=generator)
             for name, shape in self.adapter.conditioning_shapes.items()
         }
-        rows = {name: value.to(device) for name, value in self.adapter.sized(rows, *self.adapter.size).items()}
+        rows = {name: value.to(device) for name, value in self.adapter.sized(rows, self.adapter.size).items()}
         empty, filled = ({name: value[part] for name, value in rows.items()} for part in (slice(1), slice(1, None)))
         return ConditioningTable.build(empty, filled, dtype)
 

@@ -60,11 +60,27 @@ class ModelConfig:
     """Weight variant such as fp16."""
     resolution: int | None = None
     """Picture height and width in pixels; by default those that the model was trained for."""
+    height: int | None = None
+    """Picture height in pixels where it differs from the width; `model.width` belongs to it."""
+    width: int | None = None
+    """Picture width in pixels; `model.height` belongs to it."""
+    frames: int | None = None
+    """Frames of a video; by default those that the model was made for, and 1 of a picture."""
+    expert: Literal["high", "low", "both"] | None = None
+    """Which denoisers of a model with two are trained: that of high noise levels, that of low ones,
+    or both. No value for a model with one."""
 
     def __post_init__(self) -> None:
         _check_fields("model.", self)
-        possible = self.resolution is None or 1 <= self.resolution <= 2**14
-        _check(possible, "model.resolution", self.resolution, "1 to 16384")
+        for name in ("resolution", "height", "width", "frames"):
+            value = getattr(self, name)
+            _check(value is None or 1 <= value <= 2**14, f"model.{name}", value, "1 to 16384")
+        if self.resolution is not None and (self.height is not None or self.width is not None):
+            given = "height" if self.height is not None else "width"
+            raise UserError(f"model.{given}: {getattr(self, given)} is given beside model.resolution; leave one out")
+        for one, other in (("height", "width"), ("width", "height")):
+            if getattr(self, one) is not None and getattr(self, other) is None:
+                raise UserError(f"model.{other}: missing beside model.{one}; give both, or model.resolution")
 
 
 @dataclass(kw_only=True)
@@ -102,6 +118,11 @@ class RolloutConfig:
     pair_weight: Literal["uniform", "lockstep"] = "uniform"
     """Continuous: weigh all pairs equally, or weigh noise levels as often as lockstep mode with the
     same start, stop and k sees them."""
+    s_shift: float = 1.0
+    """Moves the noise level s of the student's input, which is uniform in the levels above t: a share
+    u of the levels becomes shift u / (1 + (shift - 1) u). More than 1 is noisier. A flow's own shift
+    does the same: 3, 5 and 8 leave 25, 36 and 47% of its levels above a noise share of 0.9, and an
+    s_shift of 1/3, 1/5 and 1/8 gives the noise share itself a uniform distribution."""
 
     def __post_init__(self) -> None:
         _check_fields("rollout.", self)
@@ -123,6 +144,7 @@ class RolloutConfig:
             "'uniform' in lockstep mode",
         )
         _check(1 <= self.pool <= 2**10, "rollout.pool", self.pool, "1 to 1024")
+        _check(0.01 <= self.s_shift <= 100, "rollout.s_shift", self.s_shift, "between 0.01 and 100 (1 moves nothing)")
         _check(
             abs(self.omega) <= 100,
             "rollout.omega",

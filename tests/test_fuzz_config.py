@@ -248,6 +248,8 @@ def broken_values(kind: Any) -> list:
 
 OUT_OF_RANGE = {
     "model.resolution": [0, -1, 2**14 + 1],
+    "model.frames": [0, -1, 2**14 + 1],
+    "rollout.s_shift": [0.0, -1.0, 1e-3, 101.0],
     "rollout.grid_steps": [-1, 0, 1],
     "rollout.k": [-1, 0, 26],
     "rollout.pool": [-1, 0, 10**9],

@@ -28,7 +28,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule, ddim_coefficients, forward_coefficients, x0_coefficients
+from selfnpo_fast.diffusion.levels import Levels, ddim_coefficients, forward_coefficients, x0_coefficients
 from selfnpo_kernels import (
     Draw,
     NoiseKey,
@@ -124,7 +124,7 @@ class Op:
         self.elements = math.prod(shape)
         self.generator = torch.Generator(device).manual_seed(0)
         self.scheduler = scheduler()
-        self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
+        self.schedule = Levels.of(self.scheduler)
         self.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # the scheduler's copy stays on the host
         self.inputs: tuple = ()
         self.build()

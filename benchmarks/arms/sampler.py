@@ -133,6 +133,7 @@ class Bench:
         }
         if "text_embeds" in prompts:
             size = self.net.adapter.size
+            size = size.height, size.width
             arguments |= {
                 "pooled_prompt_embeds": prompts["text_embeds"],
                 "negative_pooled_prompt_embeds": negatives["text_embeds"],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 
 
 def _column(value: torch.Tensor | float) -> torch.Tensor:
@@ -77,21 +77,27 @@ class GaussianMixture:
 
 @dataclass(frozen=True)
 class ExactDenoiser:
-    """The raw output of a perfect network, in the schedule's prediction type.
+    """The raw output of a perfect network, in the prediction of its levels.
 
     It serves as `predict` of a GuidedPredictor. The conditioning `cond["weights"]` (B, M) holds the
     weights of the components, one row per sample.
     """
 
     mixture: GaussianMixture
-    schedule: NoiseSchedule
+    schedule: Levels
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
         """The output, (B, ...) float64, at states x (B, ...) and timesteps t (B,)."""
         alpha, sigma = self.schedule.alpha_sigma(t)
         x0 = self.mixture.posterior_mean(x, cond["weights"], alpha, sigma)
-        if self.schedule.prediction_type == "sample":
-            return x0
         alpha, sigma = (value.view(-1, *[1] * (x.ndim - 1)) for value in (alpha, sigma))
-        eps = (x.double() - alpha * x0) / sigma
-        return eps if self.schedule.prediction_type == "epsilon" else alpha * eps - sigma * x0
+        # Where there is no noise, as at a flow's cleanest level, the network's guess of it is its mean.
+        eps = torch.where(sigma == 0, 0.0, (x.double() - alpha * x0) / sigma.clamp(min=1e-300))
+        outputs = {
+            "sample": x0,
+            "epsilon": eps,
+            "v_prediction": alpha * eps - sigma * x0,
+            "flow": eps - x0,
+            "-flow": x0 - eps,
+        }
+        return outputs[self.schedule.prediction]

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from benchmarks.closed_form.gaussian_mixture import ExactDenoiser, GaussianMixture
 from selfnpo_fast.config import LossConfig, RolloutConfig
 from selfnpo_fast.data.prompts import read_prompts
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, PairMaker, walk
@@ -55,7 +55,7 @@ def mean_and_error(values: list[float]) -> dict[str, float]:
     return {"mean": data.mean().item(), "error": (data.std() / len(data) ** 0.5).item()}
 
 
-def exact_states(truth: GaussianMixture, schedule: NoiseSchedule, t: int, count: int, generator) -> torch.Tensor:
+def exact_states(truth: GaussianMixture, schedule: Levels, t: int, count: int, generator) -> torch.Tensor:
     """`count` draws of p_t, (count, *SHAPE) float64."""
     weights = torch.full((count, COMPONENTS), 1 / COMPONENTS)
     x0 = truth.sample(weights, generator)
@@ -64,7 +64,7 @@ def exact_states(truth: GaussianMixture, schedule: NoiseSchedule, t: int, count:
 
 
 def marginal_errors(
-    x: torch.Tensor, truth: GaussianMixture, schedule: NoiseSchedule, t: int, replicates: int, generator
+    x: torch.Tensor, truth: GaussianMixture, schedule: Levels, t: int, replicates: int, generator
 ) -> dict[str, dict[str, float]]:
     """How x (count, *SHAPE) differs from p_t, with mean and standard error over equal parts of x.
 
@@ -97,7 +97,7 @@ def trajectory_errors(grid_steps: int, start: str, count: int, replicates: int, 
         prediction_type="v_prediction",
         rescale_betas_zero_snr=zero_snr,
     )
-    truth, schedule = mixture(), NoiseSchedule.from_scheduler(scheduler)
+    truth, schedule = mixture(), Levels.of(scheduler)
     generator = torch.Generator().manual_seed(1)
     # At w = 0 the predictor uses the conditional branch, whose prompt has even weights.
     grid = Grid.build(schedule, grid_steps, CPU, omega=0.0)
@@ -126,7 +126,7 @@ def training_parts(batch: int, pool: int, seed: int, reference):
     table = ConditioningTable.build(adapter.encode_empty(CPU), adapter.encode_prompts(prompts, CPU))
     setting = RolloutConfig(grid_steps=GRID_STEPS, omega=-1.0, pool=pool)
     maker = PairMaker(
-        GuidedPredictor(lambda x, t, cond: adapter.predict(reference, x, t, cond), table, setting.omega),
+        GuidedPredictor(lambda x, t, cond: adapter.predict_level(reference, x, t, cond), table, setting.omega),
         Grid.build(adapter.schedule, GRID_STEPS, CPU, omega=setting.omega),
         setting,
         latent_shape=adapter.latent_shape,
@@ -142,7 +142,7 @@ def training_parts(batch: int, pool: int, seed: int, reference):
 def pair_loss(adapter: Adapter, table: ConditioningTable, student, pairs) -> torch.Tensor:
     """The loss (Eq. 17) of one micro-batch, a scalar with gradient."""
     objective = Objective.build(LossConfig(), adapter.schedule, CPU)
-    pred = adapter.predict(student, pairs.x_s, pairs.s, table.gather(pairs.rows))
+    pred = adapter.predict_level(student, pairs.x_s, pairs.s, table.gather(pairs.rows))
     return objective(pred, pairs.x_s, pairs.s, pairs.target, pairs.weight)[0]
 
 
@@ -153,7 +153,7 @@ def replay(rollout: ContinuousRollout, adapter: Adapter, network) -> torch.Tenso
     """
     maker = rollout.maker
     predictor = GuidedPredictor(
-        lambda x, t, cond: adapter.predict(network, x, t, cond), maker.predictor.table, maker.config.omega
+        lambda x, t, cond: adapter.predict_level(network, x, t, cond), maker.predictor.table, maker.config.omega
     )
     ids, index = rollout.ids.flatten(), rollout.index.flatten()
     noise = normal(maker.key(Draw.START_NOISE, ids), maker.latent_shape)

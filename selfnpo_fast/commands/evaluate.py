@@ -202,7 +202,7 @@ class _Drawing:
         distinct = sorted(set(prompts))
         self.index_of_prompt = {prompt: i for i, prompt in enumerate(distinct)}
         self.table, self.empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
-        self.model = digest(self.table, self.empty, adapter.schedule, adapter.vae_sha256)
+        self.model = digest(self.table, self.empty, adapter.schedule.identity(), adapter.vae_sha256)
         """The digest of all parts of the model but the denoiser that the pictures depend on."""
 
     def __call__(self, arm: str, guidance_scale: float, prompts: list[str], seeds: list[int]) -> torch.Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.flow_levels import is_flow
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.limits import MAX_COUNT, check_count
@@ -39,7 +40,7 @@ class ScheduleFacts:
     source: str
     """The model, for messages."""
     prediction_type: str | None = None
-    """epsilon, v_prediction or sample, or what else the file says."""
+    """epsilon, v_prediction, sample or flow, or what else the file says."""
     timesteps: int | None = None
     """T, the number of training timesteps."""
     levels: tuple[float, ...] | None = None
@@ -48,14 +49,24 @@ class ScheduleFacts:
     """Whether the last timestep is pure noise (zero terminal SNR)."""
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, source: str) -> ScheduleFacts:
-        """The facts of a schedule."""
-        return cls._of_levels(source, schedule.prediction_type, schedule.alphas_cumprod)
+    def of(cls, schedule: Levels, source: str) -> ScheduleFacts:
+        """The facts of noise levels."""
+        if schedule.is_flow:
+            return cls._of_flow(source, schedule.num_train_timesteps)
+        return cls._of_levels(source, schedule.prediction, schedule.alphas_cumprod)
+
+    @classmethod
+    def _of_flow(cls, source: str, timesteps: int) -> ScheduleFacts:
+        """The facts of a flow. Its shift is none: it says where a trajectory stops, and not what an
+        output at a noise level means. Nor is the output's sign, which is the family's."""
+        return cls(source, "flow", timesteps)
 
     @classmethod
     def of_scheduler(cls, scheduler: Any, source: str) -> ScheduleFacts:
         """The facts of a diffusers scheduler, as far as it has any: some have no alphas_cumprod."""
         config = getattr(scheduler, "config", None) or {}
+        if is_flow(scheduler):
+            return cls._of_flow(source, config["num_train_timesteps"])
         prediction_type, levels = config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None)
         if levels is None or not len(levels):
             return cls(source, prediction_type)

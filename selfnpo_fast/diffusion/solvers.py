@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule, ddim_coefficients
+from selfnpo_fast.diffusion.levels import Levels, ddim_coefficients
 from selfnpo_fast.runtime.errors import UserError
 
 
@@ -59,7 +59,7 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float 
     The steps are those of diffusers 0.42 with `set_begin_index(0)`, and the last state is what
     diffusers returns. w is the paper's omega, guidance_scale - 1. eta (0 to 1) and s_churn are the
     arguments of diffusers' `step`; s_churn other than 0 is refused. All prediction types of
-    `NoiseSchedule` are served. Raises UserError for schedulers and options whose step is not linear
+    `Levels` are served. Raises UserError for schedulers and options whose step is not linear
     or not known here.
     """
     check_served(scheduler)
@@ -107,7 +107,7 @@ def check_served(scheduler) -> None:
                 f"scheduler: {option} is {value!r}, which the fused step does not serve; set it to {wanted}, as in "
                 f"{name}.from_config(config, {option}={served[0]!r})"
             )
-    NoiseSchedule.from_scheduler(scheduler)
+    Levels.of(scheduler)
 
 
 def _between_levels(
@@ -124,7 +124,7 @@ def _between_levels(
     """
     n = len(now)
     kept = 1 - noise.square() if noise is not None else torch.ones_like(now)
-    levels = NoiseSchedule(torch.cat([now, (after / kept).clamp(max=1)]), prediction_type)
+    levels = Levels.variance_preserving(torch.cat([now, (after / kept).clamp(max=1)]), prediction_type)
     k = ddim_coefficients(levels, torch.arange(n), torch.arange(n, 2 * n))
     k[:, 2:4] *= kept.sqrt()[:, None]
     if noise is not None:
@@ -137,7 +137,7 @@ def _between_levels(
 
 def _ddim(scheduler, timesteps: torch.Tensor, eta: float) -> tuple[torch.Tensor, float]:
     """(k, init_scale) of DDIMScheduler."""
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    schedule = Levels.of(scheduler)
     count = schedule.num_train_timesteps
     if timesteps.min() < 0 or timesteps.max() >= count:
         outside = timesteps[(timesteps < 0) | (timesteps >= count)][0].item()
@@ -152,7 +152,7 @@ def _ddim(scheduler, timesteps: torch.Tensor, eta: float) -> tuple[torch.Tensor,
     after = torch.where(before >= 0, schedule.alphas_cumprod[before.clamp(min=0)], final)
     # Eq. 16 of Song et al., DDIM, arXiv:2010.02502.
     noise = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt() if eta else None
-    return _between_levels(schedule.prediction_type, now, after, noise), 1.0
+    return _between_levels(schedule.prediction, now, after, noise), 1.0
 
 
 def _dpm_solver(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Tensor, float]:
@@ -179,7 +179,7 @@ def _dpm_solver(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Ten
         curvature[:] = 0
     elif first_order_at_last:
         curvature[-1] = 0
-    prediction_type = NoiseSchedule.from_scheduler(scheduler).prediction_type
+    prediction_type = Levels.of(scheduler).prediction
     return _between_levels(prediction_type, levels[:-1], levels[1:], noise, curvature), 1.0
 
 
@@ -189,7 +189,7 @@ def _euler(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Tensor, 
     sigmas = scheduler.sigmas.double().cpu()[: len(timesteps) + 1]
     norm = (1 + sigmas.square()).sqrt()
     levels = norm.pow(-2)
-    k = _between_levels(NoiseSchedule.from_scheduler(scheduler).prediction_type, levels[:-1], levels[1:])
+    k = _between_levels(Levels.of(scheduler).prediction, levels[:-1], levels[1:])
     k[-1, 2:4] *= norm[-1]  # diffusers returns the last state without the scaling of an input
     largest = scheduler.sigmas.double().max()
     if scheduler.config.timestep_spacing == "leading":  # EulerDiscreteScheduler.init_noise_sigma

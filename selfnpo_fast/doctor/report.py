@@ -12,7 +12,7 @@ from selfnpo_fast.doctor.costs import GIB, Memory, PlannedRun, Tracer
 from selfnpo_fast.doctor.machines import GPUS, Machine, measure_this_machine, update_seconds
 from selfnpo_fast.doctor.memory_check import TOLERANCE, Comparison, compare, measure
 from selfnpo_fast.doctor.savings import memory_saving_changes
-from selfnpo_fast.models import SD15_SMALL, load_adapter
+from selfnpo_fast.models import SD15_SMALL, load_adapter_of
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import init_world
@@ -64,14 +64,7 @@ def make_tracer(config: TrainConfig) -> Tracer:
     Of real data the tracer takes `data.limit` images, an upper bound: counting would read them all.
     """
     find_method(config.method)  # a name that is not known is refused
-    model = config.model
-    adapter = load_adapter(
-        model.path,
-        revision=model.revision,
-        variant=model.variant,
-        resolution=model.resolution,
-        configs_only=True,
-    )
+    adapter = load_adapter_of(config.model, configs_only=True)
     if config.rollout.start == "data":
         return Tracer(adapter, config.data.limit)
     prompts = config.prompts

@@ -209,7 +209,7 @@ class FakeDenoiser:
         With `one_row` the conditioning is one row, expanded to the batch without a copy.
         """
         x = torch.empty(batch, *self.adapter.latent_shape)
-        t = torch.empty(batch, dtype=torch.int64)
+        t = torch.empty(batch, dtype=self.adapter.family.time_dtype)
         rows = {
             name: torch.empty(1 if one_row else batch, *shape, dtype=self.dtype).expand(batch, *shape)
             for name, shape in self.adapter.conditioning_shapes.items()

@@ -37,7 +37,7 @@ from selfnpo_fast.guidance.settings import (
 )
 from selfnpo_fast.guidance.snapshot import Snapshot, check_networks, check_whole
 from selfnpo_fast.guidance.trajectory import Trajectories
-from selfnpo_fast.models import Adapter, Family, adapter_of
+from selfnpo_fast.models import Adapter, Family, Size, adapter_of
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.negatives.weights import config_of
@@ -226,8 +226,8 @@ class GuidedSampler:
                 raise UserError(f"{name}: {shortened(callback)} is not possible; expected a function")
         config = config_of_call({"solver": self.solver} | settings | {"batch_size": batch_size})
         seeds = checked_seeds(seeds, len(prompts))
-        size = checked_size(height, width, lambda: self.adapter.size)
-        shape = self.adapter.latent_shape_of(*size)
+        size = checked_size(height, width, self.adapter)
+        shape = self.adapter.latent_shape_of(size)
         solver, name = self._solver(config)
         with self._turn():
             # Encode the prompts of both branches, draw the latents, decode them.
@@ -307,14 +307,14 @@ class GuidedSampler:
                 progress(min(start + config.batch_size, len(seeds)))
         return torch.cat(images)
 
-    def _encode(self, prompts: list[str], size: tuple[int, int]) -> Conditioning:
+    def _encode(self, prompts: list[str], size: Size) -> Conditioning:
         """Conditioning rows (N, ...) of N prompts for pictures of a size in pixels."""
-        return self.adapter.sized(self.adapter.encode_prompts(prompts, self.device), *size)
+        return self.adapter.sized(self.adapter.encode_prompts(prompts, self.device), size)
 
-    def _encode_negative(self, negative_prompts: list[str] | None, size: tuple[int, int]) -> Conditioning:
+    def _encode_negative(self, negative_prompts: list[str] | None, size: Size) -> Conditioning:
         """The negative branch's conditioning rows, (1, ...) or (N, ...)."""
         if negative_prompts is None:
-            return self.adapter.sized(self.adapter.encode_empty(self.device), *size)
+            return self.adapter.sized(self.adapter.encode_empty(self.device), size)
         return self._encode(negative_prompts, size)
 
     def _solver(self, config: SamplerConfig) -> tuple[SolverSteps, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from selfnpo_fast.diffusion.schedulers import SOLVERS
+from selfnpo_fast.models.base import Adapter
+from selfnpo_fast.models.size import AskedSize, Size
 from selfnpo_fast.runtime.errors import UserError, shortened
 from selfnpo_fast.runtime.limits import MAX_COUNT, MAX_PROMPT_CHARACTERS
 
@@ -153,10 +155,9 @@ def checked_seeds(seeds: int | Iterable[int] | None, count: int) -> list[int]:
     return [check_integer("seeds", seed, 0, MAX_SEED) for seed in values]
 
 
-def checked_size(height: int | None, width: int | None, default: Callable[[], tuple[int, int]]) -> tuple[int, int]:
-    """(height, width) in pixels, that of `default()` where one is None. Raises UserError for what
-    is no positive integer."""
-    return (
-        default()[0] if height is None else check_integer("height", height, 1, MAX_COUNT),
-        default()[1] if width is None else check_integer("width", width, 1, MAX_COUNT),
-    )
+def checked_size(height: int | None, width: int | None, adapter: Adapter) -> Size:
+    """The size of a call, whose sides are the adapter's where they are None. Raises UserError for
+    what is no positive integer."""
+    sides = {"height": height, "width": width}
+    given = {name: check_integer(name, side, 1, MAX_COUNT) for name, side in sides.items() if side is not None}
+    return adapter.size_of(AskedSize(**given))

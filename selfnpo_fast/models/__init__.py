@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from selfnpo_fast.config import ModelConfig
 from selfnpo_fast.models.base import Adapter
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import open_folder, open_repository
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
+from selfnpo_fast.models.size import AskedSize, Size
 from selfnpo_fast.runtime.errors import UserError, one_line
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -49,12 +52,18 @@ def load_adapter(
     revision: str | None = None,
     variant: str | None = None,
     resolution: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    expert: str | None = None,
     configs_only: bool = False,
 ) -> Adapter:
     """The adapter of the pipeline at `path` (`digits`, a diffusers folder or a Hub id); loads no
     weights yet.
 
-    With `configs_only` the weights and the tokenizers may be missing.
+    resolution, height, width, frames    what to train on or to draw; by default the model's own
+    expert                               `model.expert` of the config
+    configs_only                         the weights and the tokenizers may be missing
 
     Raises UserError where there is no such folder, it is no pipeline, its family is not supported,
     or a part of it is missing, of another class than the family's, not served, or does not fit.
@@ -77,9 +86,16 @@ def load_adapter(
         raise UserError(f"model.path: {path} is a {shown}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     _check_classes(path, index, family, configs_only)
-    adapter = family.adapter(source, folder=folder, index=index, variant=variant, resolution=resolution)
+    asked = AskedSize(resolution, height, width, frames)
+    adapter = family.adapter(source, folder=folder, index=index, variant=variant, asked=asked, expert=expert)
     adapter.check(configs_only=configs_only)
     return adapter
+
+
+def load_adapter_of(model: ModelConfig, *, configs_only: bool = False) -> Adapter:
+    """`load_adapter` of a config's model."""
+    options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "path"}
+    return load_adapter(model.path, **options, configs_only=configs_only)
 
 
 def adapter_of(pipe: Any) -> Adapter:
@@ -143,6 +159,7 @@ __all__ = [
     "SD15_SMALL",
     "Adapter",
     "Family",
+    "Size",
     "StableDiffusionAdapter",
     "StableDiffusionXLAdapter",
     "adapter_of",
@@ -150,6 +167,7 @@ __all__ = [
     "family_of",
     "guided_family_of",
     "load_adapter",
+    "load_adapter_of",
     "register",
     "resolve_path",
 ]

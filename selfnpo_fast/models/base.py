@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import parts, text
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
+from selfnpo_fast.models.size import AskedSize, Size
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import network_dtype
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.errors import UserError, shortened
 from selfnpo_fast.runtime.stopping import check_stop
 
 Conditioning = dict[str, torch.Tensor]
@@ -48,17 +50,21 @@ class Adapter:
         folder: ModelFolder | None = None,
         index: dict | None = None,
         variant: str | None = None,
-        resolution: int | None = None,
+        asked: AskedSize | None = None,
+        expert: str | None = None,
     ) -> None:
         """An adapter of the files in `folder`, whose model_index.json is `index`.
 
-        `path` names them in messages.
+        path      names them in messages
+        asked     the size to train on or to draw; by default the model's own
+        expert    `model.expert` of the config
         """
         self.path = path
         self.index = index or {}
         self._files = folder
         self._variant = variant
-        self._resolution = resolution
+        self._asked, self._expert = asked or AskedSize(), expert
+        self._at_device: dict[tuple, Any] = {}  # what calls need besides rows, by device
         self._loaded: Any = None  # the pipeline whose parts these are, where there is one
         self.layout_copies = 0  # outputs that `predict` had to copy into row-major order
 
@@ -95,6 +101,10 @@ class Adapter:
         Reads config files, and what there is of others. With `configs_only` the scheduler, the
         tokenizers and all weights may be missing, and no picture can be made.
         """
+        if self._expert is not None and not self.family.experts:
+            raise UserError(
+                f"model.expert: {shortened(self._expert)} is not possible; {self.path} has one denoiser; leave it out"
+            )
         with loading(self.path, "the model"):
             self.denoiser_config  # noqa: B018
             self.check_size()
@@ -122,7 +132,7 @@ class Adapter:
         def run(denoiser: nn.Module) -> torch.Tensor:
             x, t = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
             cond = {name: torch.empty(2, *row, device="meta") for name, row in rows.items()}
-            return denoiser(x, t, **self.arguments(cond), return_dict=False)[0]
+            return self._forward(denoiser, x, t, cond)
 
         with loading(self.path, self.denoiser_name):
             config = self.denoiser_config
@@ -177,21 +187,69 @@ class Adapter:
             cls = self.family.load_class(self.family.denoiser_class)
             return parts.load_network(cls, self.folder, self.denoiser_name, self._variant, dtype)
 
-    def predict(self, denoiser: Callable, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """The raw network output (B, ...) at states x (B, ...), timesteps t (B,) and conditioning
-        rows (B, ...).
+    def predict_level(self, denoiser: Callable, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """`predict` at noise levels t (B,) int64 of `schedule`, in the adapter's size."""
+        return self.predict(denoiser, x, self.time_of(t), cond)
 
-        Inputs are cast to the network's dtype; the output keeps it and is row-major, as the fused
-        ops need it.
+    def predict(
+        self, denoiser: Callable, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, size: Size | None = None
+    ) -> torch.Tensor:
+        """The raw network output (B, ...) at states x (B, ...), times t (B,) as the network is given
+        them, and conditioning rows (B, ...); `size` is that of the states, by default the adapter's.
+
+        States and rows are cast to the network's dtype; the output keeps it and is row-major, as the
+        fused ops need it.
         """
         dtype = network_dtype(denoiser)
         cond = {name: rows.to(dtype) for name, rows in cond.items()}
-        out = denoiser(x.to(dtype), t, **self.arguments(cond), return_dict=False)[0]
+        out = self._forward(denoiser, x.to(dtype), t, cond, size)
         return out if out.is_contiguous() else self._row_major(out)
+
+    def _forward(
+        self, denoiser: Callable, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, size: Size | None = None
+    ) -> torch.Tensor:
+        """The denoiser's prediction (B, ...) for inputs in its dtype."""
+        positional, named = self.call(x, t, cond, self._fixed(x, size))
+        return self.output(denoiser(*positional, **named, return_dict=False))
+
+    def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, fixed: dict) -> tuple[tuple, dict]:
+        """The denoiser's positional and keyword arguments at states x (B, ...), times t (B,) and
+        conditioning rows (B, ...), all in its dtype; `fixed` is from `fixed_arguments`.
+
+        A guidance embedding, the same number for every sample, is added here.
+        """
+        return (x, t), {**self.arguments(cond), **fixed}
 
     def arguments(self, cond: Conditioning) -> dict:
         """The denoiser's keyword arguments that conditioning rows stand for."""
         return cond
+
+    def fixed_arguments(self, size: Size, device: torch.device, dtype: torch.dtype) -> dict:
+        """The denoiser's keyword arguments that depend on nothing but the size, such as rotary
+        embeddings and the positions of tokens. They do not count samples, and are made once."""
+        return {}
+
+    def output(self, out: tuple) -> torch.Tensor:
+        """The prediction (B, ...) in what the denoiser returns, without a learned variance."""
+        return out[0]
+
+    def _fixed(self, x: torch.Tensor, size: Size | None) -> dict:
+        """`fixed_arguments` for states x, kept by size, device and dtype; of tensors without numbers
+        nothing is kept."""
+        if type(self).fixed_arguments is Adapter.fixed_arguments:
+            return {}
+        size = size or self.size
+        if x.is_meta or isinstance(x, FakeTensor):
+            return self.fixed_arguments(size, x.device, x.dtype)
+        key = ("fixed", size, x.device, x.dtype)
+        if key not in self._at_device:
+            self._at_device[key] = self.fixed_arguments(size, x.device, x.dtype)
+        return self._at_device[key]
+
+    def expert(self, t: torch.Tensor) -> torch.Tensor:
+        """Which denoiser of `family.experts` owns each noise level, int64 like the levels t; 0 of a
+        model with one."""
+        return torch.zeros_like(t)
 
     def _row_major(self, out: torch.Tensor) -> torch.Tensor:
         """A channels_last network output made row-major: one copy, counted and said once.
@@ -226,7 +284,7 @@ class Adapter:
             return parts.load_scheduler(name, config)
 
     @functools.cached_property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Levels:
         """Noise levels and prediction type, read from the pipeline's scheduler instance.
 
         Raises UserError for options that make a solver step non-linear in the network's output.
@@ -238,9 +296,25 @@ class Adapter:
                     "it to false in scheduler/scheduler_config.json"
                 )
         with loading(self.path, "scheduler"):
-            schedule = self.family.schedule(self._scheduler)
+            schedule = self.family.levels(self._scheduler, self.tokens())
             schedule.check()
             return schedule
+
+    def time_of(self, t: torch.Tensor) -> torch.Tensor:
+        """What the network is given as time at noise levels t (B,) int64, in `family.time_dtype`."""
+        key = ("time", t.device)
+        if key not in self._at_device:
+            time = self.schedule.time
+            whole = self.family.time_dtype == torch.int64
+            same = whole and torch.equal(time, torch.arange(len(time), dtype=time.dtype))
+            self._at_device[key] = None if same else time.to(self.family.time_dtype).to(t.device)
+        table = self._at_device[key]
+        return t if table is None else table[t]
+
+    def tokens(self) -> int | None:
+        """The number of tokens of a latent of the adapter's size in the denoiser, where noise levels
+        depend on it (dynamic shifting)."""
+        return None
 
     def check_steps(self, steps: int, field: str = "steps") -> None:
         """UserError that names `field` where the model has too few timesteps for `steps` solver
@@ -253,44 +327,60 @@ class Adapter:
     # Sizes
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the model was made for."""
+    def default_size(self) -> Size:
+        """The size of the pictures or videos that the model was made for."""
         raise NotImplementedError
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that are trained on or drawn."""
-        return self.default_size if self._resolution is None else (self._resolution, self._resolution)
+    def size(self) -> Size:
+        """The size of what is trained on or drawn. Raises UserError where the model names none, and
+        a side is not given."""
+        return self._filled(self._asked, lambda: self.default_size)
+
+    def size_of(self, asked: AskedSize) -> Size:
+        """The size of a call, the adapter's where nothing is asked for."""
+        return self._filled(asked, lambda: self.size)
+
+    def _filled(self, asked: AskedSize, default: Callable[[], Size]) -> Size:
+        """What is asked for, and the rest by `default`, which is called where it is needed."""
+        known = asked.has_sides and not (asked.frames is None and self.family.draws_videos)
+        return asked.of(Size(0, 0) if known else default())
 
     @property
     def resolution(self) -> int:
         """Height and width in pixels of square pictures. Raises UserError where they differ."""
-        height, width = self.size
-        if height != width:
+        size = self.size
+        if size.height != size.width:
             raise UserError(
-                f"model.resolution: {self.path} draws pictures of {height} x {width} pixels, and square ones are "
-                "needed here; give a resolution"
+                f"model.resolution: {self.path} draws pictures of {size.height} x {size.width} pixels, and square "
+                "ones are needed here; give a resolution"
             )
-        return height
+        return size.height
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of one latent, of any rank."""
-        return self.latent_shape_of(*self.size, "model.resolution")
+        return self.latent_shape_of(self.size, self._size_field)
 
-    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, ...]:
-        """The shape of the latent of a picture of this size in pixels.
+    @property
+    def _size_field(self) -> str:
+        """What errors about the size name, as in `latent_shape_of`."""
+        return "model.resolution" if self._asked.height is None else "model."
 
-        Raises UserError for a size that the model cannot draw, naming `field`, or else the side.
+    def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, ...]:
+        """The shape of the latent of a picture or video of this size.
+
+        Raises UserError for a size that the model cannot draw, naming `side_field(field, side)`:
+        the field, or with a section ("model.") or nothing the side in it.
         """
         raise NotImplementedError
 
-    def check_size(self, field: str = "model.resolution") -> None:
-        """UserError that names `field` where the resolution is none that the model can draw."""
-        self.latent_shape_of(*self.size, field)
+    def check_size(self) -> None:
+        """UserError that names the field where the size is none that the model can draw."""
+        self.latent_shape_of(self.size, self._size_field)
 
-    def sized(self, cond: Conditioning, height: int, width: int) -> Conditioning:
-        """The rows for pictures of another size in pixels than the adapter's resolution."""
+    def sized(self, cond: Conditioning, size: Size) -> Conditioning:
+        """The rows for another size than the adapter's."""
         return cond
 
     # Text

@@ -10,9 +10,10 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models.parts import check_config
 
 
@@ -67,6 +68,14 @@ class Family:
     not_rows: frozenset[str] = frozenset()
     """Arguments, named in the same way, whose leading dimension does not count samples. A tensor
     that is named in neither is refused next to full weights where it is as long as the batch."""
+    time_dtype: torch.dtype = torch.int64
+    """Of the times that the denoiser is given: int64 for the index of a noise level, float32 for
+    what is no whole number."""
+    draws_videos: bool = False
+    """Whether a size has frames."""
+    experts: tuple[str, ...] = ()
+    """The pipeline's attributes of the denoisers of high and of low noise levels, where a model has
+    two; `base.Adapter.expert` tells which one owns a level."""
     inert_options: frozenset[str] = frozenset()
     """Options of the denoiser's config that leave the function it computes unchanged."""
     text_lora_prefixes: tuple[str, ...] = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
@@ -85,9 +94,14 @@ class Family:
         check_config(config)
         return self.load_class(self.denoiser_class).from_config(config)
 
-    def schedule(self, scheduler: Any) -> NoiseSchedule:
-        """The noise levels and the prediction type that a scheduler instance stands for."""
-        return NoiseSchedule.from_scheduler(scheduler)
+    def levels(self, scheduler: Any, tokens: int | None = None) -> Levels:
+        """The noise levels and the prediction that a scheduler instance stands for, and what the
+        network is given as time; `tokens` is that of `base.Adapter.tokens`.
+
+        A flow whose network is given sigma, or 1 - sigma, or predicts x_0 - eps, replaces `time` and
+        `prediction` (dataclasses.replace).
+        """
+        return Levels.of(scheduler, tokens)
 
     def is_guided(self, pipe: Any) -> bool:
         """Whether guidance is on for the step that a pipeline of `guided_pipelines` is

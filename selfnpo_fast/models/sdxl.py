@@ -8,6 +8,7 @@ import torch
 
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.models.sd import StableDiffusion, StableDiffusionAdapter
+from selfnpo_fast.models.size import Size
 from selfnpo_fast.models.unet import UNetFamily, guided_pipelines
 
 
@@ -48,20 +49,20 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
             prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         # Where the config names no size, `sized` fills in that of the call.
-        known = self._resolution is not None or self.denoiser_config.get("sample_size") is not None
-        time_ids = self._time_ids(len(prompts), embeds, self.size if known else (0, 0))
+        known = self._asked.has_sides or self.denoiser_config.get("sample_size") is not None
+        time_ids = self._time_ids(len(prompts), embeds, self.size if known else Size(0, 0))
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": time_ids}
 
-    def sized(self, cond: Conditioning, height: int, width: int) -> Conditioning:
+    def sized(self, cond: Conditioning, size: Size) -> Conditioning:
         """The rows with other `time_ids`."""
         rows = cond["time_ids"]
-        return cond | {"time_ids": self._time_ids(len(rows), rows, (height, width))}
+        return cond | {"time_ids": self._time_ids(len(rows), rows, size)}
 
     @staticmethod
-    def _time_ids(rows: int, like: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Original size, crop corner and target size: an uncropped picture of (height, width)
-        pixels."""
-        return torch.tensor([[*size, 0, 0, *size]], device=like.device, dtype=torch.float32).expand(rows, 6)
+    def _time_ids(rows: int, like: torch.Tensor, size: Size) -> torch.Tensor:
+        """Original size, crop corner and target size: an uncropped picture of this size."""
+        sides = size.height, size.width
+        return torch.tensor([[*sides, 0, 0, *sides]], device=like.device, dtype=torch.float32).expand(rows, 6)
 
     def encode_empty(self, device: torch.device) -> Conditioning:
         """Zeros for both text embeddings where the pipeline forces them (SDXL base does), size

@@ -9,6 +9,7 @@ from torch import nn
 
 from selfnpo_fast.models.base import Adapter
 from selfnpo_fast.models.family import Family, SharedParts
+from selfnpo_fast.models.size import Size, side_field
 from selfnpo_fast.models.unet_names import original_paths
 from selfnpo_fast.runtime.errors import UserError, shortened
 
@@ -170,7 +171,7 @@ class UNetAdapter(Adapter):
         raise NotImplementedError
 
     @property
-    def default_size(self) -> tuple[int, int]:
+    def default_size(self) -> Size:
         """Height and width of the latent in the denoiser's config, in pixels.
 
         Raises UserError where the config names none.
@@ -182,17 +183,18 @@ class UNetAdapter(Adapter):
                 f"model.resolution: {self.path} names no size of its pictures (sample_size is {shortened(size, 40)}); "
                 "give a resolution"
             )
-        return sides[0] * self.vae_scale, sides[1] * self.vae_scale
+        return Size(sides[0] * self.vae_scale, sides[1] * self.vae_scale)
 
-    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int]:
-        """(C, H, W) of the latent of a picture in pixels; errors name `field`, or else the side."""
-        for side, pixels in (("height", height), ("width", width)):
+    def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, int, int]:
+        """(C, H, W) of the latent of a picture; errors name `field` as in the base."""
+        size.refuse_frames(field, self.path)
+        for side, pixels in size.sides:
             if pixels % self.vae_scale or not 1 <= pixels <= MAX_RESOLUTION:
                 raise UserError(
-                    f"{field or side}: {pixels} is no multiple of {self.vae_scale} from {self.vae_scale} to "
+                    f"{side_field(field, side)}: {pixels} is no multiple of {self.vae_scale} from {self.vae_scale} to "
                     f"{MAX_RESOLUTION}"
                 )
-        return (self.denoiser_config["in_channels"], height // self.vae_scale, width // self.vae_scale)
+        return (self.denoiser_config["in_channels"], size.height // self.vae_scale, size.width // self.vae_scale)
 
 
 def guided_pipelines(family: str) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ class ContinuousRollout:
         return TdftTables(
             step=grid.step,
             start=grid.start,
-            renoise=grid.renoise,
+            renoise=grid.drawn_renoise(),
             timesteps=grid.timesteps,
             weight=weight.float().to(self.maker.device),
         )
@@ -198,6 +198,9 @@ class ContinuousRollout:
         pos, neg = maker.predictor.outputs(x, maker.grid.timestep(slots[0]), slots[3])
         out = tdft_step(pos, neg, x, final, slots, self._next_slots, self.tables, self.rules, self.latents)
         slots.copy_(self._next_slots)
+        pairs = out[2]
+        if maker.grid.moved is not None:  # the op draws uniformly, and its table is by the drawn s
+            pairs[1] = maker.grid.level_of(pairs[0], pairs[1])
         return out
 
     def state_dict(self) -> dict[str, torch.Tensor]:

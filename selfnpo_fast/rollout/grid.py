@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from selfnpo_fast.config import RolloutConfig
-from selfnpo_fast.diffusion.schedule import (
-    NoiseSchedule,
+from selfnpo_fast.diffusion.levels import (
+    Levels,
     ddim_coefficients,
-    ddim_grid,
     forward_coefficients,
     renoise_coefficients,
 )
@@ -30,7 +29,7 @@ class Grid:
     Row i + 1 of a table belongs to grid index i, and row 0 to t = 0.
     """
 
-    schedule: NoiseSchedule
+    schedule: Levels
     """The noise levels from which the tables were computed."""
     timesteps: torch.Tensor
     """(N + 1,) int64: 0, then the grid in ascending order."""
@@ -42,23 +41,33 @@ class Grid:
     """(N + 1, T, 2) float32: noising to timestep s, from x_t (Eq. 16) or x_{t->0} (Eq. 15)."""
     naive: bool
     """Whether `renoise` is made for Eq. 15."""
+    moved: torch.Tensor | None = None
+    """(N + 1, T) int64: the s that each uniformly drawn s stands for (`moved_levels`); None where a
+    drawn s is what it says."""
 
     @staticmethod
-    def check(schedule: NoiseSchedule, grid_steps: int) -> None:
+    def check(schedule: Levels, grid_steps: int) -> None:
         """Raises UserError where `grid_steps` does not divide the model's timesteps."""
-        ddim_grid(schedule.num_train_timesteps, grid_steps)
+        schedule.grid(grid_steps)
 
     @classmethod
     def build(
-        cls, schedule: NoiseSchedule, grid_steps: int, device: torch.device, *, omega: float, noising: str = "from_x_t"
+        cls,
+        schedule: Levels,
+        grid_steps: int,
+        device: torch.device,
+        *,
+        omega: float,
+        noising: str = "from_x_t",
+        s_shift: float = 1.0,
     ) -> Grid:
         """The DDIM grid of `grid_steps` steps under guidance `omega`, with its tables on `device`.
 
         The step from grid index 0 ends at timestep 0. `noising` is from_x_t (Eq. 16) or naive
-        (Eq. 15). Raises UserError where `grid_steps` does not divide the model's timesteps.
+        (Eq. 15); `s_shift` is the config's. Raises UserError where `grid_steps` does not divide the model's timesteps.
         """
         zero = torch.zeros(1, dtype=torch.int64)
-        timesteps = torch.cat([zero, ddim_grid(schedule.num_train_timesteps, grid_steps)])
+        timesteps = torch.cat([zero, schedule.grid(grid_steps)])
         previous = torch.cat([zero, timesteps[:-1]])
         every_s = torch.arange(schedule.num_train_timesteps).expand(grid_steps + 1, -1)
         naive = noising != "from_x_t"
@@ -71,7 +80,10 @@ class Grid:
             forward_coefficients(schedule, timesteps),
             renoise,
         )
-        return cls(schedule, timesteps.to(device), *(k.float().contiguous().to(device) for k in tables), naive)
+        moved = None
+        if s_shift != 1:
+            moved = moved_levels(timesteps, schedule.num_train_timesteps, s_shift).to(device)
+        return cls(schedule, timesteps.to(device), *(k.float().contiguous().to(device) for k in tables), naive, moved)
 
     @property
     def steps(self) -> int:
@@ -81,6 +93,19 @@ class Grid:
     def timestep(self, index: torch.Tensor) -> torch.Tensor:
         """Timesteps (B,) int64 of grid indices (B,)."""
         return self.timesteps[index + 1]
+
+    def level_of(self, t: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """s (B,) int64 of pairs whose states are at timesteps t (B,) of the grid, where `drawn` (B,)
+        is uniform in {t + 1, ..., T - 1}."""
+        if self.moved is None:
+            return drawn
+        return self.moved[torch.searchsorted(self.timesteps, t), drawn]
+
+    def drawn_renoise(self) -> torch.Tensor:
+        """`renoise` by the drawn s instead of the s that it stands for."""
+        if self.moved is None:
+            return self.renoise
+        return self.renoise.gather(1, self.moved[..., None].expand_as(self.renoise))
 
     def noised(
         self,
@@ -99,6 +124,28 @@ class Grid:
         """
         flat_index = (index + 1) * self.renoise.shape[1] + s
         return affine_noise(target if self.naive else x_t, self.renoise.flatten(0, 1), noise, index=flat_index)
+
+
+def moved_levels(timesteps: torch.Tensor, count: int, shift: float) -> torch.Tensor:
+    """The s that each uniformly drawn s stands for under `rollout.s_shift`, (N + 1, T) int64.
+
+    A share u of the T = `count` levels becomes f(u) = shift u / (1 + (shift - 1) u), which is how flow
+    schedulers shift sigma. From the state at level t, s has the distribution of f(u) above the share
+    of t, for a uniform u: the levels t + 1, ..., T - 1 stay the range, and a shift of 1 changes
+    nothing. Entries of s <= t, which are never drawn, stay as they are.
+
+    timesteps    (N + 1,) int64, those of the grid
+    """
+    drawn = torch.arange(count).expand(len(timesteps), -1)
+    t = timesteps[:, None].double()
+    lowest = (t + 1) / count
+    lowest = lowest / (shift - (shift - 1) * lowest)  # the inverse of f
+    # The middle of each of the equal parts of (t, T - 1].
+    part = (drawn - t - 0.5) / (count - 1 - t).clamp(min=1)
+    u = lowest + (1 - lowest) * part
+    s = (count * shift * u / (1 + (shift - 1) * u)).ceil().long() - 1
+    s = torch.minimum(torch.maximum(s, timesteps[:, None] + 1), torch.tensor(count - 1))
+    return torch.where(drawn > timesteps[:, None], s, drawn)
 
 
 def lockstep_frequencies(config: RolloutConfig) -> torch.Tensor:

@@ -174,10 +174,11 @@ class PairMaker:
         return NoiseKey(self.seed, sample_ids, draw_id(kind, index))
 
     def draw_s(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """s (B,), uniform in {t + 1, ..., T - 1}, for samples (B,) at grid indices (B,)."""
+        """s (B,) in {t + 1, ..., T - 1}, for samples (B,) at grid indices (B,): uniform, unless
+        `rollout.s_shift` moves it."""
         t = self.grid.timestep(index)
         choices = self.grid.schedule.num_train_timesteps - 1 - t
-        return t + 1 + randint(self.key(Draw.RENOISE_TIME, sample_ids, index), choices)
+        return self.grid.level_of(t, t + 1 + randint(self.key(Draw.RENOISE_TIME, sample_ids, index), choices))
 
     def student_rows(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """The prompts' table rows (B,), with a share `dropout` replaced by the empty row."""

@@ -14,7 +14,7 @@ from torch import nn
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.data.prompts import fingerprint
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
-from selfnpo_fast.models import Adapter, load_adapter
+from selfnpo_fast.models import Adapter, load_adapter_of
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
@@ -60,7 +60,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     model = config.model
     config.engine.check_shares(world.size)
     method = find_method(config.method)
-    adapter = load_adapter(model.path, revision=model.revision, variant=model.variant, resolution=model.resolution)
+    adapter = load_adapter_of(model)
     if config.log.sample_every >= 0:
         adapter.check_steps(config.log.sample_steps, "log.sample_steps")
     inputs = method.read_inputs(config, adapter, world)

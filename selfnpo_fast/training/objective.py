@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from selfnpo_fast.config import LossConfig
-from selfnpo_fast.diffusion.schedule import NoiseSchedule, x0_coefficients
+from selfnpo_fast.diffusion.levels import Levels, x0_coefficients
 from selfnpo_kernels import x0_loss
 
 
@@ -26,7 +26,7 @@ class Objective:
     """(T, 2) float32: x0 = k0 x_s + k1 output, for the student's output at timestep s."""
 
     @classmethod
-    def build(cls, config: LossConfig, schedule: NoiseSchedule, device: torch.device) -> Objective:
+    def build(cls, config: LossConfig, schedule: Levels, device: torch.device) -> Objective:
         """The loss of a config; the schedule says what the student's output stands for."""
         k = x0_coefficients(schedule, torch.arange(schedule.num_train_timesteps))
         return cls(config.kind, config.c, k.float().to(device))

@@ -199,10 +199,20 @@ def _check_files(checkpoint: Path, state: dict) -> None:
         raise ValueError(f"it is of {state['world_size']} ranks, and has other files of ranks")
 
 
+def _completed(saved: dict, defaults: dict) -> dict:
+    """A saved recipe with the default of each choice that it does not have."""
+    filled = defaults | saved
+    for key, of_section in defaults.items():
+        if isinstance(of_section, dict) and isinstance(filled[key], dict):
+            filled[key] = of_section | filled[key]
+    return filled
+
+
 def _refuse_foreign(checkpoint: Path, config: TrainConfig, world: World) -> None:
     """Raises UserError where a run of this config and world cannot continue from a checkpoint."""
     state = read_state(checkpoint)
-    now, then = recipe(config), state["config"]
+    # A choice that came after the checkpoint was then what its default is now.
+    now, then = recipe(config), _completed(state["config"], recipe(TrainConfig()))
     # Where the checkpoint has the fingerprint of the base, that decides: a revision may be pinned
     # later.
     if isinstance(state.get("inputs"), dict) and isinstance(then.get("model"), dict):

@@ -136,10 +136,10 @@ class Trainer:
         """The student's raw output (B, ...).
 
         x       (B, ...), states
-        t       (B,), their timesteps
+        t       (B,) int64, their noise levels
         cond    their conditioning rows, (B, ...) by name
         """
-        return self.adapter.predict(self.engine, x, t, cond)
+        return self.adapter.predict_level(self.engine, x, t, cond)
 
     def pair_loss(self, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of one micro-batch, a scalar with gradient, and the loss of each pair (B,)."""

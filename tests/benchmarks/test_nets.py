@@ -57,7 +57,7 @@ def test_sd15_small_has_the_widths_and_the_noise_levels_of_sd15():
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     observed = net.schedule.alphas_cumprod.numpy()
     np.testing.assert_allclose(observed, np.cumprod(1 - betas), rtol=5e-6)  # 9e-7 seen: diffusers multiplies in float32
-    assert net.schedule.prediction_type == "epsilon"
+    assert net.schedule.prediction == "epsilon"
 
 
 def random_net(folder) -> BenchNet:

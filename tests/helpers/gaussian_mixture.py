@@ -11,7 +11,7 @@ import torch
 from benchmarks.arms.pairs import finished_pairs
 from benchmarks.closed_form.gaussian_mixture import ExactDenoiser, GaussianMixture
 from selfnpo_fast.config import RolloutConfig
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.rollout import (
     ContinuousRollout,
@@ -55,11 +55,13 @@ def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE
 
     Rollouts from data start at 4 images, one of each prompt.
     """
-    schedule = NoiseSchedule.from_scheduler(theirs or scheduler())
+    schedule = Levels.of(theirs or scheduler())
     data = mixture.sample(table.rows["weights"][1:], rng(7)).float() if setting.start == "data" else None
     return PairMaker(
         GuidedPredictor(ExactDenoiser(mixture, schedule), table, setting.omega),
-        Grid.build(schedule, setting.grid_steps, CPU, omega=setting.omega, noising=setting.noising),
+        Grid.build(
+            schedule, setting.grid_steps, CPU, omega=setting.omega, noising=setting.noising, s_shift=setting.s_shift
+        ),
         setting,
         latent_shape=SHAPE,
         num_prompts=4,
@@ -82,12 +84,12 @@ def forward_process(x0: torch.Tensor, t: int, seed: int) -> torch.Tensor:
     return scheduler().add_noise(x0, randn(*x0.shape, seed=seed), torch.full((len(x0),), t))
 
 
-def rollout_of_no_steps(index: int, s: int, count: int, noising: str, mixture=MIXTURE, table=TABLE):
+def rollout_of_no_steps(index: int, s: int, count: int, noising: str, mixture=MIXTURE, table=TABLE, theirs=None):
     """The product's (x_s, target), where x_t is drawn exactly from p_t.
 
     The rollout starts at noised exact data and walks zero steps.
     """
-    maker = make_maker(config(noising=noising), mixture=mixture, table=table)
+    maker = make_maker(config(noising=noising), theirs, mixture=mixture, table=table)
     rows = torch.randint(1, 5, (count,), generator=rng(11))
     draws = LockstepDraws(
         start_index=torch.full((count,), index),

@@ -28,6 +28,7 @@ from selfnpo_fast import GuidedSampler, attach_negative, cli, models, train
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import loading
+from selfnpo_fast.models.size import Size, side_field
 from selfnpo_fast.negatives.load import as_network, load_negative
 from selfnpo_fast.negatives.merge import merge
 from selfnpo_fast.runtime.errors import UserError
@@ -122,13 +123,15 @@ class TokenAdapter(Adapter):
     """Latents (L, C) of L tokens; a token is shown as a patch of its first three channels."""
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        return (self.denoiser_config["side"] * PIXELS,) * 2
+    def default_size(self) -> Size:
+        return Size(self.denoiser_config["side"] * PIXELS, self.denoiser_config["side"] * PIXELS)
 
-    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int]:
-        if height % PIXELS or width % PIXELS:
-            raise UserError(f"{field or 'height'}: {height} is no multiple of {PIXELS}")
-        return (height * width // PIXELS**2, self.denoiser_config["channels"])
+    def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, int]:
+        size.refuse_frames(field, self.path)
+        for side, pixels in size.sides:
+            if pixels % PIXELS:
+                raise UserError(f"{side_field(field, side)}: {pixels} is no multiple of {PIXELS}")
+        return (size.height * size.width // PIXELS**2, self.denoiser_config["channels"])
 
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -36,7 +36,7 @@ from scipy import stats
 
 from benchmarks.closed_form.gaussian_mixture import ExactDenoiser, GaussianMixture
 from selfnpo_fast.config import LossConfig
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.rollout import LockstepRollout, lockstep_rollout
 from selfnpo_fast.training.objective import Objective
 from selfnpo_kernels import Draw, NoiseKey, backends, draw_id, normal
@@ -96,7 +96,7 @@ def test_oracle_speaks_every_prediction_type(prediction_type):
     theirs = scheduler(prediction_type)
     theirs.set_timesteps(STEPS)
     x, weights = randn(6, *SHAPE), PROMPT_WEIGHTS[torch.arange(6) % 4]
-    denoiser = ExactDenoiser(MIXTURE, NoiseSchedule.from_scheduler(theirs))
+    denoiser = ExactDenoiser(MIXTURE, Levels.of(theirs))
     for t in (99, 999):
         output = denoiser(x, torch.full((6,), t), {"weights": weights})
         a = theirs.alphas_cumprod[t].double()
@@ -204,7 +204,7 @@ def test_minimiser_under_eq15_is_another(index, s):
     assert affine_deviation(index, s, "naive").max() > 50
 
 
-def loss_gradient(pairs, target: torch.Tensor, schedule: NoiseSchedule, shift: float) -> torch.Tensor:
+def loss_gradient(pairs, target: torch.Tensor, schedule: Levels, shift: float) -> torch.Tensor:
     """Gradient (48,) of the product's objective by the parameters of a mixture denoiser.
 
     They are all means and log-variances, and off the truth by `shift`.
@@ -221,7 +221,7 @@ def loss_gradient(pairs, target: torch.Tensor, schedule: NoiseSchedule, shift: f
 def test_loss_of_the_true_denoiser_is_eq17(prediction_type):
     """The mean square of E[x_0 | x_s] - x_{t->0} for every prediction type; within 1e-6."""
     pairs, _ = exact_batch(make_maker(config()), 500, 0)
-    schedule = NoiseSchedule.from_scheduler(scheduler(prediction_type))
+    schedule = Levels.of(scheduler(prediction_type))
     pred = ExactDenoiser(MIXTURE, schedule)(pairs.x_s, pairs.s, TABLE.gather(pairs.rows))
     weight = torch.rand(500, generator=rng(1))
     loss, per_pair = Objective.build(LossConfig(), schedule, CPU)(pred, pairs.x_s, pairs.s, pairs.target, weight)

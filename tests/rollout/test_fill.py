@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout import CPU, SHAPE, TABLE, Run, config, network, scheduler
 
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.rollout import ContinuousRollout, Grid, GuidedPredictor, walk
 from selfnpo_fast.rollout.continuous import fill_width
 from selfnpo_fast.rollout.lockstep import Turns
@@ -42,7 +42,7 @@ def test_packed_turns_take_every_step_once_and_in_order(steps, width):
 def test_the_size_of_a_forward_changes_no_bit(width, w):
     """Of a network whose rows do not depend on the batch. A sample that has arrived stays."""
     predictor = GuidedPredictor(network, TABLE, w, "batched")
-    grid = Grid.build(NoiseSchedule.from_scheduler(scheduler()), 10, CPU, omega=w)
+    grid = Grid.build(Levels.of(scheduler()), 10, CPU, omega=w)
     x, rows = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 2, 3, 4, 5])
     index, stop = torch.tensor([9, 3, 5, 9, 0]), torch.tensor([-1, 3, 2, 8, -1])
     kept = x.clone()

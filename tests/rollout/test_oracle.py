@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 
 from selfnpo_fast.config import LossConfig
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import StableDiffusionAdapter, StableDiffusionXLAdapter
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.rollout import Grid, GuidedPredictor, LockstepDraws, lockstep_rollout
@@ -67,7 +67,7 @@ def test_lockstep_iteration_matches_the_authors_code(path: Path):
     uncond = tensors["uncond_prompt_embeds"]
     assert torch.equal(uncond, uncond[:1].expand_as(uncond)), "the table has one unconditional row"
     table = conditioning(tensors, sdxl)
-    schedule = NoiseSchedule.from_scheduler(DDIMScheduler(**json.loads(meta["scheduler"])))
+    schedule = Levels.of(DDIMScheduler(**json.loads(meta["scheduler"])))
     adapter = (StableDiffusionXLAdapter if sdxl else StableDiffusionAdapter)("unused")
     reference = network(tensors, unet_config, "reference.")
     student = network(tensors, unet_config, "student.")
@@ -111,7 +111,7 @@ def test_forwards_per_pair_are_half_of_the_authors():
     tensors, meta = read(path)
     table = conditioning(tensors, sdxl=False)
     batch = len(tensors["latents"])
-    schedule = NoiseSchedule.from_scheduler(DDIMScheduler(**json.loads(meta["scheduler"])))
+    schedule = Levels.of(DDIMScheduler(**json.loads(meta["scheduler"])))
     for w, expected in ((-1.0, 6), (0.0, 6), (-5.0, 12)):
         predictor = GuidedPredictor(lambda x, t, cond: torch.zeros_like(x), table, w)
         draws = LockstepDraws(

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from selfnpo_fast.config import RolloutConfig
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.rollout import (
     ContinuousRollout,
@@ -55,7 +55,7 @@ class Run:
 
     def make(self):
         grid = Grid.build(
-            NoiseSchedule.from_scheduler(scheduler()),
+            Levels.of(scheduler()),
             self.config.grid_steps,
             CPU,
             omega=self.config.omega,

@@ -151,6 +151,17 @@ def test_length_log_folder_and_graphs_may_change(copied, model, tmp_path):
     assert newest(moved).name == "update-0000015"
 
 
+def test_an_option_that_came_later_is_at_its_default(copied, model, capfd):
+    path = newest(copied) / "state.json"
+    state = json.loads(path.read_text())
+    del state["config"]["rollout"]["s_shift"], state["config"]["model"]["frames"]
+    path.write_text(json.dumps(state))
+    write_manifest_again(newest(copied))
+    assert run(model, copied, "--rollout.s_shift", "2", "--resume") == 2
+    assert "rollout.s_shift is 2.0, but was 1.0" in capfd.readouterr().err.splitlines()[-1]
+    assert run(model, copied, "--resume") == 0
+
+
 def test_other_versions_are_logged(copied, model, capfd):
     path = newest(copied) / "state.json"
     path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))

@@ -60,7 +60,7 @@ class SelfNPO(Method):
         config, world = self.config, self.world
         # The reference under rollout guidance.
         predictor = GuidedPredictor(
-            lambda x, t, cond: self.adapter.predict(reference.module, x, t, cond),
+            lambda x, t, cond: self.adapter.predict_level(reference.module, x, t, cond),
             self.table,
             config.rollout.omega,
             config.rollout.branches,
@@ -92,6 +92,7 @@ class SelfNPO(Method):
             device,
             omega=config.rollout.omega,
             noising=config.rollout.noising,
+            s_shift=config.rollout.s_shift,
         )
         return PairMaker(
             predictor,
