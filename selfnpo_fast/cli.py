@@ -1,4 +1,4 @@
-"""The `selfnpo` command: train, doctor, sample, evaluate, correlate, merge."""
+"""The `selfnpo` command: train, doctor, sample, evaluate, correlate, merge, export."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ USAGE = """usage: selfnpo COMMAND [options]
   evaluate   compare base and base + negative on digits          selfnpo evaluate --negative runs/digits
   correlate  measure how similar the two predictions are         selfnpo correlate --model M --negative N [--base B]
   merge      write theta + alpha eta + beta delta as a network   selfnpo merge --base B --negative N --output FOLDER
+  export     make a negative model of a checkpoint               selfnpo export --checkpoint C --output FOLDER
 
 `selfnpo COMMAND --help` lists the options. guidance_scale everywhere is diffusers' (the paper's omega + 1).
 """
 
 COMMANDS = {
     "train": "selfnpo_fast.train",
-    **{name: f"selfnpo_fast.commands.{name}" for name in ("doctor", "sample", "evaluate", "correlate", "merge")},
+    **{
+        name: f"selfnpo_fast.commands.{name}"
+        for name in ("doctor", "sample", "evaluate", "correlate", "merge", "export")
+    },
 }
 """The module of each command, imported when needed; its `run` takes the words that follow."""
 

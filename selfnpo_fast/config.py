@@ -356,11 +356,14 @@ class LogConfig:
     """Prompt of the negative branch in the sample grids: empty, or the same as the positive's."""
     checkpoint_every: int = 0
     """Updates between two checkpoints; 0 for none before the end."""
+    export_every: int = 0
+    """Updates between two exports of the negative so far into `negative/`, each with a grid and a
+    line that says how far it moves guidance; 0 for none before the end."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """If a checkpoint cannot be written, as on a full disk: warn and try again at the next one, or
-    stop. A state that is not finite stops the run always."""
+    """If a checkpoint or an export cannot be written, as on a full disk: warn and try again at the
+    next one, or stop. A state that is not finite stops the run always."""
     spike: float = 5.0
     """Report an update whose loss is this many times the median of the last 100; 0 for none."""
 
@@ -373,6 +376,7 @@ class LogConfig:
         scale = self.sample_guidance_scale
         _check(1 <= scale <= 1000, "log.sample_guidance_scale", scale, "a number from 1 to 1000")
         check_count("log.checkpoint_every", self.checkpoint_every, 0)
+        check_count("log.export_every", self.export_every, 0)
         check_count("log.keep", self.keep)
         _check(self.spike == 0 or self.spike > 1, "log.spike", self.spike, "0 (off) or more than 1")
 

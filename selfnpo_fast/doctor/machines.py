@@ -51,6 +51,13 @@ GPUS = (
         utilisation=GPU_UTILISATION,
         source="NVIDIA H100 data sheet, dense; fp32 without TF32",
     ),
+    Machine(
+        name="RTX 4090 24 GB",
+        flops={"fp32": 82.6e12, "bf16": 165.2e12, "fp16": 165.2e12},
+        bandwidth=1008e9,
+        utilisation=GPU_UTILISATION,
+        source="NVIDIA Ada architecture, dense, sums in fp32; fp32 without TF32",
+    ),
 )
 
 THIS_MACHINE_UTILISATION = 0.8

@@ -164,7 +164,7 @@ def _savings_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Ite
     """What each change saves by itself, and the changes that make the run fit each small card."""
     lines = ["what each change alone takes off the peak"]
     savings = []
-    for option, changed in memory_saving_changes(run.config, run.world_size):
+    for option, changed in memory_saving_changes(run.config, run.world_size, tracer.adapter.family):
         after = costs.memory(tracer.plan(changed, run.world_size, run.device))
         savings.append((option, memory.peak - after.peak))
     lines += _table_lines(((option, format_bytes(size)) for option, size in savings if size > 0), width=40)
@@ -191,11 +191,11 @@ def changes_to_fit(tracer: Tracer, run: PlannedRun, card: float) -> tuple[list[s
     """
     config, values, memory = run.config, {}, costs.memory(run)
     while not fits(memory, card):
-        for setting, changed in memory_saving_changes(config, run.world_size):
+        for setting, changed in memory_saving_changes(config, run.world_size, tracer.adapter.family):
             after = costs.memory(tracer.plan(changed, run.world_size, run.device))
             if after.peak < (1 - LEAST_SAVING) * memory.peak:
-                option, value = setting.split()
-                values[option] = value  # a later value of an option replaces an earlier one
+                words = setting.split()  # a later value of an option replaces an earlier one
+                values |= dict(zip(words[::2], words[1::2], strict=True))
                 config, memory = changed, after
                 break
         else:

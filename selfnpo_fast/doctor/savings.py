@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from selfnpo_fast.config import TrainConfig
+from selfnpo_fast.models import Family
 from selfnpo_fast.training.engine import zero_stage
 
+RANK = 16
+"""The rank that is proposed where full weights need too much."""
 
-def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[str, TrainConfig]]:
+
+def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) -> list[tuple[str, TrainConfig]]:
     """Changes of a config that save memory, those with the fewest side effects first.
 
-    Each is a pair of the command-line option, such as "--rollout.pool 1", and the changed config.
+    Each is a pair of command-line options, such as "--rollout.pool 1", and the changed config. A
+    rank comes with the rate and the layers of the family's LoRAs.
     """
     engine = config.engine
     changes = []
@@ -38,5 +43,11 @@ def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[st
     if config.rollout.mode == "continuous" and config.rollout.pool > 1:
         add("--rollout.pool 1", rollout={"pool": 1})
     if not config.lora.rank:
-        add("--lora.rank 16", lora={"rank": 16}, engine={"zero_stage": min(engine.zero_stage, 2)})
+        targets = list(family.lora_targets)
+        add(
+            f"--lora.rank {RANK} --optimizer.lr {family.lora_rate:g} --lora.targets [{','.join(targets)}]",
+            lora={"rank": RANK, "targets": targets},
+            optimizer={"lr": family.lora_rate},
+            engine={"zero_stage": min(engine.zero_stage, 2)},
+        )
     return changes

@@ -78,6 +78,12 @@ class Family:
     two; `base.Adapter.expert` tells which one owns a level."""
     inert_options: frozenset[str] = frozenset()
     """Options of the denoiser's config that leave the function it computes unchanged."""
+    lora_rate: float = 1e-4
+    """The learning rate that is proposed together with a rank, and that the family's shipped `_lora`
+    config has. Low-rank weights start from nothing: the rate of full weights leaves them there."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """The layers that are proposed together with a rank, and that the family's shipped `_lora`
+    config has; names or their ends, as in `lora.targets`."""
     text_lora_prefixes: tuple[str, ...] = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
     """What keys of text encoders begin with in LoRA files."""
 

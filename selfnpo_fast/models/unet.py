@@ -43,6 +43,8 @@ class UNetFamily(Family):
     row_names = _ROW_NAMES
     not_rows = frozenset({"cross_attention_kwargs.ip_adapter_masks"})  # they count image prompts
     inert_options = frozenset({"sample_size", "upcast_attention"})
+    # All of a transformer block's layers, as other trainers for UNets have it by default.
+    lora_targets = (*Family.lora_targets, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
     text_lora_prefixes = (
         *("text_encoder.", "text_encoder_2.", "text_encoders.", "clip_l.", "clip_g."),
         *("lora_te_", "lora_te1_", "lora_te2_", "bundle_emb."),  # the last is OneTrainer's, for embeddings of tokens

@@ -48,7 +48,7 @@ def merge(
         raise UserError(f"alpha: {alpha} has no effect without a positive model; give --positive, or leave alpha at 1")
     if dtype not in DTYPES:
         raise UserError(f"dtype: {shortened(dtype)} is not possible; expected one of {', '.join(DTYPES)}")
-    folder = _new_folder(output)
+    folder = new_folder(output)
     # The base gives the architecture, theta its weights.
     base_files = locate(base, denoiser_names(), "base")
     if base_files.is_lora or base_files.config is None:
@@ -94,7 +94,7 @@ def merge(
     return folder
 
 
-def _new_folder(output: str | Path) -> Path:
+def new_folder(output: str | Path) -> Path:
     """The folder to write, which is empty or does not exist. Raises UserError."""
     folder = check_writable(str(output))
     try:

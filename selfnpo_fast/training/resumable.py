@@ -56,7 +56,12 @@ def _installed(package: str) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, whole or not, oldest first."""
-    return sorted((path for path in folder.glob("update-*") if _NAME.search(path.name)), key=update_of)
+    return sorted((path for path in folder.glob("update-*") if is_checkpoint(path)), key=update_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
+    return _NAME.search(folder.name) is not None
 
 
 def update_of(checkpoint: Path) -> int:

@@ -67,17 +67,17 @@ class SampleGrids:
             return None
         failures: list[str] = []
         base = latents = grid = None
-        with _noted(failures):
+        with noted(failures):
             base = self.base()
         # Where all ranks draw, none begins unless all can.
         if together:
             failures = [line for of_rank in self.world.gather(failures) for line in of_rank]
         if not failures:
             # Ranks that draw together have the same latents, and all say that they are not finite.
-            with _noted(failures, RunError if together else Exception):
+            with noted(failures, RunError if together else Exception):
                 latents = self._latents(base)
         if latents is not None and self.world.is_main:
-            with _noted(failures):
+            with noted(failures):
                 grid = self._grid(latents)
         for line in failures[:1]:
             say_once(f"the sample grid could not be drawn: {line}; training goes on (log.sample_every: -1 draws none)")
@@ -97,7 +97,7 @@ class SampleGrids:
             sampler = GuidedSampler(self.adapter, base, negative, graphs=False)
             return sampler.latents(prompts, empty, range(self.count), self.settings, cancelled=cancelled)
 
-        with _evaluating(network), contextlib.suppress(SamplingCancelled):
+        with evaluating(network), contextlib.suppress(SamplingCancelled):
             if self._of_base is None:
                 self._of_base = row(None)
             return torch.cat([self._of_base, row(negative)])
@@ -110,7 +110,7 @@ class SampleGrids:
 
 
 @contextlib.contextmanager
-def _noted(failures: list[str], kind: type[Exception] = Exception) -> Iterator[None]:
+def noted(failures: list[str], kind: type[Exception] = Exception) -> Iterator[None]:
     """Adds the line of an error of a kind to `failures`. A grid is a side product: none is worth a
     run."""
     try:
@@ -120,7 +120,7 @@ def _noted(failures: list[str], kind: type[Exception] = Exception) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Puts the network into evaluation mode inside it."""
     training = network.training
     network.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from selfnpo_fast.runtime.errors import NotFiniteError, RunError, UserError
 from selfnpo_fast.runtime.profiling import region
 from selfnpo_fast.runtime.stopping import Stopped, StopRequest, check_stop
 from selfnpo_fast.runtime.world import World
+from selfnpo_fast.training.change import GuidedChange
 from selfnpo_fast.training.checkpoint import Generators, Parts, load_checkpoint, save_checkpoint
 from selfnpo_fast.training.engine import StudentEngine, allow_tf32
 from selfnpo_fast.training.engine_state import (
@@ -115,6 +116,8 @@ class Trainer:
         self.method = find_method(config.method)(config, self.adapter, self.table, world)
         self.producer = self.method.make_producer(self.reference, inputs.latents)
         self.grids = SampleGrids(self.adapter, self._base, self.engine, self.table, self.prompts, config.log, world)
+        steps = config.rollout.grid_steps
+        self.change = GuidedChange(self.adapter, self._base, self.engine, self.table, config.log, steps, world)
         self._loaded_base: nn.Module | None = None
 
     def _make_reference(self, network: nn.Module | Variant, average: dict[str, nn.Parameter] | None) -> Reference:
@@ -209,13 +212,16 @@ class Trainer:
             # A checkpoint.
             if last or (log.checkpoint_every and self.update % log.checkpoint_every == 0):
                 self._try_to_save(recorder)
-            # Pictures.
-            if not last and log.sample_every > 0 and self.update % log.sample_every == 0:
-                self.draw_samples(recorder)
+            # The negative so far, and pictures.
+            exports = not last and log.export_every > 0 and self.update % log.export_every == 0
+            draws = not last and log.sample_every > 0 and self.update % log.sample_every == 0
+            if exports:
+                self._go_on_without(self.save_negative, "the export before it is untouched")
+            if exports or draws:
+                self.look(recorder, at_change=exports)
         # The result comes first: a grid that does not fit into memory must not cost it.
         folder = self.save_negative()
-        if log.sample_every >= 0:
-            self.draw_samples(recorder)
+        self.look(recorder, at_change=True)
         return folder
 
     def save_negative(self) -> Path:
@@ -273,22 +279,34 @@ class Trainer:
         return self.world.on_main(look)
 
     def _try_to_save(self, recorder: Recorder) -> None:
-        """Write a checkpoint; a failure is a warning or an error, as `log.on_save_error` says.
+        """Write a checkpoint; a failure is a warning or an error, as `log.on_save_error` says."""
+        self._go_on_without(lambda: self.save_checkpoint(recorder), "older checkpoints are untouched")
+
+    def _go_on_without(self, write: Callable[[], Path], kept: str) -> None:
+        """Write what the run can do without; a failure is a warning that says what is `kept`, or an
+        error, as `log.on_save_error` says.
 
         A state that is not finite is an error always.
         """
         try:
-            self.save_checkpoint(recorder)
+            write()
         except NotFiniteError:
             raise
         except RunError as error:
             if self.config.log.on_save_error == "stop":
                 raise
-            logger.warning("%s; older checkpoints are untouched, training goes on (log.on_save_error)", error)
+            logger.warning("%s; %s, training goes on (log.on_save_error)", error, kept)
 
-    def draw_samples(self, recorder: Recorder) -> None:
-        """Record a grid of pictures, base above base + negative; all ranks take part."""
-        grid = self.grids.draw()
+    def look(self, recorder: Recorder, *, at_change: bool) -> None:
+        """Record a grid of pictures, base above base + negative, and, `at_change`, how far the
+        negative moves guidance; all ranks take part.
+
+        With `log.sample_every: -1` there is no grid, and no base is loaded for the measurement.
+        """
+        config = self.config
+        grid = self.grids.draw() if config.log.sample_every >= 0 else None
+        if at_change and (config.log.sample_every >= 0 or config.lora.rank or config.reference.kind == "frozen"):
+            self.change.report()
         if self._loaded_base is not None:
             self._loaded_base.to("cpu")  # until the next grid
         if grid is not None:

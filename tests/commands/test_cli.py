@@ -292,7 +292,10 @@ def test_the_models_own_scheduler_is_a_solver(tmp_path):
     assert drawn["own"] == drawn["ddim"] != drawn["euler"]
 
 
-@pytest.mark.parametrize("words", [DRAW, ["evaluate"], ["merge", "--base", "digits", "--negative", "none"]])
+MERGE, EXPORT = ["merge", "--base", "digits", "--negative", "none"], ["export", "--checkpoint", "none"]
+
+
+@pytest.mark.parametrize("words", [DRAW, ["evaluate"], MERGE, EXPORT])
 def test_an_output_without_a_name_is_refused(words, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main([*words, "--output", " "]) == 2

@@ -61,6 +61,7 @@ WRITERS = {
     "sample": ["sample", "--prompt", PROMPT],
     "evaluate": ["evaluate"],
     "merge": ["merge", "--base", "digits", "--negative", "nothing"],
+    "export": ["export", "--checkpoint", "nothing"],
 }
 
 

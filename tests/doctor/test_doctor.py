@@ -216,7 +216,7 @@ def test_digits_parameters_and_checkpointing():
 
 def test_no_weight_is_loaded(tmp_path, monkeypatch, capsys):
     """The doctor reads a copy of the embedded model that has no weight files and no tokenizer."""
-    monkeypatch.setattr(report, "memory_saving_changes", lambda config, world_size: [])  # for speed
+    monkeypatch.setattr(report, "memory_saving_changes", lambda *_: [])  # for speed
     folder = shutil.copytree(DIGITS, tmp_path / "model")
     for path in [*folder.rglob("*.safetensors"), *folder.rglob("tokenizer*.json")]:
         path.unlink()
@@ -487,16 +487,38 @@ def test_report_says_what_fits_and_what_would(sd, capsys):
         assert expected in out, out
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_rank_is_proposed_with_the_rate_and_the_layers_of_the_family(name, request):
+    """They are those of the family's shipped config, and what is proposed can be trained."""
+    from selfnpo_fast.training.lora import add_lora
+
+    config = tiny_config(request.getfixturevalue(name))
+    adapter = load_adapter(config.model.path)
+    ((words, changed),) = [change for change in memory_saving_changes(config, 2, adapter.family) if "lora" in change[0]]
+    family = {"sd": "sd15", "sdxl": "sdxl"}[name]
+    shipped = train.parse(["--config", str(ROOT / "configs" / f"{family}_lora.yaml")]).config
+    assert changed.optimizer.lr == shipped.optimizer.lr == 1e-4, "peers use 2e-5 to 2e-4"
+    assert changed.lora == shipped.lora
+    assert words.split()[::2] == ["--lora.rank", "--optimizer.lr", "--lora.targets"]
+    full = train.parse(["--config", str(ROOT / "configs" / f"{family}.yaml"), *words.split()]).config
+    assert (full.optimizer.lr, full.lora) == (shipped.optimizer.lr, shipped.lora)
+    denoiser = adapter.new_denoiser(torch.float32)
+    add_lora(denoiser, changed.lora, seed=0)
+    trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
+    for target in changed.lora.targets:
+        assert any(f".{target}.lora_A." in name for name in trained), target
+
+
 @pytest.mark.slow
 def test_changes_lead_to_a_config_that_fits(sd):
     config = tiny_config(sd)
     tracer = make_tracer(config)
     run = tracer.plan(config, 1, "cuda")
-    for words, changed in memory_saving_changes(config, 1):
-        option, value = words.removeprefix("--").split()
-        section, _, name = option.partition(".")
-        found = getattr(getattr(changed, section), name)
-        assert str(found).lower() == value
+    for words, changed in memory_saving_changes(config, 1, tracer.adapter.family):
+        found = train.parse(["--config", str(ROOT / "configs" / "digits.yaml"), *words.split()]).config
+        for option in words.split()[::2]:
+            section, _, name = option.removeprefix("--").partition(".")
+            assert getattr(getattr(changed, section), name) == getattr(getattr(found, section), name), words
     before = costs.memory(run)
     card = before.peak / costs.GIB / 2
     assert not fits(before, card)
