@@ -5,10 +5,10 @@
     python -m benchmarks.gpu_check OUT --tiny           # all parts, tiny, on any machine
     python -m benchmarks.gpu_check --report OUT         # writes docs/gpu.md from the files in OUT
 
-Each part (`gpu_parts.py`) is a process with a time limit, a log and a JSON in OUT. Parts write their
-results as they come, so a part that is cut off keeps what it has measured. summary.json holds how
-each part ended; it is written again after every part. The exit status is 1 where a part failed, was
-cut off or was not begun.
+Each part (`gpu_parts.py`) is a process with a time limit, a log and a JSON in OUT. Parts write
+their results as they come, so a part that is cut off keeps what it has measured. summary.json holds
+how each part ended; it is written again after every part. A later check of the same card adds to
+it. The exit status is 1 where a part failed, was cut off or was not begun.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ os.environ.update(short_spin())  # before torch is imported
 
 from benchmarks.environment import describe, pick_device, write_json  # noqa: E402
 from benchmarks.gpu_parts import COMPLETE, CUT_OFF, NOT_BEGUN, PARTS, Part, read_tests  # noqa: E402
-from benchmarks.gpu_report import page, part_figures, write_page  # noqa: E402
+from benchmarks.gpu_report import page, part_figures, read, write_page  # noqa: E402
 from selfnpo_fast.runtime.errors import UserError  # noqa: E402
 
 MINUTES = 9.0
@@ -93,6 +93,12 @@ def check(out: Path, parts: Sequence[Part], *, minutes: float, device: str, tiny
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     summary = {"environment": describe(pick_device(device)), "tiny": tiny, "minutes": minutes, "parts": []}
+    # What an earlier check has found on this card stays, but for the parts that run again.
+    earlier = read(out, "summary")
+    records = {}
+    if earlier and (earlier["tiny"], earlier["environment"]["device"]) == (tiny, summary["environment"]["device"]):
+        records = {record["name"]: record for record in earlier["parts"]}
+    status = 0
     for part in parts:
         left = end - time.monotonic()
         if left < LEAST:
@@ -100,13 +106,16 @@ def check(out: Path, parts: Sequence[Part], *, minutes: float, device: str, tiny
         else:
             seconds = left if tiny else min(left, part.limit)  # a CPU may be slow
             record = run_part(part, out, device, tiny=tiny, seconds=seconds)
-        summary["parts"].append(record)
+        status |= record["status"] != COMPLETE
+        if record["status"] != NOT_BEGUN or part.name not in records:
+            records[part.name] = record
+        summary["parts"] = list(records.values())
         write_json(out / "summary.json", summary)
         print(f"{part.name:<14}{record['status']}, {record['seconds']:.0f} s {record['said']}", flush=True)
         for figure in part_figures(out, part.name):
             print(f"    {figure.name}: {figure.text()}", flush=True)
     (out / "gpu.md").write_text(page(out), encoding="utf-8")
-    return int(any(record["status"] != COMPLETE for record in summary["parts"]))
+    return int(status)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -129,7 +129,8 @@ def _section(out: Path, record: Mapping, card: str) -> Iterator[str]:
 
 
 def write_page(out: Path) -> Path:
-    """Writes the page and returns its path: docs/gpu.md, or gpu.md in `out` for smoke runs and CPUs."""
+    """Writes the page and returns its path: docs/gpu.md, or gpu.md in `out` for smoke runs and
+    CPUs."""
     text, summary = page(out), read(out, "summary")
     measured = not summary["tiny"] and not summary["environment"]["device"].startswith("CPU")
     target = PAGE if measured else out / "gpu.md"

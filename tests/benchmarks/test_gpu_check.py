@@ -79,6 +79,18 @@ def test_parts_without_time_are_said_and_not_begun(tmp_path):
     assert [p["status"] for p in summary["parts"]] == ["not begun", "not begun"]
 
 
+def test_a_later_check_of_the_same_card_adds_to_the_summary(tmp_path):
+    def check(*parts: Script, tiny: bool = False) -> dict[str, str]:
+        gpu_check.check(tmp_path, parts, minutes=5, device="cpu", tiny=tiny)
+        records = json.loads((tmp_path / "summary.json").read_text())["parts"]
+        return {record["name"]: record["status"] for record in records}
+
+    bad = script("b", "raise SystemExit(1)")
+    assert check(script("a", WRITE), bad) == {"a": "complete", "b": "failed, exit status 1"}
+    assert check(script("b", WRITE)) == {"a": "complete", "b": "complete"}
+    assert check(script("b", WRITE), tiny=True) == {"b": "complete"}, "smoke runs are not mixed with others"
+
+
 def test_a_result_of_an_earlier_run_does_not_pass_for_a_new_one(tmp_path):
     (tmp_path / "bad.json").write_text('{"benchmark": "tests", "passed": 9, "skipped": 0, "failed": {}}')
     gpu_check.check(tmp_path, [script("bad", "raise SystemExit(1)")], minutes=5, device="cpu", tiny=True)
@@ -189,12 +201,15 @@ def test_the_page_of_the_docs_is_that_of_the_committed_results():
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 @pytest.mark.parametrize("size", ["real", "tiny"])
 def test_the_options_of_every_part_exist(part, size, tmp_path):
-    words = shlex.split(getattr(part, size))
-    if not words or part.tests:
-        return
-    parser = importlib.import_module(words[0]).build_parser()
-    options = words[1 : words.index("--")] if "--" in words else words[1:]
-    parser.parse_args([*options, "--device", "cpu", "--output", str(tmp_path / "x.json")])
+    module, *words = shlex.split(getattr(part, size)) or ["none"]
+    if part.tests:
+        paths = [word for word in words if word.startswith("tests/")]
+        assert paths and all((gpu_report.ROOT / path).exists() for path in paths)
+    elif words or module != "none":
+        options = words[: words.index("--")] if "--" in words else words
+        output = tmp_path / "x.json"
+        parser = importlib.import_module(module).build_parser()
+        assert parser.parse_args(["--device", "cpu", "--output", str(output), *options]).output == output
 
 
 def test_every_expected_value_has_a_figure_that_can_be_measured(tmp_path):
