@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from selfnpo_fast.diffusion.predictions import output_as_x0_eps
 from selfnpo_fast.runtime.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -90,13 +91,7 @@ def ddim_grid(num_train_timesteps: int, grid_steps: int) -> torch.Tensor:
 
 def _output_as_x0_eps(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
     """(n, 4) float64 for timesteps t (n,): x0 = c0 x_t + c1 p and eps = c2 x_t + c3 p."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    if schedule.prediction_type == "epsilon":
-        return torch.stack([1 / alpha, -sigma / alpha, zero, one], dim=-1)
-    if schedule.prediction_type == "v_prediction":
-        return torch.stack([alpha, -sigma, sigma, alpha], dim=-1)
-    return torch.stack([zero, one, 1 / sigma, -alpha / sigma], dim=-1)
+    return output_as_x0_eps(schedule.prediction_type, *schedule.alpha_sigma(t))
 
 
 def x0_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
@@ -105,15 +100,16 @@ def x0_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:
 
 
 def ddim_coefficients(schedule: NoiseSchedule, t: torch.Tensor, t_prev: torch.Tensor, w: float = 0.0) -> torch.Tensor:
-    """(n, 7) float64 for steps from timesteps t (n,) to t_prev (n,): rows of `guided_step`.
+    """(n, 8) float64 for steps from timesteps t (n,) to t_prev (n,): rows of `guided_step`.
 
     k0 and k1 give x0 as in `x0_coefficients`. k2 and k3 give the DDIM step without noise (eta = 0),
-    x_{t_prev} = k2 x_t + k3 p. k4 and k5, for x0_prev and noise, are 0. The last entry is w.
+    x_{t_prev} = k2 x_t + k3 p. The entry after k5 is w. k4, k5 and k7, for x0_prev, noise and
+    x0_prev2, are 0.
     """
     c0, c1, c2, c3 = _output_as_x0_eps(schedule, t).unbind(-1)
     alpha, sigma = schedule.alpha_sigma(t_prev)
     zero = torch.zeros_like(alpha)
-    return torch.stack([c0, c1, alpha * c0 + sigma * c2, alpha * c1 + sigma * c3, zero, zero, zero + w], dim=-1)
+    return torch.stack([c0, c1, alpha * c0 + sigma * c2, alpha * c1 + sigma * c3, zero, zero, zero + w, zero], dim=-1)
 
 
 def forward_coefficients(schedule: NoiseSchedule, t: torch.Tensor) -> torch.Tensor:

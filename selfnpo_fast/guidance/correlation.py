@@ -22,7 +22,7 @@ from torch import nn
 
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.diffusion.schedulers import new_scheduler
-from selfnpo_fast.diffusion.solvers import solver_steps
+from selfnpo_fast.diffusion.solvers import is_flow, solver_steps
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.base import Conditioning, Predict
 from selfnpo_fast.negatives.load import Negative, as_network, load_negative
@@ -134,9 +134,9 @@ def visited(adapter: Adapter, predict: Predict, x: torch.Tensor, rows: Condition
     - x: (B, C, H, W) float32, the noise.
     - rows: (B, ...), the prompts' conditioning rows.
     """
-    scheduler = new_scheduler("ddim", adapter.scheduler)
-    scheduler.set_timesteps(steps)
-    solver = solver_steps(scheduler)
+    scheduler = new_scheduler("euler" if is_flow(adapter.scheduler) else "ddim", adapter.scheduler)
+    adapter.set_timesteps(scheduler, steps, adapter.size)
+    solver = solver_steps(scheduler, prediction_type=adapter.schedule.prediction_type)
     k, states = solver.k.float().to(x.device), []
     for i, timestep in enumerate(solver.timesteps.to(x.device)):
         p = predict(x, timestep.expand(len(x)), rows)

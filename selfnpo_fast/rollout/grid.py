@@ -35,7 +35,7 @@ class Grid:
     timesteps: torch.Tensor
     """(N + 1,) int64: 0, then the grid in ascending order."""
     step: torch.Tensor
-    """(N + 1, 7) float32: the coefficients of guided DDIM steps. Row 0 stays at t = 0."""
+    """(N + 1, 8) float32: the coefficients of guided DDIM steps. Row 0 stays at t = 0."""
     start: torch.Tensor
     """(N + 1, 2) float32: forward diffusion from x_0 to the grid."""
     renoise: torch.Tensor
