@@ -25,6 +25,9 @@ struct Table {
   const float* row(int64_t b) const { return data + (index ? index[b] : rows == 1 ? 0 : b) * columns; }
 };
 
+// Columns of the coefficient table of a solver step: k0 .. k5, w, k7 (schemas.py).
+constexpr int64_t kStepColumns = 8;
+
 // The key of the normals that an op draws itself; `drawn` is false where it draws none.
 struct Noise {
   bool drawn = false;
@@ -49,7 +52,7 @@ struct AffineNoiseArgs {
 
 struct GuidedStepArgs {
   int64_t B, N;
-  Array pos, neg, x, x0_prev, noise_tensor, x_next, x0;
+  Array pos, neg, x, x0_prev, x0_prev2, noise_tensor, x_next, x0;
   Table k;
   const float* scale;
   Noise noise;

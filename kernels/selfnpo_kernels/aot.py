@@ -45,7 +45,8 @@ FLOORS = {
     "guidance_rescale": (2, 0, 0, 0),  # pos, neg
     "guided_step": (2, 3, 0, 0),  # pos, neg, x; x_next, x0
     "guided_step, one branch": (1, 3, 0, 0),
-    "guided_step, everything": (2, 4, 0, 0),  # and x0_prev
+    "guided_step, x0_prev and noise": (2, 4, 0, 0),
+    "guided_step, everything": (2, 5, 0, 0),  # and x0_prev, x0_prev2
     "tdft_step, from noise": (2, 4, 2, 0),  # pos, neg, x; x, target, x_s; final in, final out
     "tdft_step, unconditional": (1, 4, 2, 0),
     "tdft_step, naive": (2, 4, 2, 0),
@@ -136,9 +137,9 @@ def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dic
     p, x = empty(samples, count, dtype=net), empty(samples, count, dtype=state)
     index, slots = empty(samples, dtype=torch.int64), empty(4, samples, dtype=torch.int64)
     each = empty(samples, 2)
-    weight, k2, k7 = empty(samples), empty(50, 2), empty(50, 7)
-    key = (None, 1, index, 0, None)
-    tables = (empty(26, 7), empty(26, 2), empty(26, 1000, 2), empty(26, dtype=torch.int64), empty(26))
+    weight, k2, k8 = empty(samples), empty(50, 2), empty(50, 8)
+    key, none = (None, 1, index, 0, None), (None, 0, None, 0, None)
+    tables = (empty(26, 8), empty(26, 2), empty(26, 1000, 2), empty(26, dtype=torch.int64), empty(26))
     rules, naive = (700, 80, 5, 1, 0.1, False, False), (700, 80, 5, 1, 0.1, True, True)
     # An odd row length comes with a view that begins between two multiples of 16 bytes.
     masters, live = [empty(samples * count)], [empty(samples * count + 1, dtype=net)[count % 2 :][: samples * count]]
@@ -147,10 +148,11 @@ def calls(net: torch.dtype, state: torch.dtype, samples: int, count: int) -> dic
         "affine_noise": lambda: ops.affine_noise(x, k2, index, *key),
         "affine_noise, noise given": lambda: ops.affine_noise(x, k2, index, p, 0, None, 0, None),
         "affine_noise, a row and a draw for each": lambda: ops.affine_noise(x, each, None, None, 1, index, 0, index),
-        "guidance_rescale": lambda: ops.guidance_rescale(p, p, k7, index, 0.7),
-        "guided_step": lambda: ops.guided_step(p, p, x, k7, index, None, None, None, 0, None, 0, None),
-        "guided_step, one branch": lambda: ops.guided_step(p, None, x, k7, index, None, None, None, 0, None, 0, None),
-        "guided_step, everything": lambda: ops.guided_step(p, p, x, k7, index, weight, x, *key),
+        "guidance_rescale": lambda: ops.guidance_rescale(p, p, k8, index, 0.7),
+        "guided_step": lambda: ops.guided_step(p, p, x, k8, index, None, None, None, *none),
+        "guided_step, one branch": lambda: ops.guided_step(p, None, x, k8, index, None, None, None, *none),
+        "guided_step, x0_prev and noise": lambda: ops.guided_step(p, p, x, k8, index, weight, x, None, *key),
+        "guided_step, everything": lambda: ops.guided_step(p, p, x, k8, index, weight, x, x, *key),
         "tdft_step, from noise": lambda: ops.tdft_step(p, p, x, x, slots, slots, *tables, None, *rules),
         "tdft_step, unconditional": lambda: ops.tdft_step(None, p, x, x, slots, slots, *tables, None, *rules),
         "tdft_step, naive": lambda: ops.tdft_step(p, p, x, x, slots, slots, *tables, None, *naive),

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import torch
 
+from selfnpo_kernels.schemas import STEP_COLUMNS
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -135,7 +137,7 @@ def affine_noise(x, k, index, noise, seed, sample_ids, draw, draws):
 def guidance_rescale(pos, neg, k, index, phi):
     """See `ops.guidance_rescale`."""
     _branches("guidance_rescale", pos, neg, pos)
-    _table("guidance_rescale", k, 7, index, pos)
+    _table("guidance_rescale", k, STEP_COLUMNS, index, pos)
     if not 0 <= phi <= 1:
         _fail("guidance_rescale", "phi", f"is {phi}; expected 0 to 1")
     if math.prod(pos.shape[1:]) < 2:
@@ -153,15 +155,17 @@ def _branches(op: str, pos, neg, x) -> None:
         _fail(op, "neg", f"is {neg.dtype} and pos is {pos.dtype}; expected one dtype")
 
 
-def guided_step(pos, neg, x, k, index, scale, x0_prev, noise, seed, sample_ids, draw, draws):
+def guided_step(pos, neg, x, k, index, scale, x0_prev, x0_prev2, noise, seed, sample_ids, draw, draws):
     """See `ops.guided_step`."""
     _state("guided_step", "x", x)
     _branches("guided_step", pos, neg, x)
-    _table("guided_step", k, 7, index, x)
+    _table("guided_step", k, STEP_COLUMNS, index, x)
     if scale is not None:
         _exactly("guided_step", "scale", scale, (x.shape[0],), torch.float32, x)
     if x0_prev is not None:
         _state("guided_step", "x0_prev", x0_prev, x, x.dtype)
+    if x0_prev2 is not None:
+        _state("guided_step", "x0_prev2", x0_prev2, x, x.dtype)
     _noise("guided_step", x, noise, sample_ids, draws, required=False)
 
 
@@ -191,7 +195,7 @@ def tdft_step(
     _exactly(op, "slots", slots, (4, batch), torch.int64, x)
     _exactly(op, "next_slots", next_slots, (4, batch), torch.int64, x)
     _exactly(op, "timesteps", timesteps, (rows,), torch.int64, x)
-    _exactly(op, "step", step, (None, 7), torch.float32, x)
+    _exactly(op, "step", step, (None, STEP_COLUMNS), torch.float32, x)
     _exactly(op, "start", start, (rows, 2), torch.float32, x)
     _exactly(op, "renoise", renoise, (rows, None, 2), torch.float32, x)
     _exactly(op, "weight", weight, (rows,), torch.float32, x)

@@ -47,7 +47,7 @@ class TdftTables:
     """
 
     step: torch.Tensor
-    """(N + 1 or more, 7) float32: k0 .. k5 and w of `guided_step`."""
+    """(N + 1 or more, 8) float32: rows of `guided_step`, of which k4, k5 and k7 are not read."""
     start: torch.Tensor
     """(N + 1, 2) float32: coefficients of a clean latent and of noise at each grid index."""
     renoise: torch.Tensor
@@ -133,7 +133,7 @@ def guidance_rescale(
     elements.
 
     pos, neg: (B, ...), at least two elements per sample.
-    k: (R, 7) float32, of which only the last column, w, is read.
+    k: (R, 8) float32, the columns of `guided_step`, of which only w is read.
     phi: 0 to 1.
     Returns (B,) float32.
     """
@@ -150,25 +150,30 @@ def guided_step(
     index: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     x0_prev: torch.Tensor | None = None,
+    x0_prev2: torch.Tensor | None = None,
     noise: torch.Tensor | NoiseKey | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One solver step under classifier-free guidance (Eq. 1), all in one pass.
 
         p = scale (pos + w (pos - neg))
         x0 = k0 x + k1 p
-        x_next = k2 x + k3 p + k4 x0_prev + k5 noise
+        x_next = k2 x + k3 p + k4 x0_prev + k5 noise + k7 x0_prev2
 
     pos, neg: (B, ...), the raw network outputs. One of them may be None; then p is scale times the
         other one, and w is not read.
     x: (B, ...).
-    k: (R, 7) float32, the columns k0 .. k5 and w. diffusers' guidance_scale is w + 1.
+    k: (R, 8) float32, the columns k0 .. k5, w and k7. diffusers' guidance_scale is w + 1.
     scale: (B,) float32 from `guidance_rescale`; 1 where it is None.
-    x0_prev: (B, ...) in x's dtype, for DPM-Solver++(2M). Where it is None its term is left out.
+    x0_prev: (B, ...) in x's dtype, the x0 of the step before, for multistep solvers. Where it is
+        None its term is left out.
+    x0_prev2: the same of two steps before, for UniPC.
     noise: (B, ...) or its key, for stochastic solvers. Where it is None its term is left out.
     Returns (x_next, x0), each (B, ...) in x's dtype.
     """
-    checks.no_gradient("guided_step", pos=pos, neg=neg, x=x, k=k, scale=scale, x0_prev=x0_prev, noise=noise)
-    return torch.ops.selfnpo.guided_step(pos, neg, x, k, index, scale, x0_prev, *_noise_arguments(noise))
+    checks.no_gradient(
+        "guided_step", pos=pos, neg=neg, x=x, k=k, scale=scale, x0_prev=x0_prev, x0_prev2=x0_prev2, noise=noise
+    )
+    return torch.ops.selfnpo.guided_step(pos, neg, x, k, index, scale, x0_prev, x0_prev2, *_noise_arguments(noise))
 
 
 def tdft_step(

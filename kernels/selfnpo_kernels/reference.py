@@ -73,15 +73,16 @@ def guidance_rescale(pos, neg, k, index, phi):
     return phi * ratio + (1 - phi)
 
 
-def guided_step(pos, neg, x, k, index, scale, x0_prev, noise, seed, sample_ids, draw, draws):
-    """(x_next, x0): x0 = k0 x + k1 p and x_next = k2 x + k3 p + k4 x0_prev + k5 noise."""
+def guided_step(pos, neg, x, k, index, scale, x0_prev, x0_prev2, noise, seed, sample_ids, draw, draws):
+    """(x_next, x0), the latter k0 x + k1 p, the former the sum of all other terms of a row."""
     dtype = arithmetic(pos, neg, x)
     k = _rows(k, index)
     p, wide_x = _guided(pos, neg, x, k, scale, dtype), x.to(dtype)
     x0 = _column(k, 0, x, dtype) * wide_x + _column(k, 1, x, dtype) * p
     x_next = _column(k, 2, x, dtype) * wide_x + _column(k, 3, x, dtype) * p
-    if x0_prev is not None:
-        x_next = x_next + _column(k, 4, x, dtype) * x0_prev.to(dtype)
+    for column, previous in ((4, x0_prev), (7, x0_prev2)):
+        if previous is not None:
+            x_next = x_next + _column(k, column, x, dtype) * previous.to(dtype)
     if noise is not None or sample_ids is not None:
         x_next = x_next + _column(k, 5, x, dtype) * _noise(x, noise, seed, sample_ids, draw, draws, dtype)
     return x_next.to(x.dtype), x0.to(x.dtype)
@@ -110,7 +111,7 @@ def tdft_step(
 
     # The guided solver step of every slot. Results are rounded once, at the end of this function.
     state = x.to(arithmetic(pos, neg, x, latents))
-    x_next, x0 = guided_step(pos, neg, state, step, index + 1, None, None, None, 0, None, 0, None)
+    x_next, x0 = guided_step(pos, neg, state, step, index + 1, None, None, None, None, 0, None, 0, None)
 
     # Which state gives the pair. No timestep s lies above the last grid index: there the pair is
     # that of the final state of the slot's previous sample, at t = 0.

@@ -5,6 +5,9 @@ functions of `checks.py`, `reference.py` and the Triton launchers take the same 
 same order.
 """
 
+STEP_COLUMNS = 8
+"""Columns of the coefficient table of a solver step: k0 .. k5, w, k7."""
+
 # SymInt: torch.compile does not compile again when a seed or a draw changes from call to call.
 _NOISE = "SymInt seed, Tensor? sample_ids, SymInt draw, Tensor? draws"
 
@@ -16,7 +19,7 @@ SCHEMAS = {
     "guidance_rescale": "(Tensor pos, Tensor neg, Tensor k, Tensor? index, float phi) -> Tensor",
     "guided_step": (
         "(Tensor? pos, Tensor? neg, Tensor x, Tensor k, Tensor? index, Tensor? scale, Tensor? x0_prev, "
-        f"Tensor? noise, {_NOISE}) -> (Tensor, Tensor)"
+        f"Tensor? x0_prev2, Tensor? noise, {_NOISE}) -> (Tensor, Tensor)"
     ),
     "tdft_step": (
         "(Tensor? pos, Tensor? neg, Tensor(a!) x, Tensor(b!)? final, Tensor slots, Tensor(c!) next_slots, "

@@ -47,8 +47,8 @@ class EvaluateOptions:
     """diffusers' guidance_scale (omega + 1) of all arms."""
     steps: int = 10
     """Solver steps."""
-    solver: Literal["dpm++", "ddim", "euler"] = "dpm++"
-    """DPM-Solver++(2M), DDIM or Euler."""
+    solver: Literal["dpm++", "ddim", "euler", "unipc"] = "dpm++"
+    """DPM-Solver++(2M), DDIM, Euler or UniPC of second order."""
     batch_size: int = 64
     """Pictures per forward."""
     seed: int = 0

@@ -44,9 +44,9 @@ class SampleOptions:
     """Solver steps."""
     guidance_scale: float = 3.0
     """guidance_scale as in diffusers (omega + 1)."""
-    solver: Literal["dpm++", "ddim", "euler", "own"] = "dpm++"
-    """DPM-Solver++(2M), DDIM or Euler on the model's noise schedule; own: the model's scheduler, as
-    it is configured."""
+    solver: Literal["dpm++", "ddim", "euler", "unipc", "own"] = "dpm++"
+    """DPM-Solver++(2M), DDIM, Euler or UniPC of second order on the model's noise schedule or flow,
+    which knows no DDIM; own: the model's scheduler, as it is configured."""
     negative_prompt: Literal["empty", "same"] = "empty"
     """Prompt of the negative branch: empty, or the same as the positive's."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])

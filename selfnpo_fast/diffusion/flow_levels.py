@@ -13,7 +13,6 @@ import torch
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError, shortened
 
-_MATCHING = "FlowMatchEulerDiscreteScheduler"
 _SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
@@ -22,10 +21,9 @@ def is_flow(scheduler: Any) -> bool:
 
     UniPC and DPM-Solver++ have an alphas_cumprod then, too, which means nothing.
     """
-    if type(scheduler).__name__ == _MATCHING:
-        return True
     config = getattr(scheduler, "config", None) or {}
-    return bool(config.get("use_flow_sigmas"))
+    named = type(scheduler).__name__.startswith("FlowMatch")
+    return named or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
 
 
 def flow_sigmas(scheduler: Any, tokens: int | None = None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from selfnpo_fast.diffusion.flow_levels import flow_sigmas, is_flow
+from selfnpo_fast.diffusion.predictions import output_as_x0_eps
 from selfnpo_fast.runtime.errors import UserError, shortened
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -152,16 +153,7 @@ class Levels:
 
 def output_coefficients(levels: Levels, t: torch.Tensor) -> torch.Tensor:
     """(n, 4) float64 for levels t (n,): x0 = c0 x_t + c1 p and eps = c2 x_t + c3 p."""
-    alpha, sigma = levels.alpha_sigma(t)
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    if levels.prediction == "epsilon":
-        return torch.stack([1 / alpha, -sigma / alpha, zero, one], dim=-1)
-    if levels.prediction == "v_prediction":
-        return torch.stack([alpha, -sigma, sigma, alpha], dim=-1)
-    if levels.prediction == "sample":
-        return torch.stack([zero, one, 1 / sigma, -alpha / sigma], dim=-1)
-    sign = 1 if levels.prediction == "flow" else -1
-    return torch.stack([one, -sign * sigma, one, sign * alpha], dim=-1)
+    return output_as_x0_eps(levels.prediction, *levels.alpha_sigma(t))
 
 
 def x0_coefficients(levels: Levels, t: torch.Tensor) -> torch.Tensor:
@@ -170,16 +162,16 @@ def x0_coefficients(levels: Levels, t: torch.Tensor) -> torch.Tensor:
 
 
 def ddim_coefficients(levels: Levels, t: torch.Tensor, t_prev: torch.Tensor, w: float = 0.0) -> torch.Tensor:
-    """(n, 7) float64 for steps from levels t (n,) to t_prev (n,): rows of `guided_step`.
+    """(n, 8) float64 for steps from levels t (n,) to t_prev (n,): rows of `guided_step`.
 
     k0 and k1 give x0 as in `x0_coefficients`. k2 and k3 give the DDIM step without noise (eta = 0),
-    x_{t_prev} = k2 x_t + k3 p: of a flow they are 1 and the difference of the sigmas. k4 and k5, for
-    x0_prev and noise, are 0. The last entry is w.
+    x_{t_prev} = k2 x_t + k3 p: of a flow they are 1 and the difference of the sigmas. The entry
+    after k5 is w. k4, k5 and k7, for x0_prev, noise and x0_prev2, are 0.
     """
     c0, c1, c2, c3 = output_coefficients(levels, t).unbind(-1)
     alpha, sigma = levels.alpha_sigma(t_prev)
     zero = torch.zeros_like(alpha)
-    return torch.stack([c0, c1, alpha * c0 + sigma * c2, alpha * c1 + sigma * c3, zero, zero, zero + w], dim=-1)
+    return torch.stack([c0, c1, alpha * c0 + sigma * c2, alpha * c1 + sigma * c3, zero, zero, zero + w, zero], dim=-1)
 
 
 def forward_coefficients(levels: Levels, t: torch.Tensor) -> torch.Tensor:

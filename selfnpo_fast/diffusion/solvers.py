@@ -1,32 +1,25 @@
 """The solvers of diffusers as coefficients of `selfnpo_kernels.guided_step`, float64 on the host.
 
-A solver is served if its step is linear in the state x, the raw network output p, the x0 of the
-previous step and noise, and if its state is the input of the network:
+A solver is served if its step is linear in the state x, the raw network output p, the x0 of the two
+steps before and noise, and if its state is the input of the network:
 
     x0     = k0 x + k1 p
-    x_next = k2 x + k3 p + k4 x0_prev + k5 noise
+    x_next = k2 x + k3 p + k4 x0_prev + k5 noise + k7 x0_prev2
 
-All solvers here are built on `schedule.ddim_coefficients`, a noiseless step between noise levels:
-
-- DDIM is that step. With eta > 0 the step goes to a lower level, from which the noise leads up to
-  the level that is wanted.
-- Euler is that step on x / sqrt(1 + sigma^2), the scaled input that diffusers gives the network.
-- DPM-Solver++ of first order is that step, and its SDE variant is the step with noise. The second
-  order (2M) adds a multiple of x0 - x0_prev.
-
-A noise level is given by its alphas_cumprod a = alpha^2. diffusers' `sigmas` are sigma / alpha: a =
-1 / (1 + sigmas^2). n is the number of solver steps.
+`solver_rows` has the rows of each class. n is the number of solver steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from selfnpo_fast.diffusion.levels import Levels, ddim_coefficients
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.diffusion import solver_rows
+from selfnpo_fast.diffusion.flow_levels import is_flow
+from selfnpo_fast.diffusion.levels import Levels
+from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 
 
 @dataclass(frozen=True)
@@ -34,18 +27,23 @@ class SolverSteps:
     """A trajectory from noise to a clean latent, as one row of `guided_step` per step."""
 
     timesteps: torch.Tensor
-    """(n,) the timesteps that the network is told: int64, or float32 for Euler, whose timesteps may
-    lie between training timesteps."""
+    """(n,) the timesteps that the network is told, as diffusers' class has them: int64, or float32
+    for Euler and flow Euler, whose timesteps may lie between training timesteps."""
     k: torch.Tensor
-    """(n, 7) float64: k0 .. k5 and w."""
+    """(n, 8) float64: k0 .. k5, w and k7."""
     init_scale: float
     """The standard deviation of the first state: 1, except for Euler with linspace or trailing
     spacing."""
 
     @property
     def keeps_x0(self) -> bool:
-        """Whether any step needs the x0 of the previous step."""
-        return bool(self.k[:, 4].any())
+        """Whether any step needs the x0 of a step before it."""
+        return bool(self.k[:, [4, 7]].any())
+
+    @property
+    def keeps_two_x0(self) -> bool:
+        """Whether any step needs the x0 of two steps before it."""
+        return bool(self.k[:, 7].any())
 
     @property
     def adds_noise(self) -> bool:
@@ -53,18 +51,27 @@ class SolverSteps:
         return bool(self.k[:, 5].any())
 
 
-def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float = 0.0) -> SolverSteps:
+def solver_steps(
+    scheduler,
+    *,
+    w: float | Sequence[float] = 0.0,
+    eta: float = 0.0,
+    s_churn: float = 0.0,
+    prediction_type: str | None = None,
+) -> SolverSteps:
     """All steps of a diffusers scheduler on which `set_timesteps` was called.
 
     The steps are those of diffusers 0.42 with `set_begin_index(0)`, and the last state is what
-    diffusers returns. w is the paper's omega, guidance_scale - 1. eta (0 to 1) and s_churn are the
-    arguments of diffusers' `step`; s_churn other than 0 is refused. All prediction types of
-    `Levels` are served. Raises UserError for schedulers and options whose step is not linear
-    or not known here.
+    diffusers returns. w is the paper's omega, guidance_scale - 1, for all steps or for each of
+    them. eta (0 to 1) and s_churn are the arguments of diffusers' `step`; s_churn other than 0 is
+    refused. prediction_type is what the network gives, None for what the scheduler takes: they
+    differ where a pipeline changes the sign in between, and flow is taken for -flow.
+
+    Raises UserError for schedulers and options whose step is not linear or not known here.
     """
     check_served(scheduler)
     name = type(scheduler).__name__
-    if scheduler.num_inference_steps is None:
+    if getattr(scheduler, "num_inference_steps", None) is None:
         raise UserError(f"scheduler: this {name} has no steps yet; call set_timesteps")
     if not 0 <= eta <= 1:
         raise UserError(f"eta: {eta} is not possible; expected 0 to 1")
@@ -75,9 +82,12 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float 
         )
     if eta and name != "DDIMScheduler":
         raise UserError(f"eta: {eta} belongs to DDIMScheduler; {name} takes 0")
+    prediction_type = prediction_type or prediction_type_of(scheduler)
+    if is_flow(scheduler) != prediction_type.endswith("flow"):
+        raise UserError(f"scheduler: {name} does not go with a network whose output is {prediction_type}")
     timesteps = scheduler.timesteps.detach().cpu()
-    k, init_scale = _SOLVERS[name](scheduler, timesteps, eta)
-    k[:, 6] = w
+    k = _SOLVERS[name](scheduler, prediction_type, timesteps, eta)
+    k[:, 6] = _of_steps(w, len(k))
     finite = k.isfinite().all(-1)
     if not finite.all():
         step = int(finite.logical_not().nonzero()[0])
@@ -85,7 +95,14 @@ def solver_steps(scheduler, *, w: float = 0.0, eta: float = 0.0, s_churn: float 
             f"scheduler: {name} has no finite step {step + 1} of {len(k)}, at timestep {timesteps[step].item()}; "
             "two noise levels in a row are equal, or one is without noise: take other betas or fewer steps"
         )
-    return SolverSteps(timesteps, k, init_scale)
+    return SolverSteps(timesteps, k, _init_scale(scheduler))
+
+
+def prediction_type_of(scheduler) -> str:
+    """The prediction type that a scheduler takes: epsilon, v_prediction, sample, flow or -flow."""
+    if is_flow(scheduler):
+        return "-flow" if scheduler.config.get("invert_sigmas") else "flow"
+    return scheduler.config.prediction_type
 
 
 def check_served(scheduler) -> None:
@@ -99,110 +116,53 @@ def check_served(scheduler) -> None:
         raise UserError(
             f"scheduler: {name} is not served by the fused step; make a {' or '.join(_SOLVERS)} from its config"
         )
-    for option, served in _SERVED[name].items():
+    flow = is_flow(scheduler)
+    served = dict(_SERVED[name])
+    if flow:
+        served |= _SERVED_ON_FLOWS.get(name, {})
+    if scheduler.config.get("stochastic_sampling"):
+        served["invert_sigmas"] = (False, None)
+    for option, values in served.items():
         value = scheduler.config.get(option)
-        if value not in served:
-            wanted = " or ".join(repr(choice) for choice in served)
+        if value not in values:
+            given = one_line(shortened(value))
+            wanted = " or ".join(repr(choice) for choice in values if choice is not None or len(values) == 1)
             raise UserError(
-                f"scheduler: {option} is {value!r}, which the fused step does not serve; set it to {wanted}, as in "
-                f"{name}.from_config(config, {option}={served[0]!r})"
+                f"scheduler: {option} is {given}, which the fused step does not serve; set it to {wanted}, as in "
+                f"{name}.from_config(config, {option}={values[0]!r})"
             )
-    Levels.of(scheduler)
+    if not flow or name not in _SERVED_ON_FLOWS:
+        Levels.of(scheduler)
 
 
-def _between_levels(
-    prediction_type: str,
-    now: torch.Tensor,
-    after: torch.Tensor,
-    noise: torch.Tensor | None = None,
-    curvature: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(n, 7) float64 for the steps from levels `now` to levels `after`, both (n,) alphas_cumprod.
-
-    noise (n,) is the standard deviation of the noise that a step adds; curvature (n,) the multiple
-    of x0 - x0_prev.
-    """
-    n = len(now)
-    kept = 1 - noise.square() if noise is not None else torch.ones_like(now)
-    levels = Levels.variance_preserving(torch.cat([now, (after / kept).clamp(max=1)]), prediction_type)
-    k = ddim_coefficients(levels, torch.arange(n), torch.arange(n, 2 * n))
-    k[:, 2:4] *= kept.sqrt()[:, None]
-    if noise is not None:
-        k[:, 5] = noise
-    if curvature is not None:
-        k[:, 2:4] += curvature[:, None] * k[:, :2]
-        k[:, 4] = -curvature
-    return k
+def _of_steps(w: float | Sequence[float], n: int) -> torch.Tensor:
+    """w of each step, (n,) or () float64. Raises UserError where there are more or fewer."""
+    of_steps = torch.as_tensor(w, dtype=torch.float64)
+    if of_steps.ndim and of_steps.shape != (n,):
+        raise UserError(f"w: {of_steps.numel()} values for {n} steps; give one, or one for each step")
+    return of_steps
 
 
-def _ddim(scheduler, timesteps: torch.Tensor, eta: float) -> tuple[torch.Tensor, float]:
-    """(k, init_scale) of DDIMScheduler."""
-    schedule = Levels.of(scheduler)
-    count = schedule.num_train_timesteps
-    if timesteps.min() < 0 or timesteps.max() >= count:
-        outside = timesteps[(timesteps < 0) | (timesteps >= count)][0].item()
-        raise UserError(
-            f"scheduler: {scheduler.num_inference_steps} steps with {scheduler.config.timestep_spacing} spacing lead "
-            f"to timestep {outside}, outside of 0 to {count - 1}; take another number of steps or another steps_offset"
-        )
-    # diffusers steps back by this much for all spacings.
-    before = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    now = schedule.alphas_cumprod[timesteps]
-    final = scheduler.final_alpha_cumprod.double().cpu()
-    after = torch.where(before >= 0, schedule.alphas_cumprod[before.clamp(min=0)], final)
-    # Eq. 16 of Song et al., DDIM, arXiv:2010.02502.
-    noise = eta * ((1 - after) / (1 - now) * (1 - now / after)).sqrt() if eta else None
-    return _between_levels(schedule.prediction, now, after, noise), 1.0
-
-
-def _dpm_solver(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Tensor, float]:
-    """(k, init_scale) of DPMSolverMultistepScheduler, orders 1 and 2."""
-    config, n = scheduler.config, len(timesteps)
-    sde = config.algorithm_type == "sde-dpmsolver++"
-    sigmas = scheduler.sigmas.double().cpu()
-    levels = 1 / (1 + sigmas.square())
-    # Steps in the logarithm of alpha / sigma; the last one is infinite where it ends at sigma = 0.
-    h = (sigmas[:-1] / sigmas[1:]).log()
-    noise = ((1 - levels[1:]) * -torch.expm1(-2 * h)).sqrt() if sde else None
-
-    # The second order adds `factor` times diffusers' D1 = (h / h_prev) (x0 - x0_prev); Lu et al.,
-    # DPM-Solver++, arXiv:2211.01095.
-    reach = 2 * h if sde else h
-    decay = -torch.expm1(-reach)
-    factor = decay / 2 if config.solver_type == "midpoint" else 1 - decay / reach
-    curvature = torch.zeros(n, dtype=torch.float64)
-    curvature[1:] = levels[2:].sqrt() * factor[1:] * h[1:] / h[:-1]
-    first_order_at_last = (
-        config.euler_at_final or config.final_sigmas_type == "zero" or (config.lower_order_final and n < 15)
-    )
-    if config.solver_order == 1:
-        curvature[:] = 0
-    elif first_order_at_last:
-        curvature[-1] = 0
-    prediction_type = Levels.of(scheduler).prediction
-    return _between_levels(prediction_type, levels[:-1], levels[1:], noise, curvature), 1.0
-
-
-def _euler(scheduler, timesteps: torch.Tensor, _: float) -> tuple[torch.Tensor, float]:
-    """(k, init_scale) of EulerDiscreteScheduler."""
-    # interpolation_type log_linear leaves one sigma more.
-    sigmas = scheduler.sigmas.double().cpu()[: len(timesteps) + 1]
-    norm = (1 + sigmas.square()).sqrt()
-    levels = norm.pow(-2)
-    k = _between_levels(Levels.of(scheduler).prediction, levels[:-1], levels[1:])
-    k[-1, 2:4] *= norm[-1]  # diffusers returns the last state without the scaling of an input
-    largest = scheduler.sigmas.double().max()
+def _init_scale(scheduler) -> float:
+    """The standard deviation of the first state that the network reads."""
+    if type(scheduler).__name__ != "EulerDiscreteScheduler":
+        return 1.0
+    largest, first = scheduler.sigmas.double().max(), scheduler.sigmas[0].double()
     if scheduler.config.timestep_spacing == "leading":  # EulerDiscreteScheduler.init_noise_sigma
         largest = (1 + largest.square()).sqrt()
-    return k, (largest / norm[0]).item()
+    return (largest / (1 + first.square()).sqrt()).item()
 
 
 _SOLVERS: dict[str, Callable] = {
-    "DDIMScheduler": _ddim,
-    "DPMSolverMultistepScheduler": _dpm_solver,
-    "EulerDiscreteScheduler": _euler,
+    "DDIMScheduler": solver_rows.ddim,
+    "DPMSolverMultistepScheduler": solver_rows.dpm_solver,
+    "EulerDiscreteScheduler": solver_rows.euler,
+    "UniPCMultistepScheduler": solver_rows.unipc,
+    "FlowMatchEulerDiscreteScheduler": solver_rows.flow_euler,
+    "CogVideoXDDIMScheduler": solver_rows.ddim,
+    "CogVideoXDPMScheduler": solver_rows.cogvideox_dpm,
 }
-"""For each class of scheduler: (scheduler, timesteps, eta) -> (k, init_scale)."""
+"""For each class of scheduler: (scheduler, prediction type, timesteps (n,), eta) -> k (n, 8)."""
 
 _SERVED: dict[str, dict[str, tuple]] = {
     "DDIMScheduler": {"clip_sample": (False,), "thresholding": (False,)},
@@ -216,6 +176,27 @@ _SERVED: dict[str, dict[str, tuple]] = {
         "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     },
     "EulerDiscreteScheduler": {},
+    "UniPCMultistepScheduler": {
+        "solver_order": (2, 1),
+        "predict_x0": (True,),
+        "solver_p": (None,),
+        "thresholding": (False,),
+        "use_flow_sigmas": (False,),
+    },
+    "FlowMatchEulerDiscreteScheduler": {},
+    # Both classes keep clip_sample in their config and do not look at it.
+    "CogVideoXDDIMScheduler": {},
+    "CogVideoXDPMScheduler": {},
 }
 """For each class of scheduler: the values that are served of the options that matter to the step.
 """
+
+_FLOW_SIGMAS = {"use_flow_sigmas": (True,), "use_exponential_sigmas": (False,), "use_beta_sigmas": (False,)}
+_SERVED_ON_FLOWS: dict[str, dict[str, tuple]] = {
+    "DPMSolverMultistepScheduler": _FLOW_SIGMAS
+    | {"use_karras_sigmas": (False,), "use_lu_lambdas": (False,), "time_shift_type": ("exponential",)},
+    "UniPCMultistepScheduler": _FLOW_SIGMAS,
+    "FlowMatchEulerDiscreteScheduler": {},
+}
+"""The same on a flow, of the classes that know one: most of these options would put levels of a
+diffusion schedule on it."""

@@ -350,9 +350,9 @@ def _rollout_buffers(run: PlannedRun) -> dict[str, int]:
     states = rollout.grid_steps + 1
     out = {
         "prompt table": (run.prompts + 1) * run.row_elements * width,
-        # float32: 7 coefficients of the guided step and 2 of the start per state, 2 of Eq. 16 per
+        # float32: 8 coefficients of the guided step and 2 of the start per state, 2 of Eq. 16 per
         # state and s, 2 of the loss per s. Then int64 timesteps and float32 weights per state.
-        "coefficient tables": 4 * (7 * states + 2 * states + 2 * states * run.timesteps + 2 * run.timesteps)
+        "coefficient tables": 4 * (8 * states + 2 * states + 2 * states * run.timesteps + 2 * run.timesteps)
         + 8 * states
         + 4 * states,
         # x_s and target; s, t, row, sample id and weight. Overlap keeps two sets of buffers; what a

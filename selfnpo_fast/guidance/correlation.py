@@ -134,9 +134,9 @@ def visited(adapter: Adapter, predict: Predict, x: torch.Tensor, rows: Condition
     - x: (B, C, H, W) float32, the noise.
     - rows: (B, ...), the prompts' conditioning rows.
     """
-    scheduler = new_scheduler("ddim", adapter.scheduler)
-    scheduler.set_timesteps(steps)
-    solver = solver_steps(scheduler)
+    scheduler = new_scheduler("euler" if adapter.schedule.is_flow else "ddim", adapter.scheduler)
+    adapter.set_timesteps(scheduler, steps, adapter.size)
+    solver = solver_steps(scheduler, prediction_type=adapter.schedule.prediction)
     k, states = solver.k.float().to(x.device), []
     for i, timestep in enumerate(solver.timesteps.to(x.device)):
         p = predict(x, timestep.expand(len(x)), rows)

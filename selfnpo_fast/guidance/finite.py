@@ -14,12 +14,13 @@ def check_finite(
     result: torch.Tensor,
     latents: torch.Tensor,
     seeds: Sequence[int],
-    guidance_scale: float,
+    scale: str,
     networks: Mapping[str, object],
 ) -> None:
     """Raise RunError where the result of a call is not finite; the host waits for the device once.
 
-    `networks` are those that computed the result, by name, of which a damaged one is named.
+    `networks` are those that computed the result, by name, of which a damaged one is named; `scale`
+    is guidance_scale in words.
 
     Shapes:
     - result: (N, ...), the pictures or the latents of N seeds.
@@ -39,7 +40,7 @@ def check_finite(
             mend = f"the weights are damaged: {weight} of the {name} is not finite"
             break
     raise RunError(
-        f"{what}: {len(bad)} of {len(seeds)} are not finite at guidance_scale {guidance_scale:g}, the first is that of "
+        f"{what}: {len(bad)} of {len(seeds)} are not finite at guidance_scale {scale}, the first is that of "
         f"seed {seeds[bad[0]]}; {mend}"
     )
 

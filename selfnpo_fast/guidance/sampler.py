@@ -83,7 +83,8 @@ class Drawn:
     seeds: list[int]
     """The seed of each picture; a call with the same seeds draws the same pictures."""
     solver: str
-    """The solver that was used, as in `dpm++, order 2, sde`, `ddim` or `euler`."""
+    """The solver that was used, as in `dpm++, order 2, sde`, `unipc, order 2`, `ddim` or
+    `euler`."""
 
 
 class GuidedSampler:
@@ -106,7 +107,7 @@ class GuidedSampler:
         graphs: bool = True,
         branches: Literal["auto", "batched", "split"] = "auto",
         max_shapes: int = 4,
-        solver: Literal["dpm++", "ddim", "euler", "own"] = "dpm++",
+        solver: Literal["dpm++", "ddim", "euler", "unipc", "own"] = "dpm++",
     ) -> None:
         """A sampler of a family's adapter and its denoiser, which is on the device to run on.
 
@@ -161,8 +162,8 @@ class GuidedSampler:
         where a part has been replaced or changed since, in weights, adapters, precision, device or
         settings. Make a new sampler then.
 
-        The default solver is own, the pipeline's scheduler as it is configured: DPM-Solver++ of
-        order 1 or 2, ODE or SDE, DDIM or Euler, and PNDM as DPM-Solver++(2M).
+        The default solver is own, the pipeline's scheduler as it is configured: DPM-Solver++ or
+        UniPC of order 1 or 2, DDIM, Euler, flow Euler, and PNDM as DPM-Solver++(2M).
 
         Raises UserError where the pipeline is of another family or is offloaded, where a negative
         is attached to it, where it has another scheduler and no `solver` is given, and for all that
@@ -228,7 +229,7 @@ class GuidedSampler:
         seeds = checked_seeds(seeds, len(prompts))
         size = checked_size(height, width, self.adapter)
         shape = self.adapter.latent_shape_of(size)
-        solver, name = self._solver(config)
+        solver, name = self._solver(config, size)
         with self._turn():
             # Encode the prompts of both branches, draw the latents, decode them.
             rows = self._encode(prompts, size)
@@ -277,7 +278,7 @@ class GuidedSampler:
 
         Raises UserError, SamplingCancelled and RunError like a call.
         """
-        shape, (solver, _) = self.adapter.latent_shape, self._solver(config)
+        shape, (solver, _) = self.adapter.latent_shape, self._solver(config, self.adapter.size)
         with self._turn():
             latents = self._latents(prompts, empty, seeds, config, solver, shape, progress, cancelled)
             self._check(latents, latents, seeds, config)
@@ -295,7 +296,7 @@ class GuidedSampler:
 
         `progress` is called after every batch with the number of pictures that are done.
         """
-        images, shape, (solver, _) = [], self.adapter.latent_shape, self._solver(config)
+        images, shape, (solver, _) = [], self.adapter.latent_shape, self._solver(config, self.adapter.size)
         for start in range(0, len(seeds), config.batch_size):
             batch = slice(start, start + config.batch_size)
             with self._turn():
@@ -317,17 +318,18 @@ class GuidedSampler:
             return self.adapter.sized(self.adapter.encode_empty(self.device), size)
         return self._encode(negative_prompts, size)
 
-    def _solver(self, config: SamplerConfig) -> tuple[SolverSteps, str]:
-        """The coefficients of all steps, and the solver's name."""
+    def _solver(self, config: SamplerConfig, size: Size) -> tuple[SolverSteps, str]:
+        """The coefficients of all steps for pictures of a size in pixels, and the solver's name."""
         self.adapter.check_steps(config.steps)
         scheduler = new_scheduler(config.solver, self.adapter.scheduler)
-        scheduler.set_timesteps(config.steps)
-        solver = solver_steps(scheduler, w=float(config.guidance_scale) - 1, eta=config.eta)
-        if len(solver.k) != config.steps:
+        self.adapter.set_timesteps(scheduler, config.steps, size)
+        if len(scheduler.timesteps) != config.steps:
             raise UserError(
-                f"steps: {config.steps} lead to {len(solver.k)} timesteps of {type(scheduler).__name__} with "
-                f"{scheduler.config.timestep_spacing} spacing; take another number"
+                f"steps: {config.steps} lead to {len(scheduler.timesteps)} timesteps of {type(scheduler).__name__} "
+                f"with {scheduler.config.timestep_spacing} spacing; take another number"
             )
+        w, output = [scale - 1 for scale in config.scales], self.adapter.schedule.prediction
+        solver = solver_steps(scheduler, w=w, eta=config.eta, prediction_type=output)
         return solver, described(scheduler)
 
     def _latents(
@@ -372,7 +374,7 @@ class GuidedSampler:
         """Raise RunError where a call's result, latents or pictures of them, is not finite."""
         networks = {self.adapter.denoiser_name: self._branches.positive, "negative": self._branches.negative}
         networks["autoencoder"] = getattr(self.adapter, "vae", None) if result is not latents else None
-        check_finite(result, latents, seeds, config.guidance_scale, networks)
+        check_finite(result, latents, seeds, config.scale_text, networks)
 
     def close(self) -> None:
         """Free the buffers and graphs of all shapes; later calls allocate them again."""

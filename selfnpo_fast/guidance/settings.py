@@ -27,16 +27,16 @@ class SamplerConfig:
 
     steps: int = 20
     """Solver steps."""
-    guidance_scale: float = 3.0
-    """diffusers' guidance_scale (omega + 1); up to 1 only the positive model runs, as in
-    diffusers."""
+    guidance_scale: float | Sequence[float] = 3.0
+    """diffusers' guidance_scale (omega + 1), for all steps or for each of them; at steps with up to
+    1 only the positive model runs, as in diffusers."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Shares of the steps, 0 to 1, between which guidance acts; outside, only the positive runs."""
     guidance_rescale: float = 0.0
     """0 to 1: diffusers' guidance_rescale (Lin et al., arXiv 2305.08891, section 3.4)."""
-    solver: Literal["dpm++", "ddim", "euler", "own"] = "dpm++"
-    """DPM-Solver++(2M), DDIM or Euler on the model's noise schedule; own: the model's scheduler, as
-    it is configured."""
+    solver: Literal["dpm++", "ddim", "euler", "unipc", "own"] = "dpm++"
+    """DPM-Solver++(2M), DDIM, Euler or UniPC of second order on the model's noise schedule or flow,
+    which knows no DDIM; own: the model's scheduler, as it is configured."""
     eta: float = 0.0
     """0 to 1: DDIM's share of noise per step (Song et al., arXiv 2010.02502, Eq. 16)."""
     negative_prompt: Literal["empty", "same"] = "empty"
@@ -47,7 +47,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         check_integer("steps", self.steps, 1, MAX_COUNT)
         check_integer("batch_size", self.batch_size, 1, MAX_COUNT)
-        check_number("guidance_scale", self.guidance_scale, 0)
+        object.__setattr__(self, "guidance_scale", _checked_scale(self.guidance_scale, self.steps))
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_number("eta", self.eta, 0, 1)
         check_choice("solver", self.solver, SOLVERS)
@@ -59,13 +59,25 @@ class SamplerConfig:
                 f"guidance_interval: {shortened(interval)} is not possible; expected two shares of the steps, 0 to 1"
             )
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The guidance_scale of each step."""
+        scale = self.guidance_scale
+        return tuple(scale) if isinstance(scale, Sequence) else (float(scale),) * int(self.steps)
+
+    @property
+    def scale_text(self) -> str:
+        """guidance_scale in messages: `3`, or `1 to 6` where steps differ."""
+        least, most = min(self.scales), max(self.scales)
+        return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
     def guided(self, step: int) -> bool:
         """Whether guidance acts at a step, counted from 0, by the rule of diffusers' ControlNets.
 
         That is the rule of control_guidance_start and control_guidance_end.
         """
         start, end = self.guidance_interval
-        return self.guidance_scale > 1 and step / self.steps >= start and (step + 1) / self.steps <= end
+        return self.scales[step] > 1 and step / self.steps >= start and (step + 1) / self.steps <= end
 
 
 def config_of_call(settings: dict[str, Any]) -> SamplerConfig:
@@ -93,6 +105,23 @@ def check_number(field: str, value: object, least: float, most: float = math.inf
     if not least <= number <= most or math.isinf(number):
         expected = f"{least:g} to {most:g}" if most < math.inf else f"a number of at least {least:g}"
         raise UserError(f"{field}: {shortened(value)} is not possible; expected {expected}")
+
+
+def _checked_scale(scale: Any, steps: int) -> Any:
+    """guidance_scale as it is given, and a tuple of floats where there is one for each step.
+
+    Raises UserError where it is neither a number of at least 0 nor as many of them as steps.
+    """
+    if isinstance(scale, np.ndarray | torch.Tensor):
+        scale = scale.tolist()
+    if not isinstance(scale, list | tuple):
+        check_number("guidance_scale", scale, 0)
+        return scale
+    if len(scale) != steps:
+        raise UserError(f"guidance_scale: {len(scale)} numbers for {steps} steps; give one, or one for each step")
+    for i, of_step in enumerate(scale):
+        check_number(f"guidance_scale[{i}]", of_step, 0)
+    return tuple(map(float, scale))
 
 
 def check_integer(field: str, value: object, least: int, most: int) -> int:

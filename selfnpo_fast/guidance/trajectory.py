@@ -15,6 +15,7 @@ from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.capture import Capture, Step, no_capture
 from selfnpo_kernels import Draw, NoiseKey, draw_id, guidance_rescale, guided_step
+from selfnpo_kernels.schemas import STEP_COLUMNS
 
 
 class Trajectory:
@@ -34,20 +35,25 @@ class Trajectory:
         """Allocates buffers like x and rows, without their values.
 
         `choice` is one of `BRANCHES`, `rescale` is diffusers' guidance_rescale. Of `solver` only
-        what its steps need besides x and p counts: the x0 of the step before, and noise.
+        what its steps need besides x and p counts: the x0 of the steps before, and noise.
 
         Shapes:
         - x: (B, ...) float32.
         - rows: (2 B, ...) in the network's dtype.
         """
         self.branches, self.rescale = branches, rescale
-        self.keeps_x0, self.adds_noise = solver.keeps_x0, solver.adds_noise
-        self.x, self.x0 = torch.empty_like(x), torch.zeros_like(x)
+        self.adds_noise, self.x = solver.adds_noise, torch.empty_like(x)
+        # The x0 of the step before, and of two steps before.
+        self.previous = {
+            name: torch.zeros_like(x)
+            for name, kept in (("x0_prev", solver.keeps_x0), ("x0_prev2", solver.keeps_two_x0))
+            if kept
+        }
         self.rows = {name: torch.empty_like(value) for name, value in rows.items()}
         self.index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.seeds = torch.zeros_like(self.index)
         # As long as the longest trajectory, so that one captured step serves all lengths.
-        self.k = torch.zeros(most_steps, 7, device=x.device)
+        self.k = torch.zeros(most_steps, STEP_COLUMNS, device=x.device)
         # float32 for every solver, since networks embed timesteps in float32.
         self.timesteps = torch.zeros(most_steps, device=x.device)
         self.batched = BatchOrSplit(choice if branches.one_network else "split", f"{len(x)} x {tuple(x.shape[1:])}")
@@ -63,7 +69,8 @@ class Trajectory:
         - rows: (2 B, ...), the negative branch's conditioning rows, then the prompts'.
         """
         self.x.copy_(x)
-        self.x0.zero_()
+        for x0 in self.previous.values():
+            x0.zero_()
         for name, value in rows.items():
             self.rows[name].copy_(value)
         self.index.zero_()
@@ -78,7 +85,7 @@ class Trajectory:
             self.batched.run(lambda batched: self._step(True, batched), self.x.device)
             return
         if guided not in self._captured:
-            state = (self.x, self.x0, self.index)
+            state = (self.x, *self.previous.values(), self.index)
             self._captured[guided] = self._capture(lambda: self._step(guided, bool(self.batched.batched)), state)
         self._captured[guided]()
 
@@ -101,12 +108,13 @@ class Trajectory:
                 scale = guidance_rescale(pos, neg, self.k, self.rescale, index=self.index)
         else:
             pos, neg = self.branches.single(self.x, t, halves(self.rows)[1]), None
-        x0_prev = self.x0 if self.keeps_x0 else None
         noise = NoiseKey(0, self.seeds, draw_id(Draw.SAMPLE, self.index)) if self.adds_noise else None
-        x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, x0_prev=x0_prev, noise=noise)
+        x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, noise=noise, **self.previous)
         self.x.copy_(x)
-        if self.keeps_x0:
-            self.x0.copy_(x0)
+        if "x0_prev2" in self.previous:
+            self.previous["x0_prev2"].copy_(self.previous["x0_prev"])
+        if "x0_prev" in self.previous:
+            self.previous["x0_prev"].copy_(x0)
         self.index.add_(1)
         return ()
 
@@ -135,7 +143,7 @@ class Trajectories:
         A new one evicts the one that was used longest ago.
         """
         shapes = tuple((name, tuple(value.shape)) for name, value in sorted(rows.items()))
-        key = (tuple(x.shape), shapes, solver.keeps_x0, solver.adds_noise, rescale)
+        key = (tuple(x.shape), shapes, solver.keeps_x0, solver.keeps_two_x0, solver.adds_noise, rescale)
         trajectory = self._by_shape.pop(key, None)
         if trajectory is None:
             while len(self._by_shape) >= self.most:

@@ -324,6 +324,14 @@ class Adapter:
             expected = f"expected 1 to {most - 1} of the model's {most} timesteps"
             raise UserError(f"{field}: {steps} is not possible; {expected}")
 
+    def set_timesteps(self, scheduler: Any, steps: int, size: Size) -> None:
+        """Choose the timesteps of `steps` solver steps, for pictures or videos of a size, as the
+        family's pipelines do.
+
+        Families whose schedule depends on the size give the scheduler its mu here.
+        """
+        scheduler.set_timesteps(steps)
+
     # Sizes
 
     @property

@@ -34,7 +34,7 @@ class Grid:
     timesteps: torch.Tensor
     """(N + 1,) int64: 0, then the grid in ascending order."""
     step: torch.Tensor
-    """(N + 1, 7) float32: the coefficients of guided DDIM steps. Row 0 stays at t = 0."""
+    """(N + 1, 8) float32: the coefficients of guided DDIM steps. Row 0 stays at t = 0."""
     start: torch.Tensor
     """(N + 1, 2) float32: forward diffusion from x_0 to the grid."""
     renoise: torch.Tensor
@@ -64,7 +64,8 @@ class Grid:
         """The DDIM grid of `grid_steps` steps under guidance `omega`, with its tables on `device`.
 
         The step from grid index 0 ends at timestep 0. `noising` is from_x_t (Eq. 16) or naive
-        (Eq. 15); `s_shift` is the config's. Raises UserError where `grid_steps` does not divide the model's timesteps.
+        (Eq. 15); `s_shift` is the config's. Raises UserError where `grid_steps` does not divide the
+        model's timesteps.
         """
         zero = torch.zeros(1, dtype=torch.int64)
         timesteps = torch.cat([zero, schedule.grid(grid_steps)])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from selfnpo_fast.config import LogConfig
-from selfnpo_fast.diffusion.schedule import NoiseSchedule
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.guidance.sampler import start_noise
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.base import Conditioning, Predict
@@ -49,7 +49,7 @@ class _State:
     """(B, ...) float32, n + s (p - n)."""
 
 
-def coarse_steps(schedule: NoiseSchedule, grid_steps: int) -> int:
+def coarse_steps(schedule: Levels, grid_steps: int) -> int:
     """The steps of a grid that is as coarse as the measurement may be; `grid_steps` is one that
     fits."""
     total = schedule.num_train_timesteps
@@ -155,7 +155,7 @@ class GuidedChange:
             return relative_change(self._states, self._predict(student), negative_rows, self.scale)
 
     def _predict(self, network: Callable) -> Predict:
-        return lambda x, t, cond: self.adapter.predict(network, x, t, cond)
+        return lambda x, t, cond: self.adapter.predict_level(network, x, t, cond)
 
     def report(self) -> None:
         """Measure, and log the change in one line; a warning where it is too small to be seen."""

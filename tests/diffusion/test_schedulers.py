@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import diffusers
 import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
-from solver_cases import BETAS, FLOAT32, by_table, draw, error, network
+from solver_cases import BETAS, FLOAT32, FLOW, by_table, draw, error, network
 
 from selfnpo_fast.diffusion.schedulers import described, new_scheduler
-from selfnpo_fast.diffusion.solvers import solver_steps
+from selfnpo_fast.diffusion.solvers import prediction_type_of, solver_steps
 from selfnpo_fast.runtime import console
 from selfnpo_fast.runtime.errors import UserError
 
@@ -42,7 +46,10 @@ OWN = {
     "dpm++, order 2, sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}),
     "euler": (EulerDiscreteScheduler, {"use_beta_sigmas": True}),
+    "unipc, order 2": (UniPCMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc, order 1": (UniPCMultistepScheduler, FLOW | {"solver_order": 1}),
 }
+COGVIDEOX_OWN = {"ddim": CogVideoXDDIMScheduler, "dpm++, order 2, sde": CogVideoXDPMScheduler}
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -55,6 +62,16 @@ def test_the_models_own_scheduler_is_copied_as_it_is_configured(lines, name):
     assert type(scheduler) is cls
     assert dict(scheduler.config) == dict(own.config)
     assert described(scheduler) == name
+    assert not lines.messages
+
+
+@pytest.mark.parametrize("name", COGVIDEOX_OWN)
+def test_cogvideoxs_own_scheduler_keeps_its_noise_levels(lines, name):
+    own = COGVIDEOX_OWN[name](**BETAS, **COGVIDEOX)
+    scheduler = new_scheduler("own", own)
+    assert described(scheduler) == name
+    assert torch.equal(scheduler.alphas_cumprod, own.alphas_cumprod)
+    assert scheduler.config.snr_shift_scale == 3.0
     assert not lines.messages
 
 
@@ -74,8 +91,8 @@ REFUSED = {
     **{
         name: (getattr(diffusers, f"{name}Scheduler"), {})
         for name in (
-            "EulerAncestralDiscrete", "UniPCMultistep", "HeunDiscrete", "LMSDiscrete", "LCM", "TCD", "DDPM",
-            "DEISMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "DPMSolverSDE", "CogVideoXDDIM",
+            "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "LCM", "TCD", "DDPM",
+            "DEISMultistep", "DPMSolverSinglestep", "KDPM2Discrete", "DPMSolverSDE",
         )
         if getattr(diffusers, f"{name}Scheduler").__module__.startswith("diffusers.schedulers")
     },
@@ -97,17 +114,63 @@ def test_other_schedulers_are_refused_by_name_and_dpm_solver_is_the_mend(name):
     assert described(mended) == "dpm++, order 2, ode"
 
 
-def test_a_scheduler_without_a_diffusion_schedule_is_refused_by_every_solver():
-    flow = diffusers.FlowMatchEulerDiscreteScheduler()
-    for solver in ("own", "dpm++", "ddim"):
-        with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler") as caught:
-            new_scheduler(solver, flow)
-        assert "solver='dpm++'" not in str(caught.value)
-    with pytest.raises(UserError, match="solver: 'heun' is not supported"):
+FLOWS = {
+    "euler": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, 3.0),
+    "euler, dynamic": (FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True}, 1.0),
+    "heun": (diffusers.FlowMatchHeunDiscreteScheduler, {"shift": 5.0}, 5.0),
+    "unipc": (UniPCMultistepScheduler, FLOW | {"flow_shift": 5.0}, 5.0),
+    "dpm++": (DPMSolverMultistepScheduler, FLOW | {"flow_shift": 2.0, "solver_order": 1}, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("solver", ["euler", "dpm++", "unipc"])
+def test_a_flow_model_is_drawn_by_every_solver_of_flows_with_its_shift(solver, name):
+    cls, options, shift = FLOWS[name]
+    own = cls(**options)
+    scheduler = new_scheduler(solver, own)
+    assert described(scheduler) == {"dpm++": "dpm++, order 2, ode", "unipc": "unipc, order 2"}.get(solver, solver)
+    assert prediction_type_of(scheduler) == "flow"
+    assert scheduler.config.get("use_dynamic_shifting", False) == options.get("use_dynamic_shifting", False)
+    scheduler.set_timesteps(8, **({"mu": math.log(3)} if name == "euler, dynamic" else {}))
+    k = solver_steps(scheduler).k
+    assert k.isfinite().all()
+    # A level of a flow is -k1: shifted, of evenly spaced ones.
+    level = -k[:, 1]
+    unshifted = level / ((3 if name == "euler, dynamic" else shift) * (1 - level) + level)
+    torch.testing.assert_close(unshifted.diff(), unshifted.diff().mean().expand(7), rtol=0.02, atol=5e-3)
+
+
+def test_a_flow_model_has_no_ddim_and_no_flow_euler_is_drawn_on_a_diffusion_schedule():
+    flow = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(UserError, match=r"solver: ddim needs a diffusion schedule, .* expected one of dpm\+\+, euler"):
+        new_scheduler("ddim", flow)
+    with pytest.raises(UserError, match="solver: 'heun' is not supported; expected one of dpm"):
         new_scheduler("heun", flow)
+    with pytest.raises(UserError, match=r"FlowMatchHeunDiscreteScheduler is not served .* give solver='euler'"):
+        new_scheduler("own", diffusers.FlowMatchHeunDiscreteScheduler())
+    with pytest.raises(UserError, match="invert_sigmas; give solver='own'"):
+        new_scheduler("unipc", FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    assert type(new_scheduler("euler", DDIMScheduler(**BETAS))) is EulerDiscreteScheduler
 
 
-@pytest.mark.parametrize("solver", ["dpm++", "ddim", "euler"])
+def test_flow_options_that_another_solver_does_not_have_are_said(lines):
+    new_scheduler("dpm++", FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.1))
+    assert lines.messages == ["solver: dpm++ has no shift_terminal=0.1 of the model's FlowMatchEulerDiscreteScheduler"]
+    lines.clear()
+    assert new_scheduler("unipc", FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)).config.shift_terminal == 0.1
+    assert not lines.messages
+
+
+def test_a_scheduler_without_noise_levels_is_refused_by_every_solver():
+    other = diffusers.EDMEulerScheduler()
+    for solver in ("own", "dpm++", "ddim"):
+        with pytest.raises(UserError, match="EDMEulerScheduler") as caught:
+            new_scheduler(solver, other)
+        assert "solver='dpm++'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "ddim", "euler", "unipc"])
 def test_the_noise_levels_are_the_models_whatever_its_class_calls_them(solver):
     """snr_shift_scale is known to CogVideoX's schedulers alone."""
     own = CogVideoXDDIMScheduler(**BETAS, **COGVIDEOX)

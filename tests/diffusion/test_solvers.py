@@ -6,6 +6,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler as FlowEuler
+from diffusers import UniPCMultistepScheduler as UniPC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solver_cases import (
@@ -13,6 +15,7 @@ from solver_cases import (
     FLOAT32,
     FLOAT64,
     FLOAT64_FROM_4096,
+    FLOW,
     PREDICTIONS,
     ZERO_SNR,
     by_diffusers,
@@ -69,7 +72,7 @@ def test_ddim_from_zero_terminal_snr_at_eta_1(steps):
     """Nothing of x is kept: the first step is forward diffusion of x0 = -p."""
     scheduler = make(DDIMScheduler, steps, **ZERO_SNR)
     a = scheduler.alphas_cumprod[999 - 1000 // steps].double()
-    expected = torch.tensor([0, -1, 0, -(a**0.5), 0, (1 - a) ** 0.5, 0], dtype=torch.float64)
+    expected = torch.tensor([0, -1, 0, -(a**0.5), 0, (1 - a) ** 0.5, 0, 0], dtype=torch.float64)
     k = solver_steps(scheduler, eta=1.0).k[0]
     torch.testing.assert_close(k, expected, rtol=0, atol=5e-8)  # observed 1.1e-8, a root of 1e-16
 
@@ -224,7 +227,7 @@ REFUSED = {
         ["'sde-dpmsolver'", "algorithm_type='dpmsolver++'"],
     ),
     "flow_sigmas": (DPMSolverMultistepScheduler, {"use_flow_sigmas": True}, ["use_flow_sigmas=False"]),
-    "flow": (DPMSolverMultistepScheduler, {"prediction_type": "flow_prediction"}, ["prediction_type", "v_prediction"]),
+    "flow": (DPMSolverMultistepScheduler, {"prediction_type": "flow_prediction"}, ["use_flow_sigmas=True"]),
     "variance": (DPMSolverMultistepScheduler, {"variance_type": "learned"}, ["variance_type is 'learned'"]),
     "original_sample": (EulerDiscreteScheduler, {"prediction_type": "original_sample"}, ["prediction_type"]),
     "ddim_epsilon_at_zero_snr": (DDIMScheduler, {"rescale_betas_zero_snr": True}, ["epsilon", "v_prediction"]),
@@ -232,8 +235,23 @@ REFUSED = {
     "kdpm2_ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}, ["KDPM2Ancestral", "EulerDiscreteScheduler"]),
     "heun": (diffusers.HeunDiscreteScheduler, {}, ["HeunDiscrete", "DDIMScheduler"]),
     "ddpm": (diffusers.DDPMScheduler, {}, ["DDPMScheduler", "DDIMScheduler"]),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}, ["UniPC", "DPMSolverMultistepScheduler"]),
-    "flow_euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}, ["FlowMatchEuler", "EulerDiscreteScheduler"]),
+    "pndm": (diffusers.PNDMScheduler, {}, ["PNDMScheduler", "DDIMScheduler"]),
+    "lms": (diffusers.LMSDiscreteScheduler, {}, ["LMSDiscrete", "DDIMScheduler"]),
+    "lcm": (diffusers.LCMScheduler, {}, ["LCMScheduler", "DDIMScheduler"]),
+    "tcd": (diffusers.TCDScheduler, {}, ["TCDScheduler", "DDIMScheduler"]),
+    "unipc_order_3": (UniPC, {"solver_order": 3}, ["solver_order is 3", "solver_order=2"]),
+    "unipc_epsilon_space": (UniPC, {"predict_x0": False}, ["predict_x0=True"]),
+    "unipc_other_predictor": (UniPC, {"solver_p": DDIMScheduler()}, ["solver_p"]),
+    "unipc_thresholding": (UniPC, {"thresholding": True}, ["thresholding=False"]),
+    "flow_exponential": (UniPC, FLOW | {"use_exponential_sigmas": True}, ["use_exponential_sigmas=False"]),
+    "flow_karras": (DPMSolverMultistepScheduler, FLOW | {"use_karras_sigmas": True}, ["use_karras_sigmas=False"]),
+    "euler_flow": (EulerDiscreteScheduler, {"prediction_type": "flow_prediction"}, ["flow_prediction"]),
+    "flow_heun": (diffusers.FlowMatchHeunDiscreteScheduler, {}, ["FlowMatchHeun", "FlowMatchEuler"]),
+    "inverted_and_stochastic": (
+        FlowEuler,
+        {"invert_sigmas": True, "stochastic_sampling": True},
+        ["invert_sigmas is True", "invert_sigmas=False"],
+    ),
 }
 
 
@@ -250,7 +268,7 @@ def assert_refused(words: list[str], scheduler, **arguments) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_linear_is_refused_by_name(name):
     cls, options, words = REFUSED[name]
-    betas = {} if cls is diffusers.FlowMatchEulerDiscreteScheduler else BETAS
+    betas = {} if cls.__name__.startswith("FlowMatch") else BETAS
     extra = {"clip_sample": False} if cls is DDIMScheduler else {}
     scheduler = cls(**(betas | extra | options))
     scheduler.set_timesteps(5)
@@ -277,7 +295,13 @@ def test_churn_is_refused_by_name():
     assert_refused(["s_churn: 10", "sde-dpmsolver++"], make(EulerDiscreteScheduler, 5), s_churn=10.0)
 
 
+@pytest.mark.parametrize("cls", [UniPC, FlowEuler])
+def test_eta_belongs_to_no_other(cls):
+    assert_refused(["eta", "DDIMScheduler"], make(cls, 5), eta=0.5)
+
+
 def test_steps_have_to_be_set():
+    assert_refused(["set_timesteps"], FlowEuler())
     assert_refused(["set_timesteps"], DDIMScheduler(**BETAS, clip_sample=False))
 
 
@@ -291,7 +315,7 @@ def test_steps_without_finite_coefficients_are_named():
     """Steps where diffusers goes on with NaN: without noise, or between equal noise levels."""
     clean = {"trained_betas": [0.0, *[0.02] * 999]}
     assert_refused(["step 5 of 5", "timestep 0"], make(DDIMScheduler, 5, prediction_type="sample", **clean))
-    assert solver_steps(make(DDIMScheduler, 5, **clean)).k[-1].tolist() == [1, 0, 1, 0, 0, 0, 0]
+    assert solver_steps(make(DDIMScheduler, 5, **clean)).k[-1].tolist() == [1, 0, 1, 0, 0, 0, 0, 0]
     twice = make(DPMSolverMultistepScheduler, 1)
     twice.set_timesteps(timesteps=[900, 500, 500, 100])
     assert_refused(["step 3 of 4", "timestep 500"], twice)

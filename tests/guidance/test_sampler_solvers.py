@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import stock
 import tiny
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep
 from recording import Recording
 
 from selfnpo_fast import GuidedSampler, attach_negative
 from selfnpo_fast.guidance.sampler import start_noise
+from selfnpo_fast.models import Family
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
@@ -81,6 +91,9 @@ CONFIGURED = {
     "ddim, trailing": (DDIMScheduler, {"timestep_spacing": "trailing", "set_alpha_to_one": True}, "ddim"),
     "euler, karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}, "euler"),
     "euler, exponential": (EulerDiscreteScheduler, {"use_exponential_sigmas": True}, "euler"),
+    "unipc": (UniPCMultistepScheduler, {}, "unipc, order 2"),
+    "unipc, corrector at some steps": (UniPCMultistepScheduler, {"disable_corrector": [0, 3]}, "unipc, order 2"),
+    "unipc, order 1": (UniPCMultistepScheduler, {"solver_order": 1}, "unipc, order 1"),
 }
 
 
@@ -145,6 +158,91 @@ def test_noise_is_added_by_the_fused_step_and_replays_in_captured_ones(pipe):
         assert torch.equal(by_us(captured, **options).images, by_us(plain, **options).images)
 
 
+def test_the_x0_of_two_steps_before_replays_in_captured_steps(pipe):
+    """UniPC's states are buffers of the captured step, and every call begins without them."""
+    pipe.scheduler = UniPCMultistepScheduler.from_config(tiny.scheduler().config)
+    plain, captured = (GuidedSampler.from_pipeline(pipe, branches="batched") for _ in range(2))
+    captured._trajectories.capture = Recording()
+    for options in ({}, {"seeds": [1, 2]}, {"steps": 4}, {"solver": "dpm++"}, {}):
+        assert torch.equal(by_us(captured, **options).images, by_us(plain, **options).images)
+
+
+SCALES = [1.5, 3.0, 7.5, 2.0, 1.25, 4.0]
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, UniPCMultistepScheduler])
+def test_each_step_may_have_a_guidance_scale_of_its_own(pipe, cls):
+    """The pipeline is given its scales step by step, and the negative is attached to it."""
+    pipe.scheduler = cls.from_config(tiny.scheduler().config)
+    negative, _ = stock.negative("lora", pipe)
+
+    def next_scale(pipeline, step, _timestep, tensors):
+        pipeline._guidance_scale = SCALES[min(step + 1, STEPS - 1)]
+        return tensors
+
+    ours = by_us(GuidedSampler.from_pipeline(pipe, negative), guidance_scale=SCALES).images
+    noise = start_noise(SEEDS, SHAPE, CPU)
+    with attach_negative(pipe, negative):
+        theirs = pipe(
+            PROMPTS, num_inference_steps=STEPS, guidance_scale=SCALES[0], latents=noise, output_type="latent",
+            callback_on_step_end=next_scale,
+        ).images  # fmt: skip
+    assert_same(ours, theirs)
+    assert (ours - by_us(GuidedSampler.from_pipeline(pipe, negative), guidance_scale=1.5).images).abs().max() > 1e-3
+
+
+def test_steps_with_a_scale_up_to_1_are_the_positives_alone(pipe):
+    """Equal scales for all steps are one scale; scales of 1 outside of an interval are the interval."""
+    pipe.scheduler = tiny.scheduler()
+    sampler = GuidedSampler.from_pipeline(pipe)
+    assert_same(by_us(sampler, guidance_scale=(SCALE,) * STEPS).images, by_us(sampler).images)
+    some = by_us(sampler, guidance_scale=torch.tensor([1.0, 1.0, SCALE, SCALE, SCALE, 0.5])).images
+    assert_same(some, by_us(sampler, guidance_interval=(0.3, 0.9)).images)
+    assert (some - by_us(sampler).images).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scales", "words"),
+    [
+        ([3.0, 2.0], r"guidance_scale: 2 numbers for 6 steps; give one, or one for each step"),
+        ([], r"guidance_scale: 0 numbers for 6 steps"),
+        ([3.0] * 5 + [float("nan")], r"guidance_scale\[5\]: nan is not possible"),
+        ([3.0] * 5 + [-1.0], r"guidance_scale\[5\]: -1.0 is not possible; expected a number of at least 0"),
+        (["3"] * 6, r"guidance_scale\[0\]: '3' is not possible"),
+        (lambda step: 3.0, r"guidance_scale: .* is not possible; expected a number of at least 0"),
+    ],
+)
+def test_impossible_scales_of_steps_are_named(pipe, scales, words):
+    pipe.scheduler = tiny.scheduler()
+    with pytest.raises(UserError, match=f"^{words}") as caught:
+        by_us(GuidedSampler.from_pipeline(pipe), guidance_scale=scales)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("solver", ["own", "euler", "unipc"])
+@pytest.mark.parametrize("prediction_type", ["flow", "-flow"])
+def test_a_flow_model_is_drawn_by_its_own_scheduler(pipe, monkeypatch, solver, prediction_type):
+    """Where the family has the levels of a flow; its network is told the scheduler's timesteps."""
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    levels = SimpleNamespace(prediction_type=prediction_type, num_train_timesteps=1000, check=lambda: None)
+    monkeypatch.setattr(Family, "schedule", lambda *_: levels)
+    drawn = by_us(GuidedSampler.from_pipeline(pipe), solver=solver)
+    assert drawn.solver == {"unipc": "unipc, order 2"}.get(solver, "euler")
+    scheduler = pipe.scheduler
+    if solver == "unipc":
+        scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    scheduler.set_timesteps(STEPS)
+    x, embeddings = start_noise(SEEDS, SHAPE, CPU), pipe.encode_prompt(PROMPTS, CPU, 1, True)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            pos, neg = (pipe.unet(x, t, encoder_hidden_states=rows).sample for rows in embeddings)
+            p = neg + SCALE * (pos - neg)
+            x = scheduler.step(p if prediction_type == "flow" else -p, t, x).prev_sample
+    assert_same(drawn.images, x)
+    with pytest.raises(UserError, match="solver: ddim needs a diffusion schedule"):
+        by_us(GuidedSampler.from_pipeline(pipe), solver="ddim")
+
+
 def test_pndm_is_drawn_as_dpm_solver(pipe):
     config = tiny.scheduler().config
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
@@ -155,7 +253,7 @@ def test_pndm_is_drawn_as_dpm_solver(pipe):
     assert_same(drawn.images, theirs)
 
 
-@pytest.mark.parametrize("name", ["EulerAncestralDiscrete", "UniPCMultistep", "HeunDiscrete", "LCM"])
+@pytest.mark.parametrize("name", ["EulerAncestralDiscrete", "DEISMultistep", "HeunDiscrete", "LCM"])
 def test_another_scheduler_is_refused_until_a_solver_is_given(pipe, name):
     theirs = plain_dpm(pipe)
     cls = getattr(diffusers, f"{name}Scheduler")

@@ -3,8 +3,11 @@ coefficient tables."""
 
 from __future__ import annotations
 
+import sys
+from unittest import mock
+
 import torch
-from diffusers import DDIMScheduler
+from diffusers import CogVideoXDPMScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from selfnpo_fast.diffusion.solvers import SolverSteps
 from selfnpo_kernels import guided_step
@@ -12,6 +15,7 @@ from selfnpo_kernels import guided_step
 SHAPE = (2, 4, 3, 3)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -29,10 +33,12 @@ def network(x: torch.Tensor, t: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def make(cls: type, steps: int, **options):
-    """A scheduler with its steps set; DDIM clips by default."""
+    """A scheduler with its steps set; DDIM clips by default. mu is an argument of set_timesteps."""
     extra = {"clip_sample": False} if cls is DDIMScheduler else {}
-    scheduler = cls(**(BETAS | extra | options))
-    scheduler.set_timesteps(steps)
+    more = {"mu": options.pop("mu")} if "mu" in options else {}
+    betas = {} if cls is FlowMatchEulerDiscreteScheduler else BETAS
+    scheduler = cls(**(betas | extra | options))
+    scheduler.set_timesteps(steps, **more)
     return scheduler
 
 
@@ -50,30 +56,48 @@ def by_diffusers(scheduler, w: float, eta: float = 0.0) -> torch.Tensor:
             setattr(scheduler, name, getattr(scheduler, name).double())
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    states = []
-    x = (draw(0) * scheduler.init_noise_sigma).as_subclass(Unrounded)
+    states, old = [], None
+    x = (draw(0) * getattr(scheduler, "init_noise_sigma", 1.0)).as_subclass(Unrounded)
     for i, t in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(x, t)
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         states.append(scaled)
         pos, neg = network(scaled, t, 0.0), network(scaled, t, 0.4)
-        more = {}
+        p, more = pos + of_step(w, i) * (pos - neg), {}
         if eta:
             more = {"eta": eta, "variance_noise": draw(i + 1)}
         elif "sde" in scheduler.config.get("algorithm_type", ""):
             more = {"variance_noise": draw(i + 1).as_subclass(Unrounded)}
-        x = scheduler.step(pos + w * (pos - neg), t, x, **more).prev_sample
+        with drawing(scheduler, i):
+            if isinstance(scheduler, CogVideoXDPMScheduler):
+                back = scheduler.timesteps[i - 1] if i else None
+                x, old = scheduler.step(p, old, t, back, x)
+            else:
+                x = scheduler.step(p, t, x, **more).prev_sample
     return torch.stack([*states, x]).as_subclass(torch.Tensor)
+
+
+def of_step(w: float | list[float], i: int) -> float:
+    return w[i] if isinstance(w, list) else w
+
+
+def drawing(scheduler, i: int):
+    """Step i of a scheduler, with `draw(i + 1)` for all noise that it draws itself."""
+    module = sys.modules[type(scheduler).__module__]
+    return mock.patch.object(module, "randn_tensor", lambda *_, **__: draw(i + 1), create=True)
 
 
 def by_table(solver: SolverSteps, dtype: torch.dtype = torch.float64, on: str = "cpu") -> torch.Tensor:
     """The same by `guided_step`; without guidance the negative branch is left out."""
     k = solver.k.to(on, dtype)
-    x, x0 = (draw(0) * solver.init_scale).to(on, dtype), None
+    x, previous = (draw(0) * solver.init_scale).to(on, dtype), {}
     states = [x]
     for i, t in enumerate(solver.timesteps.to(on)):
         pos, neg = network(x, t, 0.0), network(x, t, 0.4) if k[i, 6] else None
         noise = draw(i + 1).to(on, dtype) if solver.adds_noise else None
-        x, x0 = guided_step(pos, neg, x, k[i : i + 1], x0_prev=x0 if solver.keeps_x0 else None, noise=noise)
+        x, x0 = guided_step(pos, neg, x, k[i : i + 1], noise=noise, **previous)
+        if solver.keeps_x0:
+            earlier = previous.get("x0_prev") if solver.keeps_two_x0 else None
+            previous = {"x0_prev": x0, "x0_prev2": earlier}
         states.append(x)
     return torch.stack(states).double().cpu()
 

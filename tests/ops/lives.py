@@ -126,7 +126,7 @@ def make_world(
         return (0.4 + 0.5 * torch.rand(size, generator=generator)).to(on)
 
     # One row more than the grid has: lockstep rollouts append the identity.
-    step = table(steps + 2, 7)
+    step = table(steps + 2, 8)
     step[:, 6] = w
     defaults = {"num_prompts": 3, "stride": 11, "max_steps": steps, "seed": seed}
     rules = TdftRules(**(defaults | rules))

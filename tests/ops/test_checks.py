@@ -46,15 +46,15 @@ def tdft_arguments(start: str, steps: int = 4) -> dict:
 
 def arguments(op: str) -> tuple:
     """(function, arguments that it takes)."""
-    (k2, k7), ids = draw(2, (3, 2), (3, 7)), torch.arange(3)
+    (k2, k8), ids = draw(2, (3, 2), (3, 8)), torch.arange(3)
     return {
         "normal": (normal, {"key": NoiseKey(1, ids, 0), "shape": SHAPE[1:]}),
         "affine_noise": (affine_noise, {**tensors("x", "noise"), "k": k2}),
-        "guidance_rescale": (guidance_rescale, {**tensors("pos", "neg"), "k": k7, "phi": 0.7}),
-        "guided_step": (guided_step, {**tensors("pos", "neg", "x"), "k": k7}),
+        "guidance_rescale": (guidance_rescale, {**tensors("pos", "neg"), "k": k8, "phi": 0.7}),
+        "guided_step": (guided_step, {**tensors("pos", "neg", "x"), "k": k8}),
         "guided_step with all": (
             guided_step,
-            {**tensors("pos", "neg", "x", "x0_prev", "noise"), "k": k7, "scale": torch.ones(3)},
+            {**tensors("pos", "neg", "x", "x0_prev", "x0_prev2", "noise"), "k": k8, "scale": torch.ones(3)},
         ),
         "tdft_step": (tdft_step, tdft_arguments("noise")),
         "tdft_step from data": (tdft_step, tdft_arguments("data")),
@@ -73,7 +73,7 @@ STATES = {
     "affine_noise": ("x", "noise"),
     "guidance_rescale": ("pos", "neg"),
     "guided_step": ("pos", "neg", "x"),
-    "guided_step with all": ("x0_prev", "noise"),
+    "guided_step with all": ("x0_prev", "x0_prev2", "noise"),
     "tdft_step": ("pos", "neg", "x", "final"),
     "tdft_step from data": ("pos", "neg", "x"),
     "x0_loss": ("pred", "x_s", "target"),
@@ -153,11 +153,12 @@ REFUSED = {  # op -> [(what is wrong, what the error says)]
     "guided_step": [
         ({"pos": None, "neg": None}, "both missing"),
         ({"neg": lambda t: t.to(BF16)}, "neg is torch.bfloat16 and pos is torch.float32"),
-        ({"k": torch.ones(3, 6)}, "k is"),
+        ({"k": torch.ones(3, 7)}, r"k is .* expected torch.float32 of shape \(\*, 8\)"),
         ({"scale": torch.ones(3, 1)}, "scale"),
         ({"scale": torch.ones(3, dtype=F16)}, "scale is torch.float16"),
         ({"x0_prev": torch.ones(SHAPE, dtype=BF16)}, "x0_prev is torch.bfloat16; expected torch.float32"),
         ({"x0_prev": torch.ones(3, 4, 5)}, "x0_prev has shape"),
+        ({"x0_prev2": torch.ones(SHAPE, dtype=BF16)}, "x0_prev2 is torch.bfloat16; expected torch.float32"),
         ({"noise": torch.ones(3, 4, 5)}, "noise has shape"),
         ({"noise": NoiseKey(1, torch.arange(4), 0)}, "sample_ids"),
     ],
@@ -172,7 +173,7 @@ REFUSED = {  # op -> [(what is wrong, what the error says)]
         ({"next_slots": lambda t: t[:, :2].contiguous()}, "next_slots"),
         ({"next_slots": lambda t: t.t().contiguous().t()}, "next_slots is not contiguous"),
         (spoil_table("step", lambda t: t[:4]), "step has 4 rows; expected at least 5"),
-        (spoil_table("step", lambda t: t[:, :6].contiguous()), "step is"),
+        (spoil_table("step", lambda t: t[:, :7].contiguous()), "step is"),
         (spoil_table("start", lambda t: t[:4]), "start is"),
         (spoil_table("renoise", lambda t: t[:4]), "renoise is"),
         (spoil_table("renoise", lambda t: t.half()), "renoise is torch.float16"),

@@ -32,6 +32,7 @@ APPROXIMATE = {
     "normal": {SQRT},
     "affine_noise": {SQRT},
     "affine_noise, a row and a draw for each": {SQRT},
+    "guided_step, x0_prev and noise": {SQRT},
     "guided_step, everything": {SQRT},
     "tdft_step, from noise": {SQRT},
     "tdft_step, unconditional": {SQRT},
@@ -180,11 +181,11 @@ def of_guided_step(noise: bool = True) -> float:
     for choice in choices(sqrt=noise):
         z, *terms = hard_normals(choice.sqrt or 1)
         for i, size in enumerate((1e-3, 1.0)):
-            pos, neg, x, previous, scale = numbers(i, z.shape, size, size, size, size, 1)
-            k2, k3, k4, k5, w = numbers(10 + i, z.shape, 1, 1, 1, 1, 3)
+            pos, neg, x, previous, earlier, scale = numbers(i, z.shape, size, size, size, size, size, 1)
+            k2, k3, k4, k5, w, k7 = numbers(10 + i, z.shape, 1, 1, 1, 1, 3, 1)
             p, exact_p = guided(pos, neg, w, scale)
-            out = fma(k4, previous, two_products(choice, k2, x, k3, p))
-            expected = [(k2, x), (k3, *exact_p), (k4, previous)]
+            out = fma(k7, earlier, fma(k4, previous, two_products(choice, k2, x, k3, p)))
+            expected = [(k2, x), (k3, *exact_p), (k4, previous), (k7, earlier)]
             if noise:
                 out, expected = fma(k5, z, out), [*expected, (k5, *terms)]
             worst = max(worst, error(out, linear(*expected)))

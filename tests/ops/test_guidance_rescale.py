@@ -31,8 +31,8 @@ def check(backend, mixture, pos, neg, k, phi, index=None) -> None:
 
 def some_tables(seed: int, batch: int, on: str):
     """Only w is read."""
-    for k, index in cases.tables(seed, batch, 7, on):
-        k[:, :6] = float("nan")
+    for k, index in cases.tables(seed, batch, 8, on):
+        k[:, :6] = k[:, 7:] = float("nan")
         k[:, 6] *= 4
         yield k, index
 
@@ -46,7 +46,7 @@ def test_values(backend, mixture, shape):
 
 
 def test_float64():
-    pos, neg, k = draw(3, cases.IMAGE, cases.IMAGE, (3, 7), dtype=F64)
+    pos, neg, k = draw(3, cases.IMAGE, cases.IMAGE, (3, 8), dtype=F64)
     check("reference", cases.FLOAT64, pos, neg, k, 0.7)
 
 
@@ -74,7 +74,7 @@ def test_diffusers(backend, phi):
     """The scale, and p of `guided_step` under it, are those of rescale_noise_cfg."""
     on, shape, w = cases.device(backend), (4, 3, 5, 7), 6.5
     pos, neg, x = draw(6, shape, shape, shape, on=on)
-    k = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 0.0, w]], device=on)
+    k = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 0.0, w, 0.0]], device=on)
     scale = guidance_rescale(pos, neg, k, phi)
     theirs = rescale_noise_cfg(neg + (w + 1) * (pos - neg), pos, guidance_rescale=phi)
     # Observed 1.9e-6.
@@ -101,5 +101,5 @@ def test_any_shape_and_mixture(name, shape, seed, mixture, phi):
 def test_the_same_call_twice_is_the_same(backend):
     on, shape = cases.device(backend), cases.large(backend)
     pos, neg = draw(7, shape, shape, on=on)
-    (k,) = draw(8, (1, 7), on=on)
+    (k,) = draw(8, (1, 8), on=on)
     cases.assert_repeatable(lambda: (guidance_rescale(pos, neg, k, 0.7),))

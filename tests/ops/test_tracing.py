@@ -53,8 +53,8 @@ def tdft_arguments(start: str, branches: str = "both", dtype=F32) -> tuple:
 def opcheck_cases() -> list:
     """(op, positional arguments) of the raw ops."""
     pos, neg, x, noise = draw(3, SHAPE, SHAPE, SHAPE, SHAPE)
-    (k2, k7), (some2,), index = draw(4, (3, 2), (3, 7)), draw(5, (4, 2)), torch.tensor([3, 0, 1])
-    one7, weight, scale = k7[:1].clone(), torch.ones(3), torch.ones(3)
+    (k2, k8), (some2,), index = draw(4, (3, 2), (3, 8)), draw(5, (4, 2)), torch.tensor([3, 0, 1])
+    one8, weight, scale = k8[:1].clone(), torch.ones(3), torch.ones(3)
     video = draw(6, (2, 2, 3, 2, 2))[0]
     graded = pos.clone().requires_grad_()
     return [
@@ -63,11 +63,11 @@ def opcheck_cases() -> list:
         ("affine_noise", (x, k2, None, noise, *NO_KEY)),
         ("affine_noise", (x.half(), some2, index, None, *KEY)),
         ("affine_noise", (video, k2[:1].clone(), None, None, 5, torch.arange(2), 0, torch.arange(2))),
-        ("guidance_rescale", (pos, neg, k7, None, 0.7)),
-        ("guidance_rescale", (pos.bfloat16(), neg.bfloat16(), k7, index % 3, 1.0)),
-        ("guided_step", (pos, neg, x, k7, None, None, None, None, *NO_KEY)),
-        ("guided_step", (pos.bfloat16(), None, x, k7, index % 3, scale, x, noise, *NO_KEY)),
-        ("guided_step", (None, neg, x, one7, None, None, None, None, *DRAWN)),
+        ("guidance_rescale", (pos, neg, k8, None, 0.7)),
+        ("guidance_rescale", (pos.bfloat16(), neg.bfloat16(), k8, index % 3, 1.0)),
+        ("guided_step", (pos, neg, x, k8, None, None, None, None, None, *NO_KEY)),
+        ("guided_step", (pos.bfloat16(), None, x, k8, index % 3, scale, x, noise, noise, *NO_KEY)),
+        ("guided_step", (None, neg, x, one8, None, None, None, None, None, *DRAWN)),
         ("tdft_step", tdft_arguments("noise")),
         ("tdft_step", tdft_arguments("noise", "neg", BF16)),
         ("tdft_step", tdft_arguments("data", "pos")),
@@ -113,7 +113,7 @@ def test_draws_and_seeds_do_not_compile_again():
 
     The first graph takes the integers for constants.
     """
-    x, pos, k = *draw(9, SHAPE, SHAPE), torch.ones(1, 7)
+    x, pos, k = *draw(9, SHAPE, SHAPE), torch.ones(1, 8)
     graphs = torch._dynamo.testing.CompileCounter()
 
     @torch.compile(backend=graphs, fullgraph=True)
@@ -155,7 +155,7 @@ def whole_step(x, final, slots, next_slots, scale, master, shadow, k2, world) ->
         started = affine_noise(normal(key, SHAPE[1:]), k2, key, index=slots[2])
         factor = guidance_rescale(pos, neg, world.tables.step, 0.7, index=slots[0])
         stepped = guided_step(
-            pos, neg, started, world.tables.step, index=slots[0], scale=factor, x0_prev=target, noise=key
+            pos, neg, started, world.tables.step, index=slots[0], scale=factor, x0_prev=target, x0_prev2=x_s, noise=key
         )
     loss, samples = x0_loss(torch.tanh(x_s) * scale, x_s, target, k2, "huber", weight, index=slots[2])
     ema_update([master], [target], [shadow], 0.9)

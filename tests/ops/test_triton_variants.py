@@ -49,10 +49,10 @@ def test_the_compiler_is_chosen_where_there_is_a_gpu():
 def some_calls() -> list[torch.Tensor]:
     shape = (3, 1100)
     x, pos, neg = draw(1, shape, shape, shape, on=ON)
-    k7, k2 = draw(2, (5, 7), (5, 2), on=ON)
+    k8, k2 = draw(2, (5, 8), (5, 2), on=ON)
     index, key = torch.tensor([4, 0, 2], device=ON), cases.key(3, ON)
-    scale = guidance_rescale(pos, neg, k7, 0.7, index=index)
-    stepped = guided_step(pos, neg, x, k7, index=index, scale=scale, x0_prev=x, noise=key)
+    scale = guidance_rescale(pos, neg, k8, 0.7, index=index)
+    stepped = guided_step(pos, neg, x, k8, index=index, scale=scale, x0_prev=x, x0_prev2=x, noise=key)
     pred = pos.clone().requires_grad_()
     loss, samples = x0_loss(pred, x, neg, k2, "huber", torch.ones(3, device=ON), index=index)
     loss.backward()

@@ -1,4 +1,5 @@
-// Guidance and a solver step: x0 = k0 x + k1 p, x_next = k2 x + k3 p + k4 x0_prev + k5 noise.
+// Guidance and a solver step: x0 = k0 x + k1 p,
+// x_next = k2 x + k3 p + k4 x0_prev + k7 x0_prev2 + k5 noise.
 #include "guided.h"
 #include "noise.h"
 
@@ -11,9 +12,9 @@ void guided_step_block(const GuidedStepArgs& a, int64_t b, int64_t offset, int64
   NoiseBlock block;
   const P* pos = at_offset<P>(a.pos ? a.pos : a.neg, at);
   const P* neg = at_offset<P>(a.neg, at);
-  const S *x = at_offset<S>(a.x, at), *before = at_offset<S>(a.x0_prev, at);
+  const S *x = at_offset<S>(a.x, at), *before = at_offset<S>(a.x0_prev, at), *earlier = at_offset<S>(a.x0_prev2, at);
   S *x_next = at_offset<S>(a.x_next, at), *x0 = at_offset<S>(a.x0, at);
-  const float* z = block.get(a.noise_tensor, a.noise, b, b * a.N, offset, n, x, pos, neg, before);
+  const float* z = block.get(a.noise_tensor, a.noise, b, b * a.N, offset, n, x, pos, neg, before, earlier);
   const float* k = a.k.row(b);
   const Guidance<Both> guided{k[6], a.scale ? a.scale[b] : 1.0f};
   const auto loop = [&](auto extra) {
@@ -23,13 +24,14 @@ void guided_step_block(const GuidedStepArgs& a, int64_t b, int64_t offset, int64
       V next = fmadd(V(k[2]), state, V(k[3]) * p);
       if constexpr (decltype(extra)::value) {
         if (before) next = fmadd(V(k[4]), load<V>(before + i), next);
+        if (earlier) next = fmadd(V(k[7]), load<V>(earlier + i), next);
         if (z) next = fmadd(V(k[5]), load<V>(z + i), next);
       }
       store<V>(x0 + i, fmadd(V(k[0]), state, V(k[1]) * p), stream);
       store<V>(x_next + i, next, stream);
     });
   };
-  if (before || z) {
+  if (before || earlier || z) {
     loop(std::true_type());
   } else {
     loop(std::false_type());

@@ -34,7 +34,7 @@ Slot decide(const TdftStepArgs& a, int64_t b) {
   // slot's previous sample, at t = 0.
   slot.no_room = from_noise && index == top;
   slot.ended = left == 0;
-  slot.k = a.step + 7 * (index + 1);
+  slot.k = a.step + kStepColumns * (index + 1);
   const int64_t at = slot.no_room ? -1 : index, pair_id = slot.no_room ? id - a.stride : id;
   const auto stream = [&](Draw kind, int64_t sample, int64_t grid_index = -1) {
     return Stream{a.seed, static_cast<uint64_t>(sample), draw_id(kind, grid_index)};

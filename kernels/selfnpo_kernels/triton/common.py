@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 
 from selfnpo_kernels.rng import Draw
+from selfnpo_kernels.schemas import STEP_COLUMNS as _STEP_COLUMNS
 
+STEP_COLUMNS = tl.constexpr(_STEP_COLUMNS)
 _DRAW_KINDS = tl.constexpr(16)
 START_NOISE = tl.constexpr(int(Draw.START_NOISE))
 START_INDEX = tl.constexpr(int(Draw.START_INDEX))

@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from selfnpo_kernels.triton.common import entry, guided, launch, load, plan, sample_and_block, table_row
+from selfnpo_kernels.triton.common import (
+    STEP_COLUMNS,
+    entry,
+    guided,
+    launch,
+    load,
+    plan,
+    sample_and_block,
+    table_row,
+)
 
 
 @triton.jit
@@ -33,7 +42,7 @@ def guidance_moments_kernel(
     sample, block = sample_and_block(N, BLOCK, WIDE)
     conditional = load(pos, sample, block, N, BLOCK)
     negative = load(neg, sample, block, N, BLOCK)
-    p = guided(conditional, negative, k + table_row(index, sample, PER_SAMPLE) * 7 + 6)
+    p = guided(conditional, negative, k + table_row(index, sample, PER_SAMPLE) * STEP_COLUMNS + 6)
     lane = block * BLOCK + tl.arange(0, BLOCK)
     count = tl.minimum(N - block * BLOCK, BLOCK).to(tl.float32)
     mean, squares = _moments(conditional, lane < N, count)

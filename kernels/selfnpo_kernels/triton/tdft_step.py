@@ -12,6 +12,7 @@ from selfnpo_kernels.triton.common import (
     RENOISE_TIME,
     START_INDEX,
     START_NOISE,
+    STEP_COLUMNS,
     draw_id,
     entry,
     guided,
@@ -134,7 +135,7 @@ def tdft_step_kernel(
         tl.store(pair_weight + sample, tl.load(weight + pair_index + 1))
 
     # The guided solver step, and the target.
-    k = step + (index + 1) * 7
+    k = step + (index + 1) * STEP_COLUMNS
     p = guided(positive, negative, k + 6)
     x0 = tl.load(k) * state + tl.load(k + 1) * p
     x_next = tl.load(k + 2) * state + tl.load(k + 3) * p

@@ -116,6 +116,6 @@ class SelfNPO(Method):
     def inspect(self, predict: Predict, pairs: Pairs) -> dict[str, torch.Tensor]:
         """The fields of the pairs, their losses, and the student's x0 (B, ...) as `student_x0`."""
         pred = predict(pairs.x_s, pairs.s, self.table.gather(pairs.rows))
-        k = nn.functional.pad(self.objective.k, (0, 5))  # for the op's x0; its next state is not used
+        k = nn.functional.pad(self.objective.k, (0, 6))  # for the op's x0; its next state is not used
         _, x0 = guided_step(pred, None, pairs.x_s, k, index=pairs.s)
         return super().inspect(lambda *_: pred, pairs) | {"student_x0": x0}
