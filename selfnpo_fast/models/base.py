@@ -9,7 +9,7 @@ Shape letters: B samples, N prompts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -122,7 +122,8 @@ class Adapter:
         def run(denoiser: nn.Module) -> torch.Tensor:
             x, t = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
             cond = {name: torch.empty(2, *row, device="meta") for name, row in rows.items()}
-            return denoiser(x, t, **self.arguments(cond), return_dict=False)[0]
+            args, kwargs = self.call(x, t, cond)
+            return denoiser(*args, **kwargs, return_dict=False)[0]
 
         with loading(self.path, self.denoiser_name):
             config = self.denoiser_config
@@ -186,12 +187,18 @@ class Adapter:
         """
         dtype = network_dtype(denoiser)
         cond = {name: rows.to(dtype) for name, rows in cond.items()}
-        out = denoiser(x.to(dtype), t, **self.arguments(cond), return_dict=False)[0]
+        args, kwargs = self.call(x.to(dtype), t, cond)
+        out = denoiser(*args, **kwargs, return_dict=False)[0]
         return out if out.is_contiguous() else self._row_major(out)
 
     def arguments(self, cond: Conditioning) -> dict:
         """The denoiser's keyword arguments that conditioning rows stand for."""
         return cond
+
+    def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> tuple[tuple, dict]:
+        """What the denoiser is called with at states x (B, ...), timesteps t (B,) and conditioning
+        rows (B, ...): arguments by position and by name."""
+        return (x, t), self.arguments(cond)
 
     def _row_major(self, out: torch.Tensor) -> torch.Tensor:
         """A channels_last network output made row-major: one copy, counted and said once.
@@ -301,6 +308,12 @@ class Adapter:
         only."""
         raise NotImplementedError
 
+    @property
+    def text_tokens(self) -> Mapping[str, int]:
+        """How many tokens of a prompt the pipeline takes, by the name of the tokenizer, where it is
+        the pipeline that says so and not the text encoder."""
+        return {}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], device: torch.device, batch_size: int = 64) -> Conditioning:
         """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the
@@ -310,8 +323,8 @@ class Adapter:
         """
         pipe = self._text_pipeline(device)
         with loading(self.path, "tokenizer"):
-            text.check_tokenizers(pipe, self.family.part_classes)
-            text.say_what_is_cut(pipe, self.family.part_classes, prompts)
+            text.check_tokenizers(pipe, self.family.part_classes, self.text_tokens)
+            text.say_what_is_cut(pipe, self.family.part_classes, prompts, self.text_tokens)
         with loading(self.path, "text encoder"):
             parts = []
             for start in range(0, len(prompts), batch_size):
@@ -337,7 +350,7 @@ class Adapter:
             return self._loaded
         cls = self.family.load_class(self.family.pipeline_class)
         classes = {part: self.index[part][1] for part in self.family.part_classes}
-        return text.text_pipeline(cls, classes, self.folder, self._variant).to(device)
+        return text.text_pipeline(cls, classes, self.folder, self._variant, self.text_tokens).to(device)
 
     # Pictures
 
