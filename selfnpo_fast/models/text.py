@@ -7,6 +7,7 @@ unless a function says otherwise.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -120,10 +121,16 @@ def load_text_encoder(cls: Any, folder: ModelFolder, part: str, variant: str | N
 
 
 def load_tokenizer(cls: Any, folder: ModelFolder, part: str) -> Any:
-    """A tokenizer of transformers, from its tokenizer.json, or vocab.json and merges.txt."""
+    """A tokenizer of transformers, from its tokenizer.json, vocab.json and merges.txt, or T5's
+    spiece.model."""
     path = folder.texts(part)
     own = {name.removeprefix(f"{part}/") for name in folder.files if name.startswith(f"{part}/")}
-    if "tokenizer.json" not in own and not {"vocab.json", "merges.txt"} <= own:
+    if "tokenizer.json" not in own and "spiece.model" in own:
+        if importlib.util.find_spec("sentencepiece") is None:  # transformers would go on with no words at all
+            raise ValueError(
+                "its spiece.model needs the package sentencepiece to be read; pip install 'selfnpo-fast[video]'"
+            )
+    elif "tokenizer.json" not in own and not {"vocab.json", "merges.txt"} <= own:
         raise ValueError("there is neither tokenizer.json nor vocab.json with merges.txt; give a whole pipeline")
     return cls.from_pretrained(str(path), local_files_only=True)
 

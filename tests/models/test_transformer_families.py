@@ -3,9 +3,11 @@ gives it, and decodes as that does."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
+import sentencepiece
 import tiny
 import tiny_transformers
 import torch
@@ -269,3 +271,25 @@ def test_an_expert_without_weights_is_found_before_anything_else(folders, tmp_pa
     adapter._resolution, adapter._frames = 32, 5
     with pytest.raises(UserError, match="cannot load transformer 2 from"):
         adapter.check()
+
+
+def test_a_tokenizer_that_is_published_as_spiece_model(folders, tmp_path, monkeypatch):
+    adapter = variant(folders, tmp_path, "cogvideox_2b", "model_index.json")
+    folder = tmp_path / "model" / "tokenizer"
+    (folder / "tokenizer.json").unlink()
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(f"{a}{b} cat bird" for a in "abcdefgh" for b in "ijklmnop"))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(words), model_prefix=str(folder / "spiece"), vocab_size=29, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.vocab").unlink()
+    adapter = adapter_of(tmp_path / "model", CogVideoXAdapter)
+    tokens = adapter._text_pipeline(CPU).tokenizer
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    assert tokens("ab cat").input_ids == [*truth.encode("ab cat"), 1]
+    assert tokens.model_max_length == 226
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name))
+    with pytest.raises(UserError, match="its spiece.model needs the package sentencepiece to be read; pip install"):
+        adapter.encode_prompts(["a"], CPU)
