@@ -291,5 +291,5 @@ def test_a_tokenizer_that_is_published_as_spiece_model(folders, tmp_path, monkey
     assert tokens.model_max_length == 226
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name))
-    with pytest.raises(UserError, match="its spiece.model needs the package sentencepiece to be read; pip install"):
+    with pytest.raises(UserError, match=r"its spiece\.model needs the package sentencepiece to be read; pip install"):
         adapter.encode_prompts(["a"], CPU)
