@@ -234,6 +234,6 @@ def check_decoder(listing: Listing) -> None:
     first = next((video for video in listing.pictures if isinstance(video, VideoFile)), None)
     if first is not None and importlib.util.find_spec("av") is None:
         raise UserError(
-            f"{listing.field}: {first.label} needs the package av to be decoded; pip install 'selfnpo-fast[video]', or "
-            "give folders of frames"
+            f"{listing.field}: {first.label} needs the package av to be decoded; pip install av, or give folders of "
+            "frames"
         )

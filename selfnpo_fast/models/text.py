@@ -127,9 +127,7 @@ def load_tokenizer(cls: Any, folder: ModelFolder, part: str) -> Any:
     own = {name.removeprefix(f"{part}/") for name in folder.files if name.startswith(f"{part}/")}
     if "tokenizer.json" not in own and "spiece.model" in own:
         if importlib.util.find_spec("sentencepiece") is None:  # transformers would go on with no words at all
-            raise ValueError(
-                "its spiece.model needs the package sentencepiece to be read; pip install 'selfnpo-fast[video]'"
-            )
+            raise ValueError("its spiece.model needs the package sentencepiece to be read; pip install sentencepiece")
     elif "tokenizer.json" not in own and not {"vocab.json", "merges.txt"} <= own:
         raise ValueError("there is neither tokenizer.json nor vocab.json with merges.txt; give a whole pipeline")
     return cls.from_pretrained(str(path), local_files_only=True)

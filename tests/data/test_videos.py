@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 from pathlib import Path
 
 import av
@@ -74,6 +75,24 @@ def test_a_clip_is_the_first_frames_of_an_mp4(tmp_path):
     assert greys(video.read_clip(ClipShape(3, 16, 16, stride=2))) == pytest.approx([grey(0), grey(2), grey(4)], abs=3)
     [alone] = listed(tmp_path / "videos" / "b.mp4").pictures
     assert torch.equal(alone.read_clip(CLIP), clip)
+
+
+def test_a_video_is_turned_as_a_viewer_turns_it(tmp_path):
+    path = write_mp4(tmp_path / "a.mp4", frames=0)
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        picture = np.zeros((32, 64, 3), dtype=np.uint8)
+        picture[:, 32:] = 255  # black to the left, white to the right
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # (x, y) goes to (-y, x), y is down
+    head, tail = path.read_bytes().split(b"tkhd")
+    path.write_bytes(head + b"tkhd" + tail.replace(upright, turned, 1))
+    [video] = listed(tmp_path, ClipShape(1, 64, 32)).pictures
+    rows = video.read_clip(ClipShape(1, 64, 32)).mean(dim=(0, 1, 3))
+    assert rows[:30].max() < -0.9 and rows[34:].min() > 0.9, "what was to the left is above"
 
 
 def test_frames_of_a_folder_follow_their_numbers(tmp_path):
@@ -175,7 +194,9 @@ def test_without_a_decoder_files_are_refused_by_name_and_frames_are_read(tmp_pat
     assert len(listed(tmp_path).pictures) == 1
     write_mp4(tmp_path / "b.mp4")
     for skip in (False, True):
-        with pytest.raises(UserError, match=r"b\.mp4 needs the package av to be decoded; pip install 'selfnpo-fast"):
+        with pytest.raises(
+            UserError, match=r"b\.mp4 needs the package av to be decoded; pip install av, or give folders"
+        ):
             listed(tmp_path, skip=skip)
 
 
