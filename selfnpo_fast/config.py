@@ -200,6 +200,8 @@ class PromptConfig:
     column: str = "prompt"
     """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets;
     captions of images are found without it."""
+    stride: int = 1
+    """Of a video every so many frames one is taken, from the first on; the rest is left out."""
     limit: int = 8192
     """Use at most this many prompts; their text embeddings are held in memory."""
     dropout: float = 0.0
@@ -221,13 +223,16 @@ class DataConfig:
     """`digits`; a folder of images, with its sub-folders, with metadata.jsonl (`file_name`, `text`)
     or with a .txt or .caption file for each image; webdataset tars or parquet files with encoded
     images: a file, a folder of them, or a pattern such as data/{000..012}.tar; or the id of a
-    Hugging Face dataset such as owner/name:split."""
+    Hugging Face dataset such as owner/name:split. For a model of videos: an .mp4 file, or a folder
+    of them or of folders of numbered pictures, which are the frames of one."""
     column: str | None = None
     """The column or JSON key that holds the captions; by default `text` in tables and datasets, and
     `caption` in the .json members of tars. Of a list of captions the first is used."""
     on_bad: Literal["stop", "skip"] = "stop"
     """If an image or its caption cannot be used: stop, or go on without it. Either way a line says
     what is left out of a source."""
+    stride: int = 1
+    """Of a video every so many frames one is taken, from the first on; the rest is left out."""
     limit: int = 8192
     """Use at most this many images; their latents are held in memory."""
     store: str | None = None
@@ -237,6 +242,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_fields("data.", self)
         _check(self.limit >= 1, "data.limit", self.limit, "at least 1")
+        check_count("data.stride", self.stride)
 
 
 @dataclass(kw_only=True)

@@ -259,6 +259,7 @@ OUT_OF_RANGE = {
     "prompts.limit": [0, -1],
     "prompts.dropout": [-0.1, 1.1],
     "data.limit": [0, -1],
+    "data.stride": [0, -1],
     "optimizer.lr": [0.0, -1.0],
     "optimizer.betas": [[1.0, 0.5], [0.5, -0.1]],
     "optimizer.eps": [0.0, -1.0],

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from selfnpo_fast.data.listing import FilePicture, Listing
-from selfnpo_fast.data.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES
+from selfnpo_fast.data.pixels import IMAGE_SUFFIXES, OTHER_SUFFIXES, VIDEO_SUFFIXES
 from selfnpo_fast.data.rows import checked, csv_rows, jsonl_rows, short, shown
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.files import read_text
@@ -61,33 +61,35 @@ def list_folder(folder: Path, listing: Listing) -> None:
                 listing.pass_over(f"tables beside {tables[0]}", path / name)
             folders.clear()
             continue
-        names, stems = set(files), {os.path.splitext(name)[0] for name in files if _is_picture(name)}
+        names, stems = set(files), {os.path.splitext(name)[0] for name in files if is_picture(name)}
         for name in files:
             stem, suffix = os.path.splitext(name)
-            if _is_picture(name) and listing.full:
+            if is_picture(name) and listing.full:
                 listing.pass_over("beyond the limit", path / name)
-            elif _is_picture(name):
+            elif is_picture(name):
                 try:
-                    _add(path / name, _beside(path, name, names, listing), listing)
+                    _add(path / name, beside(path, name, names, listing), listing)
                 except UserError as error:
                     listing.refuse(error)
             elif suffix in CAPTION_SUFFIXES and stem not in stems and not name.startswith("."):
                 listing.pass_over("captions without a picture", path / name)
             else:
-                _pass_over(path / name, listing)
+                pass_over(path / name, listing)
 
 
-def _is_picture(name: str) -> bool:
+def is_picture(name: str) -> bool:
     """Whether a file of this name is read as a picture."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def _pass_over(path: Path, listing: Listing) -> None:
-    """Count a file that is not read, if its name says that it holds pictures."""
+def pass_over(path: Path, listing: Listing) -> None:
+    """Count a file that is not read, if its name says that it holds pictures or a video."""
     suffix = path.suffix.lower()
     if path.name.startswith("."):
-        if suffix in IMAGE_SUFFIXES:
+        if suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
             listing.pass_over("hidden files", path)
+    elif suffix in VIDEO_SUFFIXES:
+        listing.pass_over("videos, which a model of pictures does not take", path)
     elif suffix in OTHER_SUFFIXES:
         listing.pass_over("of a kind that is not read", path)
     elif suffix in (".tar", ".parquet"):
@@ -105,12 +107,10 @@ def _add(path: Path, caption: str, listing: Listing) -> None:
     listing.pictures.append(FilePicture(shown(path), caption, path, 0, facts.st_size, facts.st_mtime_ns))
 
 
-def _beside(folder: Path, name: str, names: set[str], listing: Listing) -> str:
-    """The caption in the file of the same stem as the picture `name`, one of `names` in `folder`.
-
-    Raises UserError.
-    """
-    stem = os.path.splitext(name)[0]
+def beside(folder: Path, name: str, names: set[str], listing: Listing) -> str:
+    """The caption of the picture or video `name` in `folder`: it lies in one of the files `names`
+    there, of the same stem; a folder of frames is all stem. Raises UserError."""
+    stem = name if (folder / name).is_dir() else os.path.splitext(name)[0]
     for suffix in CAPTION_SUFFIXES:
         if stem + suffix in names:
             path = folder / (stem + suffix)
@@ -128,7 +128,7 @@ def _list_table(folder: Path, name: str, listing: Listing) -> None:
         try:
             if isinstance(values, UserError):
                 raise values
-            path = _inside(folder, values[0], parents, where, listing.field)
+            path = inside(folder, values[0], parents, where, listing.field)
             listed.add(path)
             if listing.full:
                 listing.pass_over("beyond the limit", path)
@@ -138,13 +138,13 @@ def _list_table(folder: Path, name: str, listing: Listing) -> None:
             listing.refuse(error)
     for path, _, files in walk(folder, listing):
         for file in files:
-            if _is_picture(file) and path / file not in listed:
+            if is_picture(file) and path / file not in listed:
                 listing.pass_over(f"not in {name}", path / file)
-            elif not _is_picture(file):
-                _pass_over(path / file, listing)
+            elif not is_picture(file):
+                pass_over(path / file, listing)
 
 
-def _inside(folder: Path, name: object, parents: set[Path], where: str, field: str) -> Path:
+def inside(folder: Path, name: object, parents: set[Path], where: str, field: str) -> Path:
     """The path of a picture that a table in `folder` names. Raises UserError for one elsewhere.
 
     `parents` gains the folders that are found to lie in `folder`.

@@ -1,4 +1,5 @@
-"""What `data.source` names: captioned pictures in folders, tars, parquet files or a dataset.
+"""What `data.source` names: captioned pictures in folders, tars, parquet files or a dataset, or
+videos in folders.
 
 Sources are listed first, and each picture is read when it is wanted. Nothing is unpacked.
 """
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfnpo_fast.data.image_folders import TABLES, list_folder, walk
-from selfnpo_fast.data.listing import Listing, passed
+from selfnpo_fast.data.listing import ClipShape, Listing, passed
 from selfnpo_fast.data.picture_tables import cannot_read, list_dataset, list_parquet, version
 from selfnpo_fast.data.pixels import IMAGE_SUFFIXES
 from selfnpo_fast.data.rows import shown
 from selfnpo_fast.data.tars import list_tar
+from selfnpo_fast.data.videos import check_decoder, is_video, list_video, list_videos
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
 from selfnpo_fast.runtime.limits import MAX_SHARDS
 
@@ -49,7 +51,13 @@ class ImageSource:
 
 
 def open_source(
-    source: str, limit: int, *, column: str | None = None, skip: bool = False, field: str = "data.source"
+    source: str,
+    limit: int,
+    *,
+    column: str | None = None,
+    skip: bool = False,
+    field: str = "data.source",
+    clip: ClipShape | None = None,
 ) -> ImageSource:
     """The first `limit` captioned pictures of what `source` names:
 
@@ -63,9 +71,14 @@ def open_source(
     `column` names the column or JSON key of captions. With `skip` what cannot be used is counted
     and passed over; otherwise it raises UserError with the name of the bad file or member. `field`
     is the config's field that named the source.
+
+    With `clip` the source holds videos: it is an .mp4 file, or a folder of them or of folders of
+    frames (`videos.list_videos`).
     """
-    listing = Listing(source, limit, column=column, skip=skip, field=field)
+    listing = Listing(source, limit, column=column, skip=skip, field=field, clip=clip)
     name = os.path.abspath(os.path.expanduser(source))
+    if clip is not None:
+        return _video_source(source, name, listing)
     if os.path.isdir(name):
         kind = find_kind(Path(name))
         if kind in _LISTERS:
@@ -155,23 +168,49 @@ def _stamp(facts: Iterable[tuple]) -> str:
     return digest.hexdigest()
 
 
+def _stamp_of(listing: Listing) -> str:
+    """The stamp of pictures or videos that are listed."""
+    return _stamp((p.label, *p.facts, p.caption) for p in listing.pictures)
+
+
 def _some(listing: Listing) -> Listing:
     """`listing`, which is not empty. Raises UserError with what was passed over where it is."""
     if listing.pictures:
         return listing
     parts = passed(listing.passed_over, listing.bad)
     over = f"; passed over: {', '.join(parts)}" if parts else ""
-    raise UserError(
-        f"{listing.field}: {shown(listing.source)} holds no captioned images (an image with a .txt of its name, "
-        f"a row of metadata.jsonl or metadata.csv, key.jpg with key.txt or key.json in a tar){over}"
+    wanted = (
+        "images (an image with a .txt of its name, a row of metadata.jsonl or metadata.csv, key.jpg with key.txt or "
+        "key.json in a tar)"
     )
+    if listing.clip is not None:
+        wanted = (
+            "videos (an .mp4 file or a folder of numbered frames with a .txt of its name, a row of metadata.jsonl or "
+            "metadata.csv)"
+        )
+    raise UserError(f"{listing.field}: {shown(listing.source)} holds no captioned {wanted}{over}")
 
 
 def _folder_source(name: str, listing: Listing) -> ImageSource:
     """The pictures of a folder of images."""
     list_folder(Path(name), listing)
     _some(listing)
-    return ImageSource(name, _stamp((p.label, *p.facts, p.caption) for p in listing.pictures), lambda: listing)
+    return ImageSource(name, _stamp_of(listing), lambda: listing)
+
+
+def _video_source(source: str, name: str, listing: Listing) -> ImageSource:
+    """The videos of a folder, or one .mp4 file."""
+    if os.path.isdir(name):
+        list_videos(Path(name), listing)
+    elif os.path.isfile(name) and is_video(os.path.basename(name)):
+        list_video(Path(name).resolve(), listing)
+    else:
+        raise UserError(
+            f"{listing.field}: {shown(source)} holds no videos; a model of videos takes an .mp4 file, or a folder of "
+            ".mp4 files or of folders of frames"
+        )
+    check_decoder(_some(listing))
+    return ImageSource(name, _stamp_of(listing), lambda: listing)
 
 
 def _file_source(name: str, files: list[Path], listing: Listing) -> ImageSource:

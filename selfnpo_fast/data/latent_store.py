@@ -2,7 +2,7 @@
 
 A store is a folder `<name of the source>-<fingerprint of the recipe>`:
 
-    latents.safetensors   one tensor, `latents` (N, C, H, W) float32, scaled
+    latents.safetensors   one tensor, `latents` (N, ...) float32, scaled
     pictures.jsonl        a line per picture: caption, label, and three numbers that change with it;
                           then the reason if it could not be used, and then there is no latent
     store.json            the recipe: what was encoded, and how; what was passed over
@@ -19,6 +19,7 @@ changed. Any folder may be deleted.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -33,7 +34,7 @@ from pathlib import Path
 import torch
 
 from selfnpo_fast.data.image_sources import ImageSource, open_source
-from selfnpo_fast.data.listing import Listing, Picture
+from selfnpo_fast.data.listing import ClipShape, Listing, Picture
 from selfnpo_fast.data.store_files import (
     DATA,
     FORMAT,
@@ -72,21 +73,24 @@ def stored_latents(
     world: World,
     column: str | None = None,
     skip: bool = False,
+    stride: int = 1,
 ) -> tuple[torch.Tensor, list[str], str]:
     """Latents and captions of the first `limit` pictures of `source`, and the latents' fingerprint.
 
-    The latents are (N, C, H, W) float32, mapped from the store. The fingerprint is `fingerprint` of
+    The latents are (N, ...) float32, mapped from the store. The fingerprint is `fingerprint` of
     them, without reading them again. `root` is the folder of stores; where it holds none of this
     recipe, all ranks encode one together. A latent depends only on its picture, the picture's index
     in the source, the autoencoder, the resolution and the seed, up to rounding of the autoencoder
     that may vary with the batch. `column` and `skip` are those of `open_source`; pictures that
-    cannot be decoded are then passed over, too, and a line says how many. Raises UserError on all
+    cannot be decoded are then passed over, too, and a line says how many. Where the adapter is of
+    videos the source holds videos, whose frames are taken `stride` apart. Raises UserError on all
     ranks for a bad source or store, and RunError on all ranks where the disk is full.
     """
-    store, listing = world.on_main(lambda: _look(source, root, adapter, limit, seed, column, skip))
+    clip = clip_of(adapter, stride)
+    store, listing = world.on_main(lambda: _look(source, root, adapter, limit, seed, column, skip, clip))
     with contextlib.ExitStack() as claim:
         if listing is not None and _claim(store, claim, world):
-            _encode_all(listing.pictures, store, adapter, seed, skip, world)
+            _encode_all(listing.pictures, store, adapter, seed, skip, world, clip)
             world.on_main(lambda: _finish(store, adapter, listing))
         else:
             world.on_main(lambda: check_store(store))
@@ -97,24 +101,37 @@ def stored_latents(
     return mapped[0]
 
 
-def _look(source: str, root: str, adapter, limit: int, seed: int, column: str | None, skip: bool):
+def clip_of(adapter, stride: int) -> ClipShape | None:
+    """What is taken of a video; None for a model of pictures, whose adapter has no `frames`."""
+    frames = getattr(adapter, "frames", None)
+    if frames is None:
+        return None
+    height, width = adapter.size
+    return ClipShape(frames, height, width, stride)
+
+
+def _look(
+    source: str, root: str, adapter, limit: int, seed: int, column: str | None, skip: bool, clip: ClipShape | None
+) -> tuple[Store, Listing | None]:
     """The store for the present state of a source and, if it is to be encoded, its Listing or None."""
-    found = open_source(source, limit, column=column, skip=skip)
-    store = _identify(found, root, adapter, limit, seed, column)
+    found = open_source(source, limit, column=column, skip=skip, clip=clip)
+    store = _identify(found, root, adapter, limit, seed, column, clip)
     if store.folder.is_dir():
         return store, None
     refuse_older(store)
     return store, found.listing()
 
 
-def _identify(found: ImageSource, root: str, adapter, limit: int, seed: int, column: str | None) -> Store:
+def _identify(
+    found: ImageSource, root: str, adapter, limit: int, seed: int, column: str | None, clip: ClipShape | None
+) -> Store:
     """The store for the present state of a source."""
     lasting = {
         "format": FORMAT,
         "source": found.name,
         "limit": limit,
         "column": column,
-        "resolution": adapter.resolution,
+        "resolution": adapter.resolution if clip is None else list(dataclasses.astuple(clip)),
         "vae_sha256": adapter.vae_sha256,
         "seed": seed,
     }
@@ -162,25 +179,29 @@ def _try_to_claim(store: Store, claim: contextlib.ExitStack) -> bool | None:
         raise UserError(f"data.store: {one_line(error)}; name another folder") from error
 
 
-def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip: bool, world: World) -> None:
+def _encode_all(
+    pictures: list[Picture], store: Store, adapter, seed: int, skip: bool, world: World, clip: ClipShape | None
+) -> None:
     """Encode the pictures that the partial store lacks.
 
-    In a round each rank encodes BATCH pictures, and rank 0 writes them all. Meanwhile a thread
-    reads the pictures of the next round.
+    In a round each rank encodes BATCH pictures, or as many frames and one clip at least, and rank 0
+    writes them all. Meanwhile a thread reads the pictures of the next round.
     """
+    batch = BATCH if clip is None else max(1, BATCH // clip.frames)
     # What an earlier run has left is kept.
     done = world.on_main(lambda: _resume(store, pictures, 4 * math.prod(adapter.latent_shape), skip))
     resumed = f", going on after {done:,}" if done else ""
-    logger.info("data: encoding %s images into %s%s", f"{len(pictures):,}", store.folder, resumed)
+    noun = "image" if clip is None else "video"
+    logger.info("data: encoding %s %ss into %s%s", f"{len(pictures):,}", noun, store.folder, resumed)
 
     def read(start: int) -> tuple[range, list[torch.Tensor | UserError]]:
         """The indices and the images of this rank in the round that begins with picture `start`."""
-        first = start + world.rank * BATCH
-        indices = range(len(pictures))[first : first + BATCH]
-        return indices, [_read(pictures[i], adapter.resolution, skip) for i in indices]
+        first = start + world.rank * batch
+        indices = range(len(pictures))[first : first + batch]
+        return indices, [_read(pictures[i], clip or adapter.resolution, skip) for i in indices]
 
     def encode(reading: Future) -> tuple[torch.Tensor, list[bytes]]:
-        """The latents (n, C, H, W) float32, on the CPU, of the images that could be read, and the
+        """The latents (n, ...) float32, on the CPU, of the images that could be read, and the
         lines of all of them."""
         indices, images = reading.result()
         good = [(i, image) for i, image in zip(indices, images, strict=True) if isinstance(image, torch.Tensor)]
@@ -202,12 +223,14 @@ def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip:
     # The rounds; `ahead` is the reading of the next one.
     with (
         ThreadPoolExecutor(1) as reader,
-        progress_bar(len(pictures), "image", initial=done, disable=not world.is_main) as bar,
+        progress_bar(len(pictures), noun, initial=done, disable=not world.is_main) as bar,
     ):
         ahead = reader.submit(read, done)
-        for start in range(done, len(pictures), BATCH * world.size):
-            check_stop(f"after {start:,} of {len(pictures):,} images, whose latents are kept; the same command goes on")
-            end = min(start + BATCH * world.size, len(pictures))
+        for start in range(done, len(pictures), batch * world.size):
+            check_stop(
+                f"after {start:,} of {len(pictures):,} {noun}s, whose latents are kept; the same command goes on"
+            )
+            end = min(start + batch * world.size, len(pictures))
             reading, ahead = ahead, reader.submit(read, end)
             encoded = world.together(functools.partial(encode, reading))
             latents, lines = torch.cat([part for part, _ in encoded]), [line for _, part in encoded for line in part]
@@ -215,10 +238,11 @@ def _encode_all(pictures: list[Picture], store: Store, adapter, seed: int, skip:
             bar.update(end - start)
 
 
-def _read(picture: Picture, resolution: int, skip: bool) -> torch.Tensor | UserError:
-    """The pixels of a picture or, with `skip`, why there are none. Raises UserError without."""
+def _read(picture: Picture, wanted: ClipShape | int, skip: bool) -> torch.Tensor | UserError:
+    """The pixels of a clip, or of a picture of so many pixels a side; or, with `skip`, why there
+    are none. Raises UserError without."""
     try:
-        return picture.read_square(resolution)
+        return picture.read_clip(wanted) if isinstance(wanted, ClipShape) else picture.read_square(wanted)
     except UserError as error:
         if not skip:
             raise
@@ -265,7 +289,7 @@ def _resume(store: Store, pictures: list[Picture], latent_bytes: int, skip: bool
 
 
 def _append(store: Store, latents: torch.Tensor, lines: list[bytes]) -> None:
-    """Write latents (n, C, H, W) and, once they are on the disk, the lines that count them."""
+    """Write latents (n, ...) and, once they are on the disk, the lines that count them."""
     with _writing(store):
         for name, content in ((DATA, latents.numpy()), (PICTURES, b"".join(lines))):
             with (store.partial / name).open("ab") as file:
@@ -282,7 +306,8 @@ def _finish(store: Store, adapter, listing: Listing) -> None:
     with _writing(store):
         captions, refusals = captions_and_refusals(store.partial)
         if not captions:
-            raise UserError(f"data.source: none of {len(refusals):,} images can be used; the first: {refusals[0]}")
+            nouns = "images" if listing.clip is None else "videos"
+            raise UserError(f"data.source: none of {len(refusals):,} {nouns} can be used; the first: {refusals[0]}")
         count, first = listing.bad
         shape = [len(captions), *adapter.latent_shape]
         facts = {

@@ -17,8 +17,33 @@ from selfnpo_fast.runtime.limits import MAX_IMAGE_BYTES
 
 
 @dataclass(frozen=True)
+class ClipShape:
+    """What is taken of a video: its first frames, `stride` apart."""
+
+    frames: int
+    height: int
+    """In pixels, as is the width."""
+    width: int
+    stride: int = 1
+
+    @property
+    def needed(self) -> int:
+        """How many frames a video has at least."""
+        return (self.frames - 1) * self.stride + 1
+
+    def check(self, there: int) -> None:
+        """ValueError where a video of so many frames is too short."""
+        if there < self.needed:
+            every = "" if self.stride == 1 else f", {self.stride} apart"
+            raise ValueError(
+                f"it has {there:,} frames, and a clip of {self.frames:,}{every} needs {self.needed:,}; lower "
+                "model.frames or data.stride, or leave it out"
+            )
+
+
+@dataclass(frozen=True)
 class Picture:
-    """One captioned picture, which is read when it is wanted."""
+    """One captioned picture or video, which is read when it is wanted."""
 
     label: str
     """The picture's name in messages."""
@@ -44,6 +69,19 @@ class Picture:
         except (ValueError, OSError) as error:
             reason = one_line(error).removeprefix("data.source: ")
             raise UserError(f"data.source: cannot read the image {self.label}: {reason}") from error
+
+    def read_clip(self, clip: ClipShape) -> torch.Tensor:
+        """A clip (F, 3, height, width) float32 in [-1, 1].
+
+        Raises UserError with the label where it cannot be read, or has too few frames: a picture
+        has one.
+        """
+        try:
+            clip.check(1)
+            return pixels.covering(pixels.decoded(self.content()), clip.height, clip.width)[None]
+        except (ValueError, OSError) as error:
+            reason = one_line(error).removeprefix("data.source: ")
+            raise UserError(f"data.source: cannot read a clip from {self.label}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -78,14 +116,18 @@ class FilePicture(Picture):
 class Listing:
     """The pictures of a source in a fixed order, while they are found, and a count of the others."""
 
-    def __init__(self, source: str, limit: int, *, column: str | None, skip: bool, field: str) -> None:
+    def __init__(
+        self, source: str, limit: int, *, column: str | None, skip: bool, field: str, clip: ClipShape | None = None
+    ) -> None:
         """`source` as the user wrote it; at most `limit` pictures are taken.
 
         column   the column or key of captions, or None for the usual one
         skip     count what is bad and go on, instead of raising
         field    the config's field that named the source, for errors
+        clip     what is wanted of videos; pictures are wanted without it
         """
         self.source, self.limit, self.column, self.skip, self.field = source, limit, column, skip, field
+        self.clip = clip
         self.pictures: list[Picture] = []
         self.passed_over: dict[str, tuple[int, str]] = {}
         """For each reason: how many were passed over, and the name of the first."""

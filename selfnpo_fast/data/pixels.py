@@ -19,11 +19,14 @@ IMAGE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
 }
 """Of files in these formats, in lower case."""
+VIDEO_SUFFIXES = {".mp4"}
+"""Of videos that are read, in lower case."""
 OTHER_SUFFIXES = {
+    *(".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"),
     *(".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".ico", ".tga", ".ppm", ".pgm"),
     *(".pbm", ".pnm", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".orf", ".rw2", ".eps", ".dds"),
 }
-"""Of pictures that are not read. A source counts them among those that it passes over."""
+"""Of pictures and videos that are not read. A source counts them among those that it passes over."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,23 +44,37 @@ _ORIENTATION = 274
 def read_square(content: bytes, resolution: int) -> torch.Tensor:
     """The central square of an encoded picture, resized: (3, resolution, resolution) in [-1, 1].
 
-    The result is float32. Of an animation it is the first frame. EXIF's orientation is followed,
-    transparent parts show white, and 16-bit greys are scaled to 8 bits; modes I and F of Pillow
-    (32-bit TIFF) are taken as greys from 0 to 65535 and from 0 to 1. Raises ValueError, with a
-    reason on one line, for what is no picture in one of FORMATS, is damaged or has more pixels than
-    Pillow's bound against decompression bombs.
+    The result is float32. Raises ValueError as `decoded` does.
+    """
+    return covering(decoded(content), resolution, resolution)
+
+
+def decoded(content: bytes) -> Image.Image:
+    """An encoded picture in RGB.
+
+    Of an animation it is the first frame. EXIF's orientation is followed, transparent parts show
+    white, and 16-bit greys are scaled to 8 bits; modes I and F of Pillow (32-bit TIFF) are taken as
+    greys from 0 to 65535 and from 0 to 1. Raises ValueError, with a reason on one line, for what is
+    no picture in one of FORMATS, is damaged or has more pixels than Pillow's bound against
+    decompression bombs.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            image = _on_white(_in_eight_bits(_turned(opened)))
+            return _on_white(_in_eight_bits(_turned(opened)))
     except UnidentifiedImageError as error:
         raise ValueError(f"it is no {', '.join(FORMATS)}") from error
     except Exception as error:  # what Pillow raises for damaged files has no common base class
         raise ValueError(one_line(error)) from error
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+
+
+def covering(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """The largest central part of an RGB picture with the sides' ratio, resized: (3, height, width)
+    float32 in [-1, 1]."""
+    scale = min(image.width / width, image.height / height)
+    across, down = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    image = image.crop((left, top, left + across, top + down))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 

@@ -22,7 +22,7 @@ class RealData:
     """Latents of real images and their captions."""
 
     latents: torch.Tensor
-    """(N, C, H, W) float32, scaled for the denoiser; in host memory or mapped from a file."""
+    """(N, ...) float32, scaled for the denoiser; in host memory or mapped from a file."""
     captions: list[str]
     """N captions."""
     fingerprint: str
@@ -40,7 +40,7 @@ def load_real_data(config: TrainConfig, adapter, world: World) -> RealData:
     if data.source == "digits":
         return _embedded(adapter, data.limit)
     root = data.store or str(Path(config.output).expanduser().absolute().parent / "latents")
-    choices = {"limit": data.limit, "column": data.column, "skip": data.on_bad == "skip"}
+    choices = {"limit": data.limit, "column": data.column, "skip": data.on_bad == "skip", "stride": data.stride}
     return RealData(*stored_latents(data.source, root, adapter, seed=config.seed, world=world, **choices))
 
 

@@ -114,7 +114,7 @@ def check_store(store: Store) -> None:
 
 
 def fingerprint(latents: torch.Tensor) -> str:
-    """The SHA-256, in hexadecimal, of latents (N, C, H, W) float32 in host memory; reads them all.
+    """The SHA-256, in hexadecimal, of latents (N, ...) float32 in host memory; reads them all.
 
     A change of any bit, of the order or of the shape changes it. It is the hash of the file that a
     store keeps them in.
@@ -128,7 +128,7 @@ def fingerprint(latents: torch.Tensor) -> str:
 def map_store(folder: Path, latent_shape: tuple[int, ...]) -> tuple[torch.Tensor, list[str], str]:
     """The latents of a whole store, read page by page as they are used, captions and fingerprint.
 
-    Raises UserError where files and `latent_shape` (C, H, W) do not fit together.
+    Raises UserError where files and `latent_shape` do not fit together.
     """
     try:
         with safe_open(folder / DATA, "pt") as file:

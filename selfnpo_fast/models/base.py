@@ -9,7 +9,7 @@ Shape letters: B samples, N prompts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -399,6 +399,12 @@ class Adapter:
         only."""
         raise NotImplementedError
 
+    @property
+    def text_tokens(self) -> Mapping[str, int]:
+        """How many tokens of a prompt the pipeline takes, by the name of the tokenizer, where it is
+        the pipeline that says so and not the text encoder."""
+        return {}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], device: torch.device, batch_size: int = 64) -> Conditioning:
         """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the
@@ -408,8 +414,8 @@ class Adapter:
         """
         pipe = self._text_pipeline(device)
         with loading(self.path, "tokenizer"):
-            text.check_tokenizers(pipe, self.family.part_classes)
-            text.say_what_is_cut(pipe, self.family.part_classes, prompts)
+            text.check_tokenizers(pipe, self.family.part_classes, self.text_tokens)
+            text.say_what_is_cut(pipe, self.family.part_classes, prompts, self.text_tokens)
         with loading(self.path, "text encoder"):
             parts = []
             for start in range(0, len(prompts), batch_size):
@@ -435,7 +441,7 @@ class Adapter:
             return self._loaded
         cls = self.family.load_class(self.family.pipeline_class)
         classes = {part: self.index[part][1] for part in self.family.part_classes}
-        return text.text_pipeline(cls, classes, self.folder, self._variant).to(device)
+        return text.text_pipeline(cls, classes, self.folder, self._variant, self.text_tokens).to(device)
 
     # Pictures
 

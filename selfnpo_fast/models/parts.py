@@ -21,6 +21,8 @@ from selfnpo_fast.runtime.limits import MAX_LAYERS, MAX_WIDTH
 
 COUNTS = ("channels", "dim", "groups", "heads", "layers", "size")
 """What the names of counts in a network's config have in them."""
+NUMBERED = frozenset({"dual_attention_layers"})
+"""Options of networks that say which layers are meant, and not how many there are."""
 NEEDED_OPTIONS = frozenset({"steps_offset", "timestep_spacing"})
 """Options of schedulers that may not be null."""
 SPACINGS = ("linspace", "leading", "trailing")
@@ -48,7 +50,7 @@ def check_config(config: Mapping[str, Any], classes: Sequence[str] = ()) -> None
             raise ValueError(f"{one_line(key, 60)} is {shortened(value)}; a network has at most {MAX_WIDTH:,}")
         if any(number < 0 for number in numbers) and any(word in key for word in COUNTS):
             raise ValueError(f"{one_line(key, 60)} is {shortened(value)}, which is below 0")
-        if "layers" in key:
+        if "layers" in key and key not in NUMBERED:
             layers *= max([1, *(int(number) for number in numbers)])
     if layers * longest > MAX_LAYERS:
         raise ValueError(f"its config asks for {layers * longest:,} layers; a network has at most {MAX_LAYERS:,}")

@@ -6,21 +6,17 @@ Shape letters: B samples, C H W latent channels, height and width.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from selfnpo_fast.models import parts, text
+from selfnpo_fast.models import autoencoder, parts, text
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.models.folder import loading
 from selfnpo_fast.models.unet import UNetAdapter, UNetFamily, guided_pipelines
 from selfnpo_fast.runtime.errors import shortened
-from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
 MAX_BLOCKS = 8
 """Resolutions of an autoencoder: a latent cell of more than 128 pixels is none."""
@@ -85,11 +81,7 @@ class StableDiffusionAdapter(UNetAdapter):
 
     def _text_config(self, part: str) -> Any:
         """The config of a text encoder."""
-        from transformers import CLIPTextModel
-
-        config = self.folder.json(f"{part}/config.json")
-        with loading(self.path, f"{part}/config.json"):
-            return text.text_config(CLIPTextModel, config)
+        return text.read_text_config(self.folder, part, "CLIPTextModel")
 
     def _tokens(self, part: str) -> int:
         """How many tokens of a prompt a tokenizer and its encoder take."""
@@ -137,12 +129,7 @@ class StableDiffusionAdapter(UNetAdapter):
     def vae_sha256(self) -> str:
         """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal
         latents."""
-        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, value in self.vae.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return autoencoder.sha256_of(self.vae)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -159,11 +146,11 @@ class StableDiffusionAdapter(UNetAdapter):
         try:
             if upcast:
                 vae.to(torch.float32)
-            pictures = [_clamped(vae.decode(part.to(vae.dtype)).sample.float()) for part in scaled.split(batch_size)]
+            decoded = [vae.decode(part.to(vae.dtype)).sample.float() for part in scaled.split(batch_size)]
         finally:  # also where memory does not suffice: the autoencoder may be a pipeline's
             if upcast:
                 vae.to(torch.float16)
-        return torch.cat(pictures)
+        return torch.cat([autoencoder.clamped(pictures) for pictures in decoded])
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:
@@ -178,11 +165,7 @@ class StableDiffusionAdapter(UNetAdapter):
         size = max(1, 2**20 // images[0, 0].numel())
         latents = []
         for part, key_ids in zip(images.float().split(size), ids.split(size), strict=True):
-            posterior = vae.encode(part).latent_dist
-            noise = normal(NoiseKey(seed, key_ids, draw_id(Draw.POSTERIOR)), posterior.mean.shape[1:])
-            # The posterior has a deviation for each element, which no fused op knows: each picture
-            # meets this once.
-            sample = torch.addcmul(posterior.mean, posterior.std, noise)
+            sample = autoencoder.sampled(vae.encode(part).latent_dist, key_ids, seed)
             mean, std = self._latent_statistics(sample.device)
             latents.append((sample - mean) * vae.config.scaling_factor / std)
         return torch.cat(latents)
@@ -199,28 +182,7 @@ def _check_vae(config: dict) -> None:
     channels, blocks = config["latent_channels"], config["block_out_channels"]
     if not isinstance(blocks, list | tuple) or not 1 <= len(blocks) <= MAX_BLOCKS:
         raise ValueError(f"its block_out_channels is {shortened(blocks)}; expected a list of 1 to {MAX_BLOCKS} numbers")
-    scaling, shift = config["scaling_factor"], config.get("shift_factor")
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    for name, value, possible in (
-        ("scaling_factor", scaling, _are_numbers([scaling]) and scaling > 0),
-        ("shift_factor", shift, shift is None or _are_numbers([shift])),
-        ("latents_mean", mean, mean is None or (_are_numbers(mean) and len(mean) == channels)),
-        ("latents_std", std, std is None or (_are_numbers(std) and len(std) == channels and min(std) > 0)),
-    ):
-        if not possible:
-            raise ValueError(f"its {name} is {shortened(value)}; expected finite numbers that latents can be scaled by")
-
-
-def _are_numbers(values: Any) -> bool:
-    """Whether a config's value is a list of finite numbers."""
-    return isinstance(values, list | tuple) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
-
-
-def _clamped(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1]; what is infinite becomes NaN, so that it is not taken for white."""
-    return pictures.clamp(-1, 1).masked_fill_(pictures.isinf(), torch.nan)
+    autoencoder.check_scaling(config, channels)
 
 
 class StableDiffusion(UNetFamily):

@@ -7,6 +7,7 @@ unless a function says otherwise.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,11 +28,14 @@ SHOWN = 3
 """How many prompts a line names."""
 
 
-def text_pipeline(cls: Any, classes: Mapping[str, str], folder: ModelFolder, variant: str | None) -> Any:
+def text_pipeline(
+    cls: Any, classes: Mapping[str, str], folder: ModelFolder, variant: str | None, tokens: Mapping[str, int]
+) -> Any:
     """A pipeline of class `cls` with its text parts only, whose own encode_prompt is the truth
     about prompts.
 
-    `classes` names the class of each part. Raises UserError where a part cannot be loaded.
+    `classes` names the class of each part, `tokens` how many tokens each tokenizer takes whose
+    encoder has no limit of its own. Raises UserError where a part cannot be loaded.
     """
     import transformers
 
@@ -44,8 +48,11 @@ def text_pipeline(cls: Any, classes: Mapping[str, str], folder: ModelFolder, var
                 found[part] = load_tokenizer(getattr(transformers, name), folder, part)
     for part in [part for part in found if part.startswith(TOKENIZER)]:
         with loading(folder.path, part.replace("_", " "), folder.field):
-            positions = found[encoder_of(part)].config.max_position_embeddings
-            found[part].model_max_length = token_limit(found[part].model_max_length, positions, folder.path)
+            limit = tokens.get(part)
+            if limit is None:
+                positions = found[encoder_of(part)].config.max_position_embeddings
+                limit = token_limit(found[part].model_max_length, positions, folder.path)
+            found[part].model_max_length = limit
     # The other parts are left out.
     known = {name: value for name, value in inspect.signature(cls.__init__).parameters.items() if name != "self"}
     absent: dict[str, Any] = {name: None for name, value in known.items() if value.default is value.empty}
@@ -58,6 +65,16 @@ def text_pipeline(cls: Any, classes: Mapping[str, str], folder: ModelFolder, var
 def encoder_of(tokenizer: str) -> str:
     """The name of the text encoder that a tokenizer belongs to."""
     return tokenizer.replace(TOKENIZER, TEXT_ENCODER)
+
+
+def read_text_config(folder: ModelFolder, part: str, name: str) -> Any:
+    """The config of the text encoder `part` of a model, of transformers' class `name`. Raises
+    UserError where there is none."""
+    import transformers
+
+    config = folder.json(f"{part}/config.json")
+    with loading(folder.path, f"{part}/config.json", folder.field):
+        return text_config(getattr(transformers, name), config)
 
 
 def text_config(cls: Any, config: dict[str, Any]) -> Any:
@@ -104,10 +121,14 @@ def load_text_encoder(cls: Any, folder: ModelFolder, part: str, variant: str | N
 
 
 def load_tokenizer(cls: Any, folder: ModelFolder, part: str) -> Any:
-    """A tokenizer of transformers, from its tokenizer.json, or vocab.json and merges.txt."""
+    """A tokenizer of transformers, from its tokenizer.json, vocab.json and merges.txt, or T5's
+    spiece.model."""
     path = folder.texts(part)
     own = {name.removeprefix(f"{part}/") for name in folder.files if name.startswith(f"{part}/")}
-    if "tokenizer.json" not in own and not {"vocab.json", "merges.txt"} <= own:
+    if "tokenizer.json" not in own and "spiece.model" in own:
+        if importlib.util.find_spec("sentencepiece") is None:  # transformers would go on with no words at all
+            raise ValueError("its spiece.model needs the package sentencepiece to be read; pip install sentencepiece")
+    elif "tokenizer.json" not in own and not {"vocab.json", "merges.txt"} <= own:
         raise ValueError("there is neither tokenizer.json nor vocab.json with merges.txt; give a whole pipeline")
     return cls.from_pretrained(str(path), local_files_only=True)
 
@@ -130,12 +151,15 @@ def token_limit(stated: Any, positions: int, where: str) -> int:
     return stated
 
 
-def check_tokenizers(pipe: Any, names: Iterable[str]) -> None:
+def check_tokenizers(pipe: Any, names: Iterable[str], tokens: Mapping[str, int]) -> None:
     """ValueError where a tokenizer among the attributes `names` of `pipe` would fill up prompts to
     more tokens than any encoder takes; transformers runs out of memory then, and ends the
-    process."""
+    process.
+
+    `tokens` has the limits of those that the pipeline itself limits.
+    """
     for name in names:
-        limit = getattr(pipe, name).model_max_length if name.startswith(TOKENIZER) else 1
+        limit = tokens.get(name, getattr(pipe, name).model_max_length) if name.startswith(TOKENIZER) else 1
         if not 1 <= limit <= MAX_TOKENS:
             raise ValueError(
                 f"its model_max_length is {shortened(limit)}; set {name}.model_max_length to the text encoder's "
@@ -143,22 +167,26 @@ def check_tokenizers(pipe: Any, names: Iterable[str]) -> None:
             )
 
 
-def say_what_is_cut(pipe: Any, names: Iterable[str], prompts: Sequence[str]) -> None:
+def say_what_is_cut(pipe: Any, names: Iterable[str], prompts: Sequence[str], own: Mapping[str, int]) -> None:
     """Say once how many of the prompts are longer than a tokenizer's limit, and which.
 
-    The tokenizers are those among the attributes `names` of `pipe`. A pipeline cuts such prompts,
-    and of what is cut nothing reaches the picture.
+    The tokenizers are those among the attributes `names` of `pipe`, and `own` has the limits of
+    those that the pipeline itself limits. A pipeline cuts such prompts, and of what is cut nothing
+    reaches the picture.
     """
     distinct = list(dict.fromkeys(prompts))
     limits, cut = set(), set()
-    for tokenizer in (getattr(pipe, name) for name in names if name.startswith(TOKENIZER)):
-        texts = distinct
+    for name in names:
+        if not name.startswith(TOKENIZER):
+            continue
+        tokenizer, texts = getattr(pipe, name), distinct
+        limit = own.get(name, tokenizer.model_max_length)
         if hasattr(pipe, "maybe_convert_prompt"):  # words that stand for several tokens
             texts = pipe.maybe_convert_prompt(distinct, tokenizer)
         tokens = tokenizer(texts, verbose=False).input_ids
-        longer = {i for i, ids in enumerate(tokens) if len(ids) > tokenizer.model_max_length}
+        longer = {i for i, ids in enumerate(tokens) if len(ids) > limit}
         if longer:
-            limits.add(tokenizer.model_max_length)
+            limits.add(limit)
             cut |= longer
     if cut:
         shown = ", ".join(repr(one_line(distinct[i], 40)) for i in sorted(cut)[:SHOWN])

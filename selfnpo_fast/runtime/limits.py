@@ -14,6 +14,8 @@ MAX_LINE_BYTES = 1 << 20
 """Bytes of one line of a text file or table, and of a caption's file."""
 MAX_IMAGE_BYTES = 1 << 28
 """Bytes of one encoded picture."""
+MAX_VIDEO_FRAMES = 1_000_000
+"""Frames of a video that lie in a folder."""
 MAX_SHARDS = 100_000
 """Files that one pattern of paths stands for."""
 MAX_TAR_HEADER_BYTES = 1 << 20

@@ -72,11 +72,12 @@ def update_of(checkpoint: Path) -> int:
 def recipe(config: TrainConfig) -> dict:
     """The part of a config that a resumed run has to share, as JSON would hold it.
 
-    All but the run's length, its log, its folders, CUDA graphs, and what becomes of bad pictures:
-    the fingerprints of the inputs tell whether that has changed anything.
+    All but the run's length, its log, its folders, CUDA graphs, what becomes of bad pictures, and
+    which frames of videos are taken: the fingerprints of the inputs tell whether that has changed
+    anything.
     """
     fields = {key: value for key, value in asdict(config).items() if key not in _MAY_CHANGE}
-    for section, field in (("data", "store"), ("data", "on_bad"), ("engine", "graphs")):
+    for section, field in (("data", "store"), ("data", "on_bad"), ("data", "stride"), ("engine", "graphs")):
         del fields[section][field]
     return json.loads(json.dumps(fields))
 

@@ -53,6 +53,7 @@ def newest(output: Path) -> Path:
 
 def test_a_resumed_run_may_keep_its_latents_elsewhere():
     assert recipe(TrainConfig(data=DataConfig(store="a"))) == recipe(TrainConfig(data=DataConfig(store="b")))
+    assert recipe(TrainConfig(data=DataConfig(stride=1))) == recipe(TrainConfig(data=DataConfig(stride=2)))
     assert recipe(TrainConfig(data=DataConfig(source="a"))) != recipe(TrainConfig(data=DataConfig(source="b")))
 
 

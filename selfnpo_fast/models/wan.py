@@ -1,0 +1,210 @@
+"""Wan 2.1 and 2.2, text to video: clips of 1 and a multiple of 4 frames, UMT5, one or two experts.
+
+Shape letters: B clips, C latent channels, F H W latent frames, height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from selfnpo_fast.models import autoencoder
+from selfnpo_fast.models.base import Adapter
+from selfnpo_fast.models.family import Family
+from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS
+from selfnpo_fast.models.video import VideoAdapter
+from selfnpo_fast.runtime.errors import UserError, shortened
+
+DEFAULT_SIZE, DEFAULT_FRAMES = (480, 832), 81
+"""What the pipeline's call draws."""
+TOKENS = 512
+"""Tokens of a prompt: `max_sequence_length` of the pipeline's call."""
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+"""The pipeline's part that predicts at high and at low noise, where there are two."""
+
+
+class WanAdapter(VideoAdapter):
+    """Latents (C, F, H, W); rows `encoder_hidden_states` (L, D), zeros behind a prompt's last token.
+
+    Of a model with two experts an adapter loads and calls one.
+    """
+
+    t5_class = "UMT5EncoderModel"
+
+    def __init__(self, path: str, *, expert: str | None = None, **more: Any) -> None:
+        """As in the base; `expert` is high or low where the model has two, and high by default."""
+        super().__init__(path, **more)
+        self._expert = expert
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any) -> Adapter:
+        """As in the base; the model's facts are those of the pipeline's config."""
+        adapter = super().from_pipeline(pipe)
+        adapter.index = dict(pipe.config)
+        adapter._check_index("pipe")
+        return adapter
+
+    # Experts
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of the model's experts; empty for a model of one transformer."""
+        return tuple(EXPERTS) if self._has("transformer_2") else ()
+
+    @property
+    def boundary(self) -> float | None:
+        """The timestep from which on the expert for high noise predicts, below it the other; None
+        where there is one transformer."""
+        ratio = self.index.get("boundary_ratio")
+        return None if ratio is None else ratio * self.scheduler_config["num_train_timesteps"]
+
+    def expert_at(self, timestep: float) -> str | None:
+        """Which expert the pipeline asks at a timestep; None where there is one transformer."""
+        if self.boundary is None:
+            return None
+        return "high" if timestep >= self.boundary else "low"
+
+    @property
+    def denoiser_name(self) -> str:
+        """The pipeline's attribute that holds the expert, and the folder of its weights."""
+        return EXPERTS[self._expert or "high"]
+
+    def _has(self, part: str) -> bool:
+        entry = self.index.get(part)
+        return isinstance(entry, list | tuple) and len(entry) == 2 and entry[1] is not None
+
+    def _check_index(self, where: str) -> None:
+        """UserError that begins with `where` for a model that is not served, or an expert that it
+        has not."""
+        ratio = self.index.get("boundary_ratio")
+        if self._expert not in (None, *self.experts):
+            possible = " or ".join(self.experts) or "none: the model has one transformer"
+            raise UserError(f"model.expert: {shortened(self._expert)} is not possible; expected {possible}")
+        if self.index.get("expand_timesteps"):
+            raise UserError(
+                f"{where}: it has a timestep for each token (expand_timesteps), as Wan2.2-TI2V-5B has, which is not "
+                "served; give a text-to-video model of Wan 2.1 or 2.2"
+            )
+        if bool(self.experts) != (ratio is not None):
+            raise UserError(
+                f"{where}: its boundary_ratio is {shortened(ratio)} and it has {len(self.experts) or 1} transformers; "
+                "two of them need a boundary, and one has none"
+            )
+        if ratio is not None and not (autoencoder.are_numbers([ratio]) and 0 < ratio < 1):
+            raise UserError(f"{where}: its boundary_ratio is {shortened(ratio)}; expected a number between 0 and 1")
+
+    def check(self, *, configs_only: bool = False) -> None:
+        """As in the base; and that both experts' weights are there."""
+        self._check_index(f"model.path: {self.path}")
+        super().check(configs_only=configs_only)
+        if not configs_only:
+            for name in [EXPERTS[name] for name in self.experts if EXPERTS[name] != self.denoiser_name]:
+                self.folder.check_weights(name, DIFFUSERS_WEIGHTS, self._variant)
+
+    # Sizes
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the frames that the pipeline draws by default, in pixels."""
+        return DEFAULT_SIZE
+
+    @property
+    def default_frames(self) -> int:
+        """Frames of the clips that the pipeline draws by default."""
+        return DEFAULT_FRAMES
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along one side of a patch."""
+        return int(self.denoiser_config["patch_size"][1])
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """As many patches and latent frames as the network has rotary positions for."""
+        positions = int(self.denoiser_config["rope_max_seq_len"])
+        return positions, (positions - 1) * self._frames_per_latent + 1
+
+    def checked_config(self, config: dict) -> dict:
+        """With a patch of one frame that is a square."""
+        patch = config["patch_size"]
+        if not (autoencoder.are_numbers(patch) and len(patch) == 3 and patch[0] == 1 and patch[1] == patch[2] >= 1):
+            raise ValueError(f"its patch_size is {shortened(patch)}; expected (1, p, p)")
+        return config
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per latent cell along one axis."""
+        return int(self._vae_config["scale_factor_spatial"])
+
+    @property
+    def _frames_per_latent(self) -> int:
+        return int(self._vae_config["scale_factor_temporal"])
+
+    @property
+    def frame_step(self) -> int:
+        """The frames of a group."""
+        return self._frames_per_latent
+
+    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int, int]:
+        """(C, F, H, W) of the latent of a clip of frames in pixels; errors name `field`, or else
+        the side."""
+        return (self.denoiser_config["in_channels"], *self.latent_sizes(height, width, field))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of a prompt the pipeline takes."""
+        return TOKENS
+
+    def why_unfit(self) -> str | None:
+        """Widths of text and latents that differ between the parts."""
+        return self._why_unfit(self._vae_config["z_dim"], "text_dim")
+
+    def _check_vae(self, config: dict) -> None:
+        for name in ("scale_factor_spatial", "scale_factor_temporal"):
+            if not (autoencoder.are_numbers([config[name]]) and 1 <= config[name] <= 128):
+                raise ValueError(f"its {name} is {shortened(config[name])}; expected 1 to 128")
+        for name in ("latents_mean", "latents_std"):
+            if config[name] is None:
+                raise ValueError(f"its {name} is missing; a Wan autoencoder has one number for each channel")
+        autoencoder.check_scaling(config, config["z_dim"])
+
+    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of each latent channel, (1, C, 1, 1, 1)."""
+        mean, std = (torch.tensor(values) for values in (self.vae.config.latents_mean, self.vae.config.latents_std))
+        return mean.view(1, -1, 1, 1, 1).to(like), std.view(1, -1, 1, 1, 1).to(like)
+
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = self._statistics(latents)
+        return latents / (1.0 / std) + mean  # as the pipeline rounds it
+
+    def _scaled(self, sample: torch.Tensor) -> torch.Tensor:
+        mean, std = self._statistics(sample)
+        return (sample - mean) * (1.0 / std)
+
+
+class Wan(Family):
+    """Wan 2.1 and 2.2, text to video."""
+
+    adapter = WanAdapter
+    pipeline_class = "WanPipeline"
+    denoiser_class = "WanTransformer3DModel"
+    denoiser_name = "transformer"
+    part_classes: Mapping[str, tuple[str, ...]] = {
+        "vae": ("AutoencoderKLWan",),
+        "text_encoder": ("UMT5EncoderModel",),
+        "tokenizer": ("T5TokenizerFast", "T5Tokenizer"),
+    }
+    repeated_blocks = ("WanTransformerBlock",)
+    row_names = frozenset({"timestep", "encoder_hidden_states", "encoder_hidden_states_image"})
+
+    def why_unserved(self, config: dict) -> str | None:
+        """Networks that take more than a latent."""
+        into, out = config.get("in_channels"), config.get("out_channels")
+        if into != out or config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
+            return f"takes {into} channels and gives {out}, or a picture: give the text-to-video model"
+        return None
+
+
+WanAdapter.family = Wan()
