@@ -182,9 +182,7 @@ class Inner:
 
     def __init__(self, network: nn.Module) -> None:
         self.rows = 0
-        layer = next(
-            getattr(network, name) for name in ("proj_out", "all_final_layer") if hasattr(network, name)
-        )
+        layer = next(getattr(network, name) for name in ("proj_out", "all_final_layer") if hasattr(network, name))
         layer = layer["2-1"] if isinstance(layer, nn.ModuleDict) else layer
         self.hook = layer.register_forward_hook(self.count)
 

@@ -138,7 +138,10 @@ def _scheduler(name: str):
     if name.startswith("CogVideoX"):
         kind = diffusers.CogVideoXDPMScheduler if "VideoToVideo" in name else diffusers.CogVideoXDDIMScheduler
         return kind(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing"
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
         )
     if name.startswith("Wan"):
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -178,7 +181,10 @@ def arguments(case: str, **changes) -> dict:
         values["true_cfg_scale"] = 3.0
     if name.startswith("QwenImage"):
         values |= {"guidance_scale": None, "negative_prompt_embeds": text(True, 5)}
-        values |= {"prompt_embeds_mask": torch.ones(2, 7).long(), "negative_prompt_embeds_mask": torch.ones(2, 5).long()}
+        values |= {
+            "prompt_embeds_mask": torch.ones(2, 7).long(),
+            "negative_prompt_embeds_mask": torch.ones(2, 5).long(),
+        }
     if name.startswith("LTX"):
         masks = {"prompt_attention_mask": [1] * 6 + [0], "negative_prompt_attention_mask": [1] * 4 + [0] * 3}
         values |= {key: torch.tensor([mask, mask]) for key, mask in masks.items()}
@@ -271,5 +277,7 @@ class RowByRow(nn.Module):
 
     def of(self, words: torch.Tensor) -> nn.Module:
         """The network for a row with this text."""
-        firsts = [text(True, length, rows)[j, 0] for length, rows in ((7, 2), (5, 2), (34, 1), (3, 1)) for j in range(rows)]
+        firsts = [
+            text(True, length, rows)[j, 0] for length, rows in ((7, 2), (5, 2), (34, 1), (3, 1)) for j in range(rows)
+        ]
         return self.negative if any(torch.equal(words[0], first) for first in firsts) else self.positive
