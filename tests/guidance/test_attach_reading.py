@@ -72,9 +72,8 @@ class Reader:
         found = [] if len(both) == 1 and further <= 1 else [f"{len(both)} and {further} calls of the denoiser"]
         if self.rule.half is Branch.FIRST_HALF:
             pairs = [target for target, values in self.assigned.items() if self.is_chunk(values)]
-            if not pairs or not all(
-                ("uncond" in pair.split(",")[0]) and "uncond" not in pair.split(",")[1] for pair in pairs
-            ):
+            ordered = [["uncond" in name for name in pair.split(",")] == [True, False] for pair in pairs]
+            if not ordered or not all(ordered):
                 found.append("the first half is not the negative one")
             if not any(text.startswith("torch.cat([negative_prompt_embeds, prompt_embeds]") for text in self.texts):
                 found.append("the texts are stacked in another order")
