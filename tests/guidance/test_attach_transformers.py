@@ -91,10 +91,10 @@ def assert_clean(pipe, case: str) -> None:
 @pytest.mark.parametrize("case", tiny_pipelines.CASES)
 def test_attached_equals_the_plain_loop_and_detached_the_stock_pipeline(case, kind):
     pipe = setting(case)[0]
-    before = plain(case)
+    before, expected = plain(case), by_two_networks(case)
     with attach(case, kind):
-        assert_same(tiny_pipelines.draw(pipe, case), by_two_networks(case))
-    assert (by_two_networks(case) - before).abs().max() > 0.01 * before.abs().max()
+        assert_same(tiny_pipelines.draw(pipe, case), expected)
+    assert (expected - before).abs().max() > 0.1 * before.abs().max()
     assert_clean(pipe, case)
     assert torch.equal(tiny_pipelines.draw(pipe, case), before)
 

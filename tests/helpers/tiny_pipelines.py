@@ -186,7 +186,8 @@ def arguments(case: str, **changes) -> dict:
     if name.startswith("LTX"):
         masks = {"prompt_attention_mask": [1] * 6 + [0], "negative_prompt_attention_mask": [1] * 4 + [0] * 3}
         values |= {key: torch.tensor([mask, mask]) for key, mask in masks.items()}
-    if name.startswith("ZImage"):  # prompts of 7, 40, 3 and 34 tokens: one and two multiples of 32
+    if name.startswith("ZImage"):  # its scale is omega; prompts of 7, 40, 3 and 34 tokens: one and two multiples of 32
+        values["guidance_scale"] = 2.0
         values["prompt_embeds"] = [text(False, 7, 1)[0], text(False, 40, 1)[0]]
         values["negative_prompt_embeds"] = [text(True, 34, 1)[0], text(True, 3, 1)[0]]
     if "Img2Img" in name or "Inpaint" in name:
