@@ -12,7 +12,8 @@ import tiny_pipelines
 import torch
 from safetensors.torch import save_file
 
-from selfnpo_fast import GuidedSampler, attach_negative
+from selfnpo_fast import attach_negative
+from selfnpo_fast.models import adapter_of, load_adapter
 from selfnpo_fast.models.call_rules import Branch, DenoiserCall, TwoCalls
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime import console
@@ -134,8 +135,9 @@ def test_two_denoisers_need_a_name_for_each_negative():
     network = stock.merged(pipe.transformer_2, negative.deltas)
     expected = tiny_pipelines.build(case)
     expected.transformer_2 = tiny_pipelines.RowByRow(pipe.transformer_2, network)
+    theirs = tiny_pipelines.draw(expected, case)
     with attach_negative(pipe, {"transformer_2": negative}):
-        ours, theirs = tiny_pipelines.draw(pipe, case), tiny_pipelines.draw(expected, case)
+        ours = tiny_pipelines.draw(pipe, case)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 * theirs.abs().max().item())
     assert not torch.equal(ours, plain)
 
@@ -164,7 +166,10 @@ def test_a_folder_and_a_lora_file_are_read_for_such_a_denoiser(tmp_path):
     torch.testing.assert_close(*drawn, rtol=0, atol=3e-6 * drawn[0].abs().max().item())
 
 
-def test_the_sampler_refuses_what_only_takes_a_negative():
-    pipe = tiny_pipelines.build("FluxPipeline")
-    with pytest.raises(UserError, match="FluxPipeline is not supported, which takes a negative by attach_negative"):
-        GuidedSampler.from_pipeline(pipe)
+def test_what_only_takes_a_negative_is_neither_loaded_nor_sampled_from(tmp_path):
+    takes = "which takes a negative by attach_negative and is neither trained nor sampled"
+    with pytest.raises(UserError, match=f"FluxPipeline is not supported, {takes}"):
+        adapter_of(tiny_pipelines.build("FluxPipeline"))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match=f"is a FluxPipeline, {takes}; supported are StableDiffusionPipeline, "):
+        load_adapter(str(tmp_path))

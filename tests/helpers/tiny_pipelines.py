@@ -103,7 +103,7 @@ def randomised(network: nn.Module, seed: int) -> nn.Module:
     one."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
     return network.eval().requires_grad_(False)
 
 
