@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from selfnpo_fast.guidance.lora_layers import Factors, LowRankConv2d, LowRankLinear, RowChoice, Rows
+from selfnpo_fast.models.call_rules import Branch
 from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes
 from selfnpo_fast.negatives.weights import without_adapter
 from selfnpo_fast.runtime.console import say_once
@@ -50,7 +51,7 @@ class LowRankBackbone:
 
     def __str__(self) -> str:
         layers, size = len(self._sites), self.nbytes / 2**20
-        return f"LoRA on {layers} layers, {size:.1f} MiB: both branches are one batch through one network"
+        return f"LoRA on {layers} layers, {size:.1f} MiB: one network computes both branches"
 
     @property
     def nbytes(self) -> int:
@@ -99,9 +100,9 @@ class LowRankBackbone:
         """Choose no rows for this thread."""
         self.choose(Rows.NONE)
 
-    def begin(self, args: tuple, kwargs: dict) -> None:
-        """Called before a forward of the denoiser on both branches, the negative rows first."""
-        self.choose(Rows.FIRST_HALF)
+    def begin(self, args: tuple, kwargs: dict, branch: Branch) -> None:
+        """Called before a forward of the denoiser that has negative rows."""
+        self.choose(_ROWS[branch])
 
     def end(self, output: Any) -> None:
         """Called after that forward."""
@@ -135,6 +136,9 @@ class LowRankBackbone:
         for _, guard in self._guards.values():
             guard.remove()
         self._sites, self._projections, self._guards = [], {}, {}
+
+
+_ROWS = {Branch.NEGATIVE: Rows.ALL, Branch.FIRST_HALF: Rows.FIRST_HALF, Branch.LAST_HALF: Rows.LAST_HALF}
 
 
 def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:

@@ -24,7 +24,7 @@ class Rows(enum.Enum):
     NONE = enum.auto()
     ALL = enum.auto()
     FIRST_HALF = enum.auto()
-    """The negative rows come first in diffusers' batches of both branches."""
+    LAST_HALF = enum.auto()
 
 
 class RowChoice(threading.local):
@@ -38,22 +38,22 @@ class RowChoice(threading.local):
     def __init__(self) -> None:
         self.rows = Rows.NONE
 
-    def count(self, batch: int) -> int:
-        """How many of `batch` rows, counted from the first, get the update.
+    def span(self, batch: int) -> slice | None:
+        """Which of `batch` rows get the update; None for no row.
 
         Raises UserError where half of them are to get it, and there is no half: one row that serves
         both branches would lose it.
         """
         if self.rows is Rows.NONE:  # dynamo (2.13) guards on `is`, but not on a look-up in a dict
-            return 0
+            return None
         if self.rows is Rows.ALL:
-            return batch
+            return slice(0, batch)
         if batch % 2:
             raise UserError(
                 f"negative: a layer that the LoRA changes was given {batch} rows for both branches, so its part would "
                 "be lost there; give each row of the batch its own"
             )
-        return batch // 2
+        return slice(0, batch // 2) if self.rows is Rows.FIRST_HALF else slice(batch // 2, batch)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Called by copy and pickle. Raises UserError: a copy would have its update, but no hooks."""
@@ -134,14 +134,14 @@ class LowRankLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ..., in) to (B, ..., out), in the layer's dtype."""
         out = nn.Linear.forward(self, x)
-        count = getattr(self, "choice", _PLAIN).count(len(x))
-        if count == 0:
+        rows = getattr(self, "choice", _PLAIN).span(len(x))
+        if rows is None:
             return out
-        low = F.linear(x[:count], self.low_rank.down.to(x.dtype))
+        low = F.linear(x[rows], self.low_rank.down.to(x.dtype))
         # addmm_ adds the product in place, without another pass over the rows. Under autocast the
         # dtypes of output and factor differ.
         up = self.low_rank.up.to(out.dtype)
-        out[:count].view(-1, len(up)).addmm_(low.reshape(-1, up.shape[1]).to(out.dtype), up.t())
+        out[rows].view(-1, len(up)).addmm_(low.reshape(-1, up.shape[1]).to(out.dtype), up.t())
         return out
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankLinear:
@@ -159,11 +159,11 @@ class LowRankConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) to (B, out, H', W'), in the layer's dtype."""
         out = nn.Conv2d.forward(self, x)
-        count = getattr(self, "choice", _PLAIN).count(len(x))
-        if count == 0:
+        rows = getattr(self, "choice", _PLAIN).span(len(x))
+        if rows is None:
             return out
-        low = self._conv_forward(x[:count], self.low_rank.down.to(x.dtype), None)
-        out[:count] += F.conv2d(low, self.low_rank.up.to(low.dtype))
+        low = self._conv_forward(x[rows], self.low_rank.down.to(x.dtype), None)
+        out[rows] += F.conv2d(low, self.low_rank.up.to(low.dtype))
         return out
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankConv2d:

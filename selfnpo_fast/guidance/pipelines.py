@@ -4,33 +4,19 @@ name the classes."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfnpo_fast.models import Family, guided_family_of
+from selfnpo_fast.models.call_rules import READ_RELEASES
+from selfnpo_fast.models.unguided import why_unlisted
+from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-
-# Why a class is refused, by a part of its name; the first that fits is told.
-_ONCE_PER_BRANCH = "it calls its denoiser once per branch, so there is no batch whose negative rows could be told apart"
-_REASONS = (
-    ("InstructPix2Pix", "it guides three ways, with two kinds of negative rows"),
-    ("LatentConsistency", "it has no negative branch: its guidance scale is an input of the network"),
-    ("PAG", "its batch holds rows of perturbed attention besides the negative ones"),
-    ("SAG", "it calls its denoiser a second time in each step for self-attention guidance"),
-    ("LEdits", "it guides by a list of edits"),
-    *((name, _ONCE_PER_BRANCH) for name in ("Flux", "Wan", "QwenImage", "HunyuanVideo")),
-    ("StableDiffusion3", "its denoiser is a transformer, which it calls again to skip layers"),
-)
-_SUPPORTED = (
-    "supported are the stock StableDiffusion and StableDiffusionXL pipelines, their Img2Img, Inpaint, ControlNet and "
-    "Adapter kin"
-)
 
 
 def guided_family(pipe: object) -> Family:
@@ -44,10 +30,24 @@ def guided_family(pipe: object) -> Family:
     if family is not None and type(pipe) is family.load_class(name):
         return family
     listed = next((base.__name__ for base in type(pipe).__mro__[1:] if guided_family_of(base.__name__)), None)
-    reason = next((reason for part, reason in _REASONS if part in name), None)
+    reason = why_unlisted(name)
     if reason is None and listed is not None:
         reason = f"it is a class of its own, made from {listed}, and may order its rows in another way"
-    raise UserError(f"pipe: {name} is not supported: {reason or 'its rows are not known here'}; {_SUPPORTED}")
+    raise UserError(
+        f"pipe: {name} is not supported: {reason or 'its rows are not known here'}; docs/inference.md lists the "
+        "classes that take a negative"
+    )
+
+
+def say_unread_release() -> None:
+    """Say once where the pipelines of the installed diffusers were not read."""
+    import diffusers
+
+    if diffusers.__version__ not in READ_RELEASES:
+        say_once(
+            f"diffusers {diffusers.__version__}: its pipelines were read in {', '.join(READ_RELEASES)}, and this "
+            "release may guide in another way; where in doubt, install that one"
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class PipelineCall:
     frame: FrameType
     """The call itself: each call has a frame of its own."""
     pipe: DiffusionPipeline
+
+    @property
+    def locals(self) -> Mapping[str, Any]:
+        """The locals of the call as they are now."""
+        return self.frame.f_locals
 
 
 def calling_pipeline() -> DiffusionPipeline | None:

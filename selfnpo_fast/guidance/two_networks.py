@@ -1,4 +1,4 @@
-"""A negative with full weights: two networks share the rows of a classifier-free batch."""
+"""A negative with full weights: two networks share the rows or the calls of both branches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from selfnpo_fast.guidance.following import Follows
 from selfnpo_fast.models import Family
+from selfnpo_fast.models.call_rules import Branch
 from selfnpo_fast.negatives.weights import match_placement
 from selfnpo_fast.runtime.dtypes import not_below_16_bits
 from selfnpo_fast.runtime.errors import UserError
@@ -25,11 +26,16 @@ def take_rows(value: Any, rows: slice, batch: int, name: str, family: Family) ->
     """The argument `name` of a call on `batch` samples, for those of the samples in `rows`.
 
     Tensors that the family says to have one row for each sample are cut, as views. Tensors of one
-    row, 0-d tensors and other values are not. Lists and dicts, whose entries are named
-    `name.entry`, are copied, since denoisers pop from them.
+    row, 0-d tensors and other values are not. Lists that the family says to have one entry for each
+    sample are cut; other lists, and dicts, whose entries are named `name.entry`, are copied, since
+    denoisers pop from them.
 
     Raises UserError for a tensor of `batch` rows of which it is not known whether they are samples.
     """
+    if isinstance(value, list) and name in family.list_rows:
+        if len(value) != batch:
+            raise UserError(f"negative: {name} has {len(value)} entries in a batch of {batch}; give {batch}")
+        return value[rows]
     if isinstance(value, dict):
         return {key: take_rows(part, rows, batch, f"{name}.{key}", family) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -50,10 +56,22 @@ def take_rows(value: Any, rows: slice, batch: int, name: str, family: Family) ->
 
 
 def join_rows(first: Any, second: Any) -> Any:
-    """One output from a denoiser's outputs for two halves: tuples, or diffusers' output objects."""
+    """One output from a denoiser's outputs for two halves: tuples, or diffusers' output objects, of
+    tensors or of lists with one tensor for each sample."""
     if isinstance(first, tuple):
-        return tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
-    return type(first)(sample=torch.cat([first.sample, second.sample]))
+        return tuple(_joined(one, other) for one, other in zip(first, second, strict=True))
+    return type(first)(sample=_joined(first.sample, second.sample))
+
+
+def _joined(first: Any, second: Any) -> Any:
+    return [*first, *second] if isinstance(first, list) else torch.cat([first, second])
+
+
+def _first_tensor(value: Any) -> torch.Tensor:
+    """The first tensor of a network's input or output."""
+    while not isinstance(value, torch.Tensor):
+        value = value[0]
+    return value
 
 
 class Follower(nn.Module):
@@ -104,14 +122,19 @@ class TwoNetworks:
         """Forget the negative rows of a call in this thread."""
         self._pending.call = None
 
-    def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """(args, kwargs) of the positive rows, the second half, of a call with both branches.
+    def begin(self, args: tuple, kwargs: dict, branch: Branch) -> tuple[tuple, dict] | None:
+        """(args, kwargs) of the positive rows of a call with negative rows, where it has any.
 
-        Keeps those of the negative rows, the first half, for `end`.
+        Keeps those of the negative rows for `end`.
         """
+        if not branch.is_half:
+            self._pending.call = args, kwargs, branch
+            return None
         batch = rows_of(args, kwargs, self._family)
-        self._pending.call = self._part(args, kwargs, slice(0, batch // 2), batch)
-        return self._part(args, kwargs, slice(batch // 2, batch), batch)
+        first, last = slice(0, batch // 2), slice(batch // 2, batch)
+        negative, positive = (first, last) if branch is Branch.FIRST_HALF else (last, first)
+        self._pending.call = *self._part(args, kwargs, negative, batch), branch
+        return self._part(args, kwargs, positive, batch)
 
     def _part(self, args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, dict]:
         """(args, kwargs) of some rows of a call."""
@@ -123,7 +146,7 @@ class TwoNetworks:
         )
 
     def end(self, output: Any) -> Any:
-        """The output for both branches, from the denoiser's output for the positive rows.
+        """The output of a call, from the denoiser's output for the positive rows.
 
         Returns None where `begin` was not called. Raises UserError where the networks are on
         different devices.
@@ -132,16 +155,32 @@ class TwoNetworks:
         self.reset()
         if call is None:
             return None
-        network_device, output_device = next(self._network.parameters()).device, output[0].device
-        if network_device != output_device:
-            raise UserError(
-                f"negative: it is on {network_device}, the denoiser computes on {output_device}: offload layer by "
-                "layer does not take it along; use enable_model_cpu_offload(), or a LoRA as the negative"
-            )
+        args, kwargs, branch = call
+        self._check_device(_first_tensor(output).device)
+        negative = self.compute(args, kwargs)
+        if branch is Branch.NEGATIVE:
+            return negative
+        return join_rows(negative, output) if branch is Branch.FIRST_HALF else join_rows(output, negative)
+
+    def compute(self, args: tuple, kwargs: dict) -> Any:
+        """The negative's output for a call that has negative rows only.
+
+        Raises UserError where a tensor of the call is on another device than the negative.
+        """
+        given = _first_tensor(args[0] if args else kwargs[self._family.input_name])
+        self._check_device(given.device)
         self._shared.follow()
         self._follows.follow()
-        args, kwargs = call
-        return join_rows(self._network(*args, **kwargs), output)
+        return self._network(*args, **kwargs)
+
+    def _check_device(self, device: torch.device) -> None:
+        """Raise UserError where the denoiser computes on another device."""
+        network_device = next(self._network.parameters()).device
+        if network_device != device:
+            raise UserError(
+                f"negative: it is on {network_device}, the denoiser computes on {device}: offload layer by layer does "
+                "not take it along; use enable_model_cpu_offload(), or a LoRA as the negative"
+            )
 
     def check(self) -> None:
         """Called at the start of a pipeline's call: say what acts on the positive only."""

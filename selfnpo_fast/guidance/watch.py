@@ -15,7 +15,7 @@ from selfnpo_fast.runtime.errors import UserError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from selfnpo_fast.guidance.attach import AttachedNegative
+    from selfnpo_fast.guidance.attached import AttachedNegative
 
 
 class CallWatch:

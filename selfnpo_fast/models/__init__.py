@@ -11,11 +11,18 @@ from torch import nn
 
 from selfnpo_fast.config import ModelConfig
 from selfnpo_fast.models.base import Adapter
+from selfnpo_fast.models.cogvideox import CogVideoX
 from selfnpo_fast.models.family import Family
+from selfnpo_fast.models.flux import Flux
 from selfnpo_fast.models.folder import open_folder, open_repository
+from selfnpo_fast.models.ltx import LTXVideo
+from selfnpo_fast.models.qwen_image import QwenImage
 from selfnpo_fast.models.sd import StableDiffusionAdapter
+from selfnpo_fast.models.sd3 import StableDiffusion3
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
 from selfnpo_fast.models.size import AskedSize, Size
+from selfnpo_fast.models.wan import Wan
+from selfnpo_fast.models.z_image import ZImage
 from selfnpo_fast.runtime.errors import UserError, one_line
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -39,6 +46,8 @@ def register(family: Family) -> None:
 
 for _adapter in (StableDiffusionAdapter, StableDiffusionXLAdapter):
     register(_adapter.family)
+for _family in (CogVideoX, StableDiffusion3, Wan, LTXVideo, QwenImage, Flux, ZImage):  # attached to, no more
+    register(_family())
 
 
 def resolve_path(path: str) -> str:
@@ -81,10 +90,10 @@ def load_adapter(
             f"model.path: {path} is no diffusers pipeline (no readable model_index.json): {text}"
         ) from error
     name = index.get("_class_name")
-    if not isinstance(name, str) or name not in FAMILIES:
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None or family.adapter is None:
         shown = one_line(name, 80)
-        raise UserError(f"model.path: {path} is a {shown}; supported are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
+        raise UserError(f"model.path: {path} is a {shown}{_attached_only(family)}; supported are {_served()}")
     _check_classes(path, index, family, configs_only)
     asked = AskedSize(resolution, height, width, frames)
     adapter = family.adapter(source, folder=folder, index=index, variant=variant, asked=asked, expert=expert)
@@ -102,14 +111,25 @@ def adapter_of(pipe: Any) -> Adapter:
     """The adapter of a diffusers pipeline that is loaded. Raises UserError for a class it does not
     know."""
     name = type(pipe).__name__
-    if name not in FAMILIES:  # by name: a subclass may call its denoiser in another way
-        raise UserError(f"pipe: a {name} is not supported; expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[name].adapter.from_pipeline(pipe)
+    family = FAMILIES.get(name)  # by name: a subclass may call its denoiser in another way
+    if family is None or family.adapter is None:
+        raise UserError(f"pipe: a {name} is not supported{_attached_only(family)}; expected one of {_served()}")
+    return family.adapter.from_pipeline(pipe)  # type: ignore[attr-defined]
+
+
+def _served() -> str:
+    """The pipelines that can be trained and sampled from, for messages."""
+    return ", ".join(name for name, family in FAMILIES.items() if family.adapter is not None)
+
+
+def _attached_only(family: Family | None) -> str:
+    """What else can be done with a pipeline that is not served, for messages."""
+    return "" if family is None else ", which takes a negative by attach_negative and is neither trained nor sampled"
 
 
 def denoiser_names() -> tuple[str, ...]:
     """The folders that a denoiser's weights may lie in."""
-    return tuple(dict.fromkeys(family.denoiser_name for family in FAMILIES.values()))
+    return tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.denoiser_names))
 
 
 def family_of(denoiser: nn.Module | str, what: str = "model") -> Family:

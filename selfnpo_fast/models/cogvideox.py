@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import torch
 
 from selfnpo_fast.models import autoencoder
-from selfnpo_fast.models.base import Conditioning
+from selfnpo_fast.models.call_rules import OneCall
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.sd import MAX_BLOCKS
+from selfnpo_fast.models.size import Size
 from selfnpo_fast.models.video import VideoAdapter
 from selfnpo_fast.runtime.errors import shortened
 
@@ -20,21 +21,12 @@ from selfnpo_fast.runtime.errors import shortened
 class CogVideoXAdapter(VideoAdapter):
     """Latents (F, C, H, W); rows `encoder_hidden_states` (L, D)."""
 
-    def __init__(self, path: str, **more) -> None:
-        """As in the base."""
-        super().__init__(path, **more)
-        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
-
     @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width of the frames that the model was made for, in pixels."""
+    def default_size(self) -> Size:
+        """The clips that the model was made for."""
         config = self.denoiser_config
-        return config["sample_height"] * self.vae_scale, config["sample_width"] * self.vae_scale
-
-    @property
-    def default_frames(self) -> int:
-        """Frames of the clips that the model was made for."""
-        return self.denoiser_config["sample_frames"]
+        height, width = config["sample_height"] * self.vae_scale, config["sample_width"] * self.vae_scale
+        return Size(height, width, config["sample_frames"])
 
     @property
     def patch(self) -> int:
@@ -56,14 +48,13 @@ class CogVideoXAdapter(VideoAdapter):
         more frames than it encoded."""
         return 2 * self._frames_per_latent
 
-    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int, int]:
-        """(F, C, H, W) of the latent of a clip of frames in pixels; errors name `field`, or else
-        the side."""
-        frames, rows, columns = self.latent_sizes(height, width, field)
+    def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, int, int, int]:
+        """As in the base: (F, C, H, W)."""
+        frames, rows, columns = self.latent_sizes(size, field)
         return (frames, self.denoiser_config["in_channels"], rows, columns)
 
     @property
-    def tokens(self) -> int:
+    def prompt_tokens(self) -> int:
         """How many tokens of a prompt the transformer takes."""
         return self.denoiser_config["max_text_seq_length"]
 
@@ -74,40 +65,26 @@ class CogVideoXAdapter(VideoAdapter):
             return f"its transformer counts on {ours} frames for a latent frame and its vae makes one of {theirs}"
         return self._why_unfit(self._vae_config["latent_channels"], "text_embed_dim")
 
-    def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> tuple[tuple, dict]:
-        """As in the base; a network with rotary positions is given their tables."""
-        args, kwargs = super().call(x, t, cond)
-        return args, kwargs | self._positions(x)
-
-    def _positions(self, x: torch.Tensor) -> dict:
+    def fixed_arguments(self, size: Size, device: torch.device, dtype: torch.dtype) -> dict:
         """`image_rotary_emb`, cosines and sines (F * H * W / patch^2, D) float32, for a network that
         has rotary positions; made by diffusers' own functions as its pipeline does."""
-        config = self.denoiser_config
-        if not config["use_rotary_positional_embeddings"]:
-            return {}
-        key = (x.shape[1], *x.shape[3:], x.device)
-        if key not in self._tables:
-            tables = self._rotary(x)
-            if type(tables[0]) is not torch.Tensor:  # of a trace: another forward cannot use it
-                return {"image_rotary_emb": tables}
-            self._tables[key] = tables
-        return {"image_rotary_emb": self._tables[key]}
-
-    def _rotary(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tables for a state (B, F, C, H, W)."""
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
         config, patch = self.denoiser_config, self.patch
-        grid = (x.shape[3] // patch, x.shape[4] // patch)
+        if not config["use_rotary_positional_embeddings"]:
+            return {}
+        frames, rows, columns = self.latent_sizes(size)
+        grid = (rows // patch, columns // patch)
         crop = get_resize_crop_region_for_grid(grid, config["sample_width"] // patch, config["sample_height"] // patch)
-        return get_3d_rotary_pos_embed(
+        tables = get_3d_rotary_pos_embed(
             embed_dim=config["attention_head_dim"],
             crops_coords=crop,
             grid_size=grid,
-            temporal_size=x.shape[1],
-            device=x.device,
+            temporal_size=frames,
+            device=device,
         )
+        return {"image_rotary_emb": tables}
 
     def _check_vae(self, config: dict) -> None:
         blocks = config["block_out_channels"]
@@ -135,8 +112,13 @@ class CogVideoX(Family):
         "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
     }
     repeated_blocks = ("CogVideoXBlock",)
-    row_names = frozenset({"timestep", "encoder_hidden_states", "timestep_cond"})
-    not_rows = frozenset({"image_rotary_emb", "ofs"})
+    guided_pipelines = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline")
+    # The scale that the pipeline keeps changes from step to step (use_dynamic_cfg).
+    call_rule = OneCall(guided_local="do_classifier_free_guidance")
+    row_names = frozenset({"timestep", "encoder_hidden_states", "timestep_cond", "ofs"})
+    flat_layers = ("ofs_embedding",)  # given one row for all samples
+    not_rows = frozenset({"image_rotary_emb"})  # one row for each token
+    draws_videos = True
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent, and CogVideoX 1.5, whose latents are padded."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.diffusion.levels import Levels
+from selfnpo_fast.models.call_rules import CallRule, OneCall
 from selfnpo_fast.models.parts import check_config
 
 
@@ -35,8 +36,9 @@ class Family:
     An instance is registered in `selfnpo_fast.models` under its pipeline's class name.
     """
 
-    adapter: type
-    """The subclass of `base.Adapter` that loads and calls the family's parts."""
+    adapter: type | None = None
+    """The subclass of `base.Adapter` that loads and calls the family's parts; None for a family
+    that a negative can be attached to, and nothing else."""
     pipeline_class: str
     """The class that model_index.json names."""
     denoiser_class: str
@@ -50,10 +52,17 @@ class Family:
     """The classes that other parts may be of, by the part's name: text encoders and tokenizers of
     transformers, whose names begin so, and other networks of diffusers. No other class is loaded.
     The scheduler may be any of diffusers."""
+    experts: tuple[str, ...] = ()
+    """The pipeline's attributes that hold further denoisers of the same class, each for some of the
+    steps. Any of them may be None, and so may the first."""
     guided_pipelines: tuple[str, ...] = ()
-    """Pipeline classes that a negative can be attached to. Each has been read: at every step it
-    calls its denoiser once, with 2B rows of which the first B are negative where `is_guided` says
-    so, and with unguided rows elsewhere."""
+    """Pipeline classes that a negative can be attached to. Each has been read: it calls its
+    denoisers as `call_rule` says."""
+    call_rule: CallRule = OneCall()
+    """Which rows or calls of `guided_pipelines` are negative."""
+    flat_layers: tuple[str, ...] = ()
+    """Layers, by the beginnings of their paths, whose input has no half for each branch: one row
+    serves both, or rows are the tokens of prompts of different lengths."""
     first_method: str = "check_inputs"
     """The method of `guided_pipelines` that every call of theirs begins with. A pipeline without it
     is not told when its denoiser was replaced while a negative is attached."""
@@ -65,6 +74,8 @@ class Family:
     row_names: frozenset[str] = frozenset({"timestep", "encoder_hidden_states"})
     """The other arguments whose leading dimension counts samples, where it is not 1; a list's
     tensors have the list's name, and those of a dict are named `argument.entry`."""
+    list_rows: frozenset[str] = frozenset()
+    """Arguments that are lists with one entry for each sample."""
     not_rows: frozenset[str] = frozenset()
     """Arguments, named in the same way, whose leading dimension does not count samples. A tensor
     that is named in neither is refused next to full weights where it is as long as the batch."""
@@ -73,9 +84,6 @@ class Family:
     what is no whole number."""
     draws_videos: bool = False
     """Whether a size has frames."""
-    experts: tuple[str, ...] = ()
-    """The pipeline's attributes of the denoisers of high and of low noise levels, where a model has
-    two; `base.Adapter.expert` tells which one owns a level."""
     inert_options: frozenset[str] = frozenset()
     """Options of the denoiser's config that leave the function it computes unchanged."""
     lora_rate: float = 1e-4
@@ -109,10 +117,10 @@ class Family:
         """
         return Levels.of(scheduler, tokens)
 
-    def is_guided(self, pipe: Any) -> bool:
-        """Whether guidance is on for the step that a pipeline of `guided_pipelines` is
-        computing."""
-        return bool(pipe.do_classifier_free_guidance)
+    @property
+    def denoiser_names(self) -> tuple[str, ...]:
+        """The pipeline's attributes that hold denoisers."""
+        return (self.denoiser_name, *self.experts)
 
     def checkpoint_gradients(self, denoiser: nn.Module, function: Callable | None = None) -> None:
         """Recompute the blocks' activations in the backward pass, through `function` where one is

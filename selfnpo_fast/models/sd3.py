@@ -12,8 +12,10 @@ import torch
 
 from selfnpo_fast.models import text
 from selfnpo_fast.models.base import Conditioning
+from selfnpo_fast.models.call_rules import OneCall
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.sd import StableDiffusion, StableDiffusionAdapter
+from selfnpo_fast.models.size import Size, side_field
 from selfnpo_fast.runtime.errors import UserError
 
 T5_TOKENS = 256
@@ -29,18 +31,22 @@ class StableDiffusion3Adapter(StableDiffusionAdapter):
         """Latent cells along one side of a patch."""
         return int(self.denoiser_config["patch_size"])
 
-    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int]:
-        """(C, H, W) of the latent of a picture in pixels; errors name `field`, or else the side."""
+    def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, int, int]:
+        """As in the base: (C, H, W)."""
         cell = self.vae_scale * self.patch
         most = cell * int(self.denoiser_config["pos_embed_max_size"])
-        for side, pixels in (("height", height), ("width", width)):
+        for side, pixels in size.sides:
             if pixels % cell or not cell <= pixels <= most:
-                raise UserError(f"{field or side}: {pixels} is no multiple of {cell} from {cell} to {most}")
-        return super().latent_shape_of(height, width, field)
+                raise UserError(f"{side_field(field, side)}: {pixels} is no multiple of {cell} from {cell} to {most}")
+        return super().latent_shape_of(size, field)
 
-    def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> tuple[tuple, dict]:
-        """As in the base, with the timestep by its name."""
-        return (x,), {"timestep": t, **self.arguments(cond)}
+    def tokens(self) -> int:
+        """The patches of a latent."""
+        return self.latent_shape[1] * self.latent_shape[2] // self.patch**2
+
+    def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, fixed: dict) -> tuple[tuple, dict]:
+        """As in the base, with the time by its name."""
+        return (x,), {"timestep": t, **self.arguments(cond), **fixed}
 
     # Text
 
@@ -111,13 +117,21 @@ class StableDiffusion3(Family):
         "tokenizer_3": ("T5TokenizerFast", "T5Tokenizer"),
     }
     repeated_blocks = ("JointTransformerBlock",)
+    guided_pipelines = (
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+    )
+    call_rule = OneCall(positive_argument="skip_layers")  # skip-layer guidance
     row_names = frozenset(
         {
-            *("timestep", "encoder_hidden_states", "pooled_projections"),
-            "block_controlnet_hidden_states",  # ControlNets
-            "joint_attention_kwargs.ip_adapter_image_embeds",
+            *("timestep", "encoder_hidden_states", "pooled_projections", "block_controlnet_hidden_states"),
+            *("joint_attention_kwargs.ip_adapter_image_embeds", "joint_attention_kwargs.ip_hidden_states"),
+            "joint_attention_kwargs.temb",
         }
     )
+    time_dtype = torch.float32
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent."""

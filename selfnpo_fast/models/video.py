@@ -14,6 +14,7 @@ from torch import nn
 from selfnpo_fast.models import autoencoder, parts, text
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.models.folder import loading
+from selfnpo_fast.models.size import Size, side_field
 from selfnpo_fast.runtime.errors import UserError
 
 MAX_PATCHES = 2**10
@@ -33,11 +34,6 @@ class VideoAdapter(Adapter):
     """The number of frames of a clip is 1 and a multiple of this."""
     t5_class = "T5EncoderModel"
 
-    def __init__(self, path: str, *, frames: int | None = None, **more: Any) -> None:
-        """As in the base; `frames` of a clip, or else the number that the model was made for."""
-        super().__init__(path, **more)
-        self._frames = frames
-
     @classmethod
     def from_pipeline(cls, pipe: Any) -> Adapter:
         """As in the base; the autoencoder is the pipeline's own."""
@@ -47,16 +43,6 @@ class VideoAdapter(Adapter):
         return adapter
 
     # Sizes
-
-    @property
-    def default_frames(self) -> int:
-        """Frames of the clips that the model was made for."""
-        raise NotImplementedError
-
-    @property
-    def frames(self) -> int:
-        """Frames of the clips that are trained on or drawn."""
-        return self.default_frames if self._frames is None else self._frames
 
     @property
     def patch(self) -> int:
@@ -73,53 +59,52 @@ class VideoAdapter(Adapter):
         """How many patches a side of a frame may have, and how many frames a clip."""
         return MAX_PATCHES, MAX_FRAMES
 
-    def latent_sizes(self, height: int, width: int, field: str = "") -> tuple[int, int, int]:
-        """Frames, height and width of the latent of a clip of this size in pixels.
+    def latent_sizes(self, size: Size, field: str = "") -> tuple[int, int, int]:
+        """Frames, height and width of the latent of a clip.
 
-        Raises UserError for a size or a number of frames that the model cannot draw, naming
-        `field`, or else the side.
+        Raises UserError for a size that the model cannot draw, naming `side_field(field, side)`.
         """
-        cell, step, frames = self.vae_scale * self.patch, self.frame_step, self.frames
+        cell, step, frames = self.vae_scale * self.patch, self.frame_step, size.frames
         most_cells, most_frames = self.most
-        for side, pixels in (("height", height), ("width", width)):
+        for side, pixels in size.sides:
             if pixels % cell or not cell <= pixels <= cell * most_cells:
                 raise UserError(
-                    f"{field or side}: {pixels} is no multiple of {cell} from {cell} to {cell * most_cells}"
+                    f"{side_field(field, side)}: {pixels} is no multiple of {cell} from {cell} to {cell * most_cells}"
                 )
+        asked = side_field(field, "frames")
         if isinstance(frames, bool) or not isinstance(frames, int) or frames % step != 1 or frames < 1:
             near = max(1, int(frames) // step * step + 1)
-            expected = f"expected 1 and a multiple of {step}, such as {near}"
-            raise UserError(f"model.frames: {frames} is not possible; {expected}")
+            raise UserError(f"{asked}: {frames} is not possible; expected 1 and a multiple of {step}, such as {near}")
         if frames > most_frames:
-            raise UserError(f"model.frames: {frames:,} is not possible; expected at most {most_frames:,}")
-        return (frames - 1) // self._frames_per_latent + 1, height // self.vae_scale, width // self.vae_scale
+            raise UserError(f"{asked}: {frames:,} is not possible; expected at most {most_frames:,}")
+        return (frames - 1) // self._frames_per_latent + 1, size.height // self.vae_scale, size.width // self.vae_scale
 
-    def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> tuple[tuple, dict]:
-        """As in the base, with the timestep by its name."""
-        return (x,), {"timestep": t, **self.arguments(cond)}
+    def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, fixed: dict) -> tuple[tuple, dict]:
+        """As in the base, with the time by its name."""
+        return (x,), {"timestep": t, **self.arguments(cond), **fixed}
 
     # Text
 
     @property
-    def tokens(self) -> int:
+    def prompt_tokens(self) -> int:
         """How many tokens of a prompt the pipeline takes."""
         raise NotImplementedError
 
     @property
     def text_tokens(self) -> dict[str, int]:
         """T5 has no limit of its own."""
-        return {"tokenizer": self.tokens}
+        return {"tokenizer": self.prompt_tokens}
 
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """`encoder_hidden_states` (L, D)."""
         config = text.read_text_config(self.folder, "text_encoder", self.t5_class)
-        return {"encoder_hidden_states": (self.tokens, config.d_model)}
+        return {"encoder_hidden_states": (self.prompt_tokens, config.d_model)}
 
     def encode_batch(self, pipe: Any, prompts: list[str], device: torch.device) -> Conditioning:
         """`encoder_hidden_states` (N, L, D) of N prompts."""
         embeds, _ = pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=self.tokens, device=device
+            prompts, do_classifier_free_guidance=False, max_sequence_length=self.prompt_tokens, device=device
         )
         return {"encoder_hidden_states": embeds}
 
@@ -187,12 +172,12 @@ class VideoAdapter(Adapter):
 
     def check_pictures(self) -> None:
         """UserError where the autoencoder's shapes do not take a clip to latents and back."""
-        latent, config = self.latent_shape, self._vae_config
-        clip = (1, 3, self.frames, *self.size)
+        latent, config, size = self.latent_shape, self._vae_config, self.size
+        clip = (1, 3, size.frames, size.height, size.width)
 
         def run(vae: nn.Module) -> torch.Tensor:
             mean = vae.encode(torch.empty(clip, device="meta")).latent_dist.mean
-            found = (1, mean.shape[1], *self.latent_sizes(*self.size, "model.resolution"))
+            found = (1, mean.shape[1], *self.latent_sizes(size))
             if tuple(mean.shape) != found:
                 raise ValueError(f"it makes {tuple(mean.shape[1:])} of a clip, and {found[1:]} is expected")
             return vae.decode(mean).sample

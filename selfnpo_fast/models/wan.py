@@ -12,12 +12,14 @@ import torch
 
 from selfnpo_fast.models import autoencoder
 from selfnpo_fast.models.base import Adapter
+from selfnpo_fast.models.call_rules import TwoCalls
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS
+from selfnpo_fast.models.size import Size
 from selfnpo_fast.models.video import VideoAdapter
 from selfnpo_fast.runtime.errors import UserError, shortened
 
-DEFAULT_SIZE, DEFAULT_FRAMES = (480, 832), 81
+DEFAULT_SIZE = Size(480, 832, 81)
 """What the pipeline's call draws."""
 TOKENS = 512
 """Tokens of a prompt: `max_sequence_length` of the pipeline's call."""
@@ -32,11 +34,6 @@ class WanAdapter(VideoAdapter):
     """
 
     t5_class = "UMT5EncoderModel"
-
-    def __init__(self, path: str, *, expert: str | None = None, **more: Any) -> None:
-        """As in the base; `expert` is high or low where the model has two, and high by default."""
-        super().__init__(path, **more)
-        self._expert = expert
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> Adapter:
@@ -106,14 +103,9 @@ class WanAdapter(VideoAdapter):
     # Sizes
 
     @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width of the frames that the pipeline draws by default, in pixels."""
+    def default_size(self) -> Size:
+        """The clips that the pipeline draws by default."""
         return DEFAULT_SIZE
-
-    @property
-    def default_frames(self) -> int:
-        """Frames of the clips that the pipeline draws by default."""
-        return DEFAULT_FRAMES
 
     @property
     def patch(self) -> int:
@@ -147,13 +139,12 @@ class WanAdapter(VideoAdapter):
         """The frames of a group."""
         return self._frames_per_latent
 
-    def latent_shape_of(self, height: int, width: int, field: str = "") -> tuple[int, int, int, int]:
-        """(C, F, H, W) of the latent of a clip of frames in pixels; errors name `field`, or else
-        the side."""
-        return (self.denoiser_config["in_channels"], *self.latent_sizes(height, width, field))
+    def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, int, int, int]:
+        """As in the base: (C, F, H, W)."""
+        return (self.denoiser_config["in_channels"], *self.latent_sizes(size, field))
 
     @property
-    def tokens(self) -> int:
+    def prompt_tokens(self) -> int:
         """How many tokens of a prompt the pipeline takes."""
         return TOKENS
 
@@ -197,7 +188,12 @@ class Wan(Family):
         "tokenizer": ("T5TokenizerFast", "T5Tokenizer"),
     }
     repeated_blocks = ("WanTransformerBlock",)
+    experts = ("transformer_2",)  # the low-noise expert of Wan 2.2
+    guided_pipelines = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+    call_rule = TwoCalls()
     row_names = frozenset({"timestep", "encoder_hidden_states", "encoder_hidden_states_image"})
+    time_dtype = torch.float32
+    draws_videos = True
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent."""

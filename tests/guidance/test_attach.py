@@ -118,7 +118,7 @@ def test_what_was_attached_is_said_once(setting, caplog):
     (record,) = caplog.records
     assert setting.negative.source in record.message
     assert "(alpha 1, beta 1)" in record.message
-    assert ("one batch through one network" if setting.kind == "lora" else "a second network") in record.message
+    assert ("one network computes both branches" if setting.kind == "lora" else "a second network") in record.message
 
 
 def call_directly(unet: nn.Module) -> torch.Tensor:
