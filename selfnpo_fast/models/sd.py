@@ -133,6 +133,11 @@ class StableDiffusionAdapter(UNetAdapter):
             vae = parts.load_network(AutoencoderKL, self.folder, "vae", self._variant, torch.float32)
         return vae.requires_grad_(False)
 
+    def drop_autoencoder(self) -> None:
+        """Forget the autoencoder, unless it is a loaded pipeline's."""
+        if self._loaded is None:
+            self.__dict__.pop("vae", None)
+
     @functools.cached_property
     def vae_sha256(self) -> str:
         """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal

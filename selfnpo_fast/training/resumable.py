@@ -67,11 +67,12 @@ def update_of(checkpoint: Path) -> int:
 def recipe(config: TrainConfig) -> dict:
     """The part of a config that a resumed run has to share, as JSON would hold it.
 
-    All but the run's length, its log, its folders, CUDA graphs, and what becomes of bad pictures:
-    the fingerprints of the inputs tell whether that has changed anything.
+    All but the run's length, its log, its folders, CUDA graphs, where text embeddings lie, and what
+    becomes of bad pictures: the fingerprints of the inputs tell whether that has changed anything.
     """
     fields = {key: value for key, value in asdict(config).items() if key not in _MAY_CHANGE}
-    for section, field in (("data", "store"), ("data", "on_bad"), ("engine", "graphs")):
+    for name in ("data.store", "data.on_bad", "prompts.store", "prompts.device_mib", "engine.graphs"):
+        section, _, field = name.partition(".")
         del fields[section][field]
     return json.loads(json.dumps(fields))
 
