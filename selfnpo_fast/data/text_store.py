@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -91,6 +90,9 @@ def stored_text(
 
 def _identify(prompts: Sequence[str], root: str, adapter, dtype: torch.dtype, encoder_dtype: torch.dtype) -> Store:
     """The store of these prompts."""
+    import diffusers
+    import transformers
+
     rows = {
         name: [list(row.shape), row.ragged, _dtype_name(row.dtype or dtype)]
         for name, row in adapter.conditioning_rows.items()
@@ -103,7 +105,7 @@ def _identify(prompts: Sequence[str], root: str, adapter, dtype: torch.dtype, en
         "encoder": _dtype_name(encoder_dtype),
         "rows": rows,
         # A pipeline's own code prepares prompts.
-        "versions": {name: importlib.metadata.version(name) for name in ("diffusers", "transformers")},
+        "versions": [diffusers.__version__, transformers.__version__],
     }
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(adapter.path).name)[:40].strip("-") or "model"
     folder = Path(os.path.abspath(os.path.expanduser(root))) / f"{name}-{recipe_name(recipe)}"

@@ -10,6 +10,7 @@ Shape letters: B samples, N prompts, M stored rows, W rows of the window.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,10 @@ class HostRows:
     lengths: Tensors
     """(M,) int64 by name, of ragged rows alone."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends", {name: value.cumsum(0).tolist() for name, value in self.lengths.items()})
+    @functools.cached_property
+    def _ends(self) -> dict[str, list[int]]:
+        """Where each ragged row ends in its tensor, by name."""
+        return {name: value.cumsum(0).tolist() for name, value in self.lengths.items()}
 
     def __len__(self) -> int:
         """M."""
@@ -59,7 +62,7 @@ class HostRows:
             if name not in self.lengths:
                 out[name] = torch.stack([tensor[i] for i in index])
                 continue
-            row, ends = self.facts[name], self._ends[name]  # type: ignore[attr-defined]
+            row, ends = self.facts[name], self._ends[name]
             parts = [tensor[ends[i - 1] if i else 0 : ends[i]].movedim(0, row.ragged) for i in index]
             out |= padded(name, row, parts, int(self.lengths[name].max()))
         return out

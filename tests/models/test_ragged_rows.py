@@ -66,13 +66,17 @@ RaggedAdapter.family = Ragged()
 
 
 @pytest.fixture
-def model(tmp_path, monkeypatch):
+def pipe(monkeypatch):
     monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
     models.register(RaggedAdapter.family)
     torch.manual_seed(0)
     tokens = tiny.tokenizer()
     text = CLIPTextModel(tiny.text_config(tokens)).eval()
-    pipe = RaggedPipeline(text, tokens, MaskedTransformer().eval(), tiny.scheduler())
+    return RaggedPipeline(text, tokens, MaskedTransformer().eval(), tiny.scheduler())
+
+
+@pytest.fixture
+def model(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -81,9 +85,8 @@ def config(model, output, *more):
     return train.parse(words(model, output, *more)).config
 
 
-def test_rows_are_stored_as_long_as_they_are_and_padded_with_a_mask(model, tmp_path):
+def test_rows_are_stored_as_long_as_they_are_and_padded_with_a_mask(pipe, model, tmp_path):
     adapter = models.load_adapter(str(model))
-    pipe = RaggedPipeline.from_pretrained(model)
     with torch.no_grad():
         expected = [pipe.encode([text], CPU) for text in ["", *PROMPTS]]
     lengths = [len(own[0]) for own, _ in expected]
