@@ -203,7 +203,13 @@ class PromptConfig:
     stride: int = 1
     """Of a video every so many frames one is taken, from the first on; the rest is left out."""
     limit: int = 8192
-    """Use at most this many prompts; their text embeddings are held in memory."""
+    """Use at most this many prompts."""
+    device_mib: int = 256
+    """Text embeddings of at most this many MiB stay on the device. Larger ones are encoded into
+    `store` once, and what the next pairs need is copied to the device ahead of time."""
+    store: str | None = None
+    """Folder that keeps large text embeddings for later runs; by default `embeddings` in the parent
+    folder of the output folder."""
     dropout: float = 0.0
     """Share of the pairs with which the student sees the empty prompt."""
     shuffled: bool = False
@@ -212,6 +218,7 @@ class PromptConfig:
     def __post_init__(self) -> None:
         _check_fields("prompts.", self)
         _check(self.limit >= 1, "prompts.limit", self.limit, "at least 1")
+        check_count("prompts.device_mib", self.device_mib, 0)
         _check(0 <= self.dropout <= 1, "prompts.dropout", self.dropout, "between 0 and 1")
 
 

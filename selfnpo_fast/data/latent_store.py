@@ -21,13 +21,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
 import re
-import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,27 +37,27 @@ from selfnpo_fast.data.store_files import (
     FORMAT,
     HEADER,
     PICTURES,
-    RECIPE,
     Store,
+    append,
     captions_and_refusals,
     check_store,
+    claim,
+    finish,
     header,
     map_store,
+    recipe_name,
     refuse_older,
     say_what_is_left_out,
+    writing,
 )
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import RunError, UserError, one_line
-from selfnpo_fast.runtime.folders import MANIFEST, finish_aside, write_manifest
-from selfnpo_fast.runtime.locks import hold, holder
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.screen import progress_bar
 from selfnpo_fast.runtime.stopping import check_stop
 from selfnpo_fast.runtime.world import World
 
 BATCH = 16
 """Pictures that a rank encodes between two writes."""
-WAIT = 1.0
-"""Seconds between two looks at a store that another run is encoding."""
 
 
 def stored_latents(
@@ -88,8 +85,8 @@ def stored_latents(
     """
     clip = clip_of(adapter, stride)
     store, listing = world.on_main(lambda: _look(source, root, adapter, limit, seed, column, skip, clip))
-    with contextlib.ExitStack() as claim:
-        if listing is not None and _claim(store, claim, world):
+    with contextlib.ExitStack() as held:
+        if listing is not None and claim(store, held, world):
             _encode_all(listing.pictures, store, adapter, seed, skip, world, clip)
             world.on_main(lambda: _finish(store, adapter, listing))
         else:
@@ -138,45 +135,7 @@ def _identify(
     recipe = lasting | {"source_sha256": found.stamp}
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(found.name).name)[:40].strip("-") or "data"
     base = Path(os.path.abspath(os.path.expanduser(root)))
-    return Store(base / f"{name}-{_fingerprint(recipe)}", base / f"{name}-{_fingerprint(lasting)}.partial", recipe)
-
-
-def _fingerprint(recipe: dict) -> str:
-    """16 hexadecimal digits of the recipe's SHA-256."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _claim(store: Store, claim: contextlib.ExitStack, world: World) -> bool:
-    """Claim the store for this run to encode, until `claim` is closed; False if the store is whole.
-
-    Waits while another run holds the claim, which ends with that run's process.
-    """
-    waiting = False
-    while (claimed := world.on_main(lambda: _try_to_claim(store, claim))) is None:
-        if not waiting:
-            logger.info("data: waiting for %s, which is encoding into %s", holder(store.lock), store.partial)
-        waiting = True
-        check_stop("while it waited for another run")
-        time.sleep(WAIT)
-    return claimed
-
-
-def _try_to_claim(store: Store, claim: contextlib.ExitStack) -> bool | None:
-    """Like `_claim`, but None where another run holds the claim."""
-    if store.folder.is_dir():
-        return False
-    try:
-        lock = hold(store.lock)
-        if lock is None:
-            return None
-        claim.callback(lock.release)
-        if store.folder.is_dir():  # another run has just finished
-            claim.pop_all().close()
-            return False
-        store.partial.mkdir(exist_ok=True)
-        return True
-    except OSError as error:
-        raise UserError(f"data.store: {one_line(error)}; name another folder") from error
+    return Store(base / f"{name}-{recipe_name(recipe)}", base / f"{name}-{recipe_name(lasting)}.partial", recipe)
 
 
 def _encode_all(
@@ -234,7 +193,9 @@ def _encode_all(
             reading, ahead = ahead, reader.submit(read, end)
             encoded = world.together(functools.partial(encode, reading))
             latents, lines = torch.cat([part for part, _ in encoded]), [line for _, part in encoded for line in part]
-            world.on_main(functools.partial(_append, store, latents, lines))
+            # A picture counts as done once its latent is on the disk.
+            contents = [(DATA, latents.numpy()), (PICTURES, b"".join(lines))]
+            world.on_main(functools.partial(append, store, contents))
             bar.update(end - start)
 
 
@@ -247,16 +208,6 @@ def _read(picture: Picture, wanted: ClipShape | int, skip: bool) -> torch.Tensor
         if not skip:
             raise
         return error
-
-
-@contextlib.contextmanager
-def _writing(store: Store) -> Iterator[None]:
-    """Turns an OSError inside it into a RunError."""
-    try:
-        yield
-    except OSError as error:
-        message = f"data.store: {store.partial} could not be written ({one_line(error)}); what is encoded is kept"
-        raise RunError(message) from error
 
 
 def _line(picture: Picture, error: UserError | None = None) -> bytes:
@@ -273,7 +224,7 @@ def _resume(store: Store, pictures: list[Picture], latent_bytes: int, skip: bool
     be used count as done with `skip` only.
     """
     folder = store.partial
-    with _writing(store), (folder / PICTURES).open("a+b") as lines, (folder / DATA).open("a+b") as data:
+    with writing(store), (folder / PICTURES).open("a+b") as lines, (folder / DATA).open("a+b") as data:
         whole = (data.seek(0, os.SEEK_END) - HEADER) // latent_bytes
         done = latents = end = 0
         lines.seek(0)
@@ -288,22 +239,12 @@ def _resume(store: Store, pictures: list[Picture], latent_bytes: int, skip: bool
     return done
 
 
-def _append(store: Store, latents: torch.Tensor, lines: list[bytes]) -> None:
-    """Write latents (n, ...) and, once they are on the disk, the lines that count them."""
-    with _writing(store):
-        for name, content in ((DATA, latents.numpy()), (PICTURES, b"".join(lines))):
-            with (store.partial / name).open("ab") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-
-
 def _finish(store: Store, adapter, listing: Listing) -> None:
     """Turn the partial store, all of whose pictures are done, into the whole store.
 
     Raises UserError where none of them could be used.
     """
-    with _writing(store):
+    with writing(store):
         captions, refusals = captions_and_refusals(store.partial)
         if not captions:
             nouns = "images" if listing.clip is None else "videos"
@@ -311,7 +252,6 @@ def _finish(store: Store, adapter, listing: Listing) -> None:
         count, first = listing.bad
         shape = [len(captions), *adapter.latent_shape]
         facts = {
-            "recipe": store.recipe,
             "model": adapter.path,
             "shape": shape,
             "dtype": "float32",
@@ -321,8 +261,4 @@ def _finish(store: Store, adapter, listing: Listing) -> None:
         }
         with (store.partial / DATA).open("r+b") as data:
             data.write(header(shape))
-        (store.partial / RECIPE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        # A run that was killed while it finished may have left a manifest.
-        (store.partial / MANIFEST).unlink(missing_ok=True)
-        write_manifest(store.partial)
-        finish_aside(store.partial, store.folder)
+        finish(store, facts)

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from selfnpo_fast.config import RolloutConfig, TrainConfig
 from selfnpo_fast.doctor.tracing import FakeDenoiser, ParameterCounts, StudentTrace
 from selfnpo_fast.models import Adapter
+from selfnpo_fast.models.host_table import window_size
 from selfnpo_fast.rollout.continuous import fill_width
 from selfnpo_fast.rollout.pairs import forwards_per_state
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.training.engine import deepspeed_config, zero_stage
+from selfnpo_fast.training.inputs import table_on_host
+from selfnpo_fast.training.methods.self_npo import window_rows
 
 GIB = 2**30
 DEEPSPEED_BUCKET = 500_000_000
@@ -349,7 +352,7 @@ def _rollout_buffers(run: PlannedRun) -> dict[str, int]:
     width = DTYPES[run.config.engine.precision].itemsize
     states = rollout.grid_steps + 1
     out = {
-        "prompt table": (run.prompts + 1) * run.row_elements * width,
+        **_prompt_rows(run, width),
         # float32: 8 coefficients of the guided step and 2 of the start per state, 2 of Eq. 16 per
         # state and s, 2 of the loss per s. Then int64 timesteps and float32 weights per state.
         "coefficient tables": 4 * (8 * states + 2 * states + 2 * states * run.timesteps + 2 * run.timesteps)
@@ -364,6 +367,25 @@ def _rollout_buffers(run: PlannedRun) -> dict[str, int]:
         out["slots"] = slots_per_rank(run) * (latents_per_slot * latent + 4 * 8) + micro * 4 * 8
         out["latents of real data"] = run.prompts * latent if rollout.start == "data" else 0
     return out
+
+
+def prompt_table_bytes(run: PlannedRun) -> int:
+    """Bytes of the text embeddings of all prompts, wherever they lie."""
+    return (run.prompts + 1) * run.row_elements * DTYPES[run.config.engine.precision].itemsize
+
+
+def prompts_on_host(run: PlannedRun) -> bool:
+    """Whether the text embeddings stay on the host (`prompts.device_mib`)."""
+    return table_on_host(run.config, {"row": (run.row_elements,)}, run.prompts)
+
+
+def _prompt_rows(run: PlannedRun, width: int) -> dict[str, int]:
+    """Bytes of the text embeddings on the device, by name: of all, or of those of the next pairs
+    and int64 places of all."""
+    if not prompts_on_host(run):
+        return {"prompt table": prompt_table_bytes(run)}
+    window = window_size(window_rows(run.config, run.world_size), run.prompts)
+    return {"prompts of the next pairs": window * run.row_elements * width + 8 * (run.prompts + 1)}
 
 
 def checkpoint_bytes(run: PlannedRun) -> int:

@@ -6,10 +6,11 @@ import torch
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.models import Adapter
-from selfnpo_fast.models.conditioning import ConditioningTable
+from selfnpo_fast.models.conditioning import ConditioningTable, Row
+from selfnpo_fast.models.host_table import HostRows, HostTable
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
-from selfnpo_fast.training.inputs import Inputs
+from selfnpo_fast.training.inputs import Inputs, table_on_host
 
 
 def random_inputs(config: TrainConfig, adapter: Adapter, prompts: int, world: World) -> Inputs:
@@ -33,5 +34,14 @@ def random_inputs(config: TrainConfig, adapter: Adapter, prompts: int, world: Wo
         with device:
             student = adapter.new_denoiser(dtype)
         table = ConditioningTable.build(rows(1), rows(prompts), dtype)
+        if table_on_host(config, adapter.conditioning_shapes, prompts):
+            table = _host_table(table, prompts, device)
         latents = torch.randn(prompts, *adapter.latent_shape) if config.rollout.start == "data" else None
     return Inputs(adapter, table, [""] * prompts, latents, student, base={})
+
+
+def _host_table(table: ConditioningTable, prompts: int, device: torch.device) -> HostTable:
+    """The same rows in host memory."""
+    facts = {name: Row(shape=tuple(value.shape[1:])) for name, value in table.rows.items()}
+    tensors = {name: value.cpu() for name, value in table.rows.items()}
+    return HostTable(HostRows(facts=facts, tensors=tensors, lengths={}), range(1, prompts + 1), device)

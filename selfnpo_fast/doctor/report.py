@@ -115,6 +115,12 @@ def _run_section(run: PlannedRun) -> str:
         f"student {_format_si(flops.student)}",
         f"files     checkpoint {format_bytes(checkpoint)}, negative model {format_bytes(negative)}",
     ]
+    if costs.prompts_on_host(run):
+        size = format_bytes(costs.prompt_table_bytes(run))
+        lines.append(
+            f"prompts   {size} of text embeddings, at most, in prompts.store on the disk "
+            f"(prompts.device_mib {config.prompts.device_mib}); every host maps them into memory"
+        )
     return "\n".join(lines)
 
 

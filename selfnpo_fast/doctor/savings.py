@@ -27,6 +27,8 @@ def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) 
 
     if engine.graphs and config.rollout.mode == "continuous":
         add("--engine.graphs false", engine={"graphs": False})
+    if config.prompts.device_mib:
+        add("--prompts.device_mib 0", prompts={"device_mib": 0})
     if not engine.gradient_checkpointing:
         add("--engine.gradient_checkpointing true", engine={"gradient_checkpointing": True})
     if engine.precision == "fp32":

@@ -8,8 +8,9 @@ Shape letters: B samples, N prompts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import parts, text
+from selfnpo_fast.models.conditioning import Row, joined
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
 from selfnpo_fast.models.size import AskedSize, Size
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError, shortened
-from selfnpo_fast.runtime.stopping import check_stop
 
 Conditioning = dict[str, torch.Tensor]
 """Named tensors with one row per prompt, as the denoiser's keyword arguments."""
@@ -201,7 +202,7 @@ class Adapter:
         fused ops need it.
         """
         dtype = network_dtype(denoiser)
-        cond = {name: rows.to(dtype) for name, rows in cond.items()}
+        cond = {name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in cond.items()}
         out = self._forward(denoiser, x.to(dtype), t, cond, size)
         return out if out.is_contiguous() else self._row_major(out)
 
@@ -405,43 +406,93 @@ class Adapter:
         the pipeline that says so and not the text encoder."""
         return {}
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: list[str], device: torch.device, batch_size: int = 64) -> Conditioning:
-        """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the
-        text encoders.
+    @property
+    def conditioning_rows(self) -> dict[str, Row]:
+        """What `encode_batch` makes of one prompt by name; reads config files only.
 
-        A line names the prompts that are longer than the encoders' limits, and are cut there.
+        By default rows of `conditioning_shapes` in the network's dtype. An adapter with ragged rows
+        states them here, and its `conditioning_shapes` are `given_shapes` of them.
         """
-        pipe = self._text_pipeline(device)
-        with loading(self.path, "tokenizer"):
-            text.check_tokenizers(pipe, self.family.part_classes, self.text_tokens)
-            text.say_what_is_cut(pipe, self.family.part_classes, prompts, self.text_tokens)
-        with loading(self.path, "text encoder"):
-            parts = []
-            for start in range(0, len(prompts), batch_size):
-                check_stop("while prompts were encoded; nothing is written, the same command starts again")
-                parts.append(self.encode_batch(pipe, prompts[start : start + batch_size], device))
-            rows = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0]}
-            if not all(row.isfinite().all() for row in rows.values()):
-                raise ValueError("the weights are damaged: a prompt's embedding is not finite")
-            return rows
+        return {name: Row(shape=shape) for name, shape in self.conditioning_shapes.items()}
 
-    def encode_empty(self, device: torch.device) -> Conditioning:
-        """The unconditional row (1, ...): the text encoder's answer to the empty prompt."""
-        return self.encode_prompts([""], device)
+    @functools.cached_property
+    def text_sha256(self) -> str:
+        """A hash of all files that prompts are encoded with, and of the size of pictures, which
+        rows may depend on; 64 hex digits. Reads the text encoders' files."""
+        facts = [self.family.pipeline_class, self.index, self.denoiser_config, self.text_tokens, str(self.size)]
+        return text.files_sha256(self.folder, self.family.part_classes, self._variant, facts)
 
-    def encode_batch(self, pipe: Any, prompts: list[str], device: torch.device) -> Conditioning:
-        """Conditioning rows of a few prompts, by the pipeline's own `encode_prompt`."""
+    @contextlib.contextmanager
+    def text_encoders(self, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[text.TextEncoders]:
+        """The text encoders in `dtype`, loaded for as long as the block runs.
+
+        By default the dtype is `text.encoder_dtype` of a run in float32. The encoders of a pipeline
+        that is loaded are taken as they are.
+        """
+        encoders = text.TextEncoders(
+            self._text_pipeline(device, dtype or text.encoder_dtype(device, torch.float32)),
+            self.family.part_classes,
+            self.text_tokens,
+            lambda pipe, prompts: self.encode_batch(pipe, prompts, device),
+            self.unconditional,
+            self.path,
+        )
+        try:
+            yield encoders
+        finally:
+            encoders.close()
+            if device.type == "cuda" and self._loaded is None:
+                torch.cuda.empty_cache()  # what comes next has tensors of other sizes
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, prompts: list[str], device: torch.device, dtype: torch.dtype | None = None
+    ) -> Conditioning:
+        """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the
+        text encoders, which are in `dtype` as `text_encoders` says.
+
+        Ragged rows are padded to the largest length that there can be, and have their masks. A line
+        names the prompts that are longer than the encoders' limits, and are cut there.
+        """
+        with self.text_encoders(device, dtype) as encoders:
+            encoders.say_what_is_cut(prompts)
+            return self._whole([rows for rows in encoders.stream(prompts, start=1)])
+
+    @torch.no_grad()
+    def encode_empty(self, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:
+        """The unconditional row (1, ...), as `encode_prompts` gives rows."""
+        with self.text_encoders(device, dtype) as encoders:
+            return self._whole([encoders.batch([], 0)])
+
+    def _whole(self, batches: list[dict]) -> Conditioning:
+        """Encoded batches as rows (N, ...); floating point numbers as float32."""
+        ragged = any(isinstance(value, list) for value in batches[0].values())
+        rows = joined(self.conditioning_rows if ragged else {}, batches, full=True)
+        return {name: value.float() if value.is_floating_point() else value for name, value in rows.items()}
+
+    def unconditional(self, row: dict) -> dict:
+        """The unconditional row, given the text encoders' answer (1, ...) to the empty prompt."""
+        return row
+
+    def encode_batch(self, pipe: Any, prompts: list[str], device: torch.device) -> dict:
+        """Conditioning rows of a few prompts, by the pipeline's own `encode_prompt`: a tensor
+        (B, ...) by name, or a list of B tensors where rows are ragged."""
         raise NotImplementedError
 
-    def _text_pipeline(self, device: torch.device) -> Any:
+    def _text_pipeline(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The pipeline class with its text parts only: its own encode_prompt is the truth about
         prompts."""
         if self._loaded is not None:
             return self._loaded
         cls = self.family.load_class(self.family.pipeline_class)
         classes = {part: self.index[part][1] for part in self.family.part_classes}
-        return text.text_pipeline(cls, classes, self.folder, self._variant, self.text_tokens).to(device)
+        return text.text_pipeline(cls, classes, self.folder, self._variant, dtype, self.text_tokens).to(device)
+
+    def drop_autoencoder(self) -> None:
+        """Forget an autoencoder that was loaded, so that other parts have its memory; it is loaded
+        again where it is needed. A loaded pipeline's stays."""
+        if self._loaded is None:
+            self.__dict__.pop("vae", None)
 
     # Pictures
 

@@ -64,10 +64,9 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
         sides = size.height, size.width
         return torch.tensor([[*sides, 0, 0, *sides]], device=like.device, dtype=torch.float32).expand(rows, 6)
 
-    def encode_empty(self, device: torch.device) -> Conditioning:
+    def unconditional(self, row: Conditioning) -> Conditioning:
         """Zeros for both text embeddings where the pipeline forces them (SDXL base does), size
         conditioning kept."""
-        row = self.encode_prompts([""], device)
         if self._force_zeros:
             row = {name: torch.zeros_like(value) if name != "time_ids" else value for name, value in row.items()}
         return row

@@ -7,35 +7,53 @@ unless a function says otherwise.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from selfnpo_fast.models.folder import TRANSFORMERS_WEIGHTS, ModelFolder, loading
+from selfnpo_fast.models.folder import TEXT_SUFFIXES, TRANSFORMERS_WEIGHTS, ModelFolder, loading
 from selfnpo_fast.models.parts import check_amount, check_config, check_loaded
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import one_line, shortened
+from selfnpo_fast.runtime.files import open_regular
 from selfnpo_fast.runtime.limits import MAX_TOKENS
+from selfnpo_fast.runtime.stopping import check_stop
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 UNKNOWN_LENGTH = 10**29
 """transformers writes 1e30 for a tokenizer that does not know how many tokens its encoder takes."""
 SHOWN = 3
 """How many prompts a line names."""
+BATCH = 64
+"""Prompts that are encoded at once."""
+
+
+def encoder_dtype(device: torch.device, precision: torch.dtype) -> torch.dtype:
+    """The dtype in which text encoders are loaded: bfloat16 on a GPU, and on a CPU that of the
+    run."""
+    return torch.bfloat16 if device.type == "cuda" else precision
 
 
 def text_pipeline(
-    cls: Any, classes: Mapping[str, str], folder: ModelFolder, variant: str | None, tokens: Mapping[str, int]
+    cls: Any,
+    classes: Mapping[str, str],
+    folder: ModelFolder,
+    variant: str | None,
+    dtype: torch.dtype,
+    tokens: Mapping[str, int],
 ) -> Any:
     """A pipeline of class `cls` with its text parts only, whose own encode_prompt is the truth
     about prompts.
 
     `classes` names the class of each part, `tokens` how many tokens each tokenizer takes whose
-    encoder has no limit of its own. Raises UserError where a part cannot be loaded.
+    encoder has no limit of its own; encoders are in `dtype`. Raises UserError where a part cannot
+    be loaded.
     """
     import transformers
 
@@ -43,7 +61,7 @@ def text_pipeline(
     for part, name in classes.items():
         with loading(folder.path, part.replace("_", " "), folder.field):
             if part.startswith(TEXT_ENCODER):
-                found[part] = load_text_encoder(getattr(transformers, name), folder, part, variant)
+                found[part] = load_text_encoder(getattr(transformers, name), folder, part, variant, dtype)
             elif part.startswith(TOKENIZER):
                 found[part] = load_tokenizer(getattr(transformers, name), folder, part)
     for part in [part for part in found if part.startswith(TOKENIZER)]:
@@ -95,8 +113,8 @@ def text_config(cls: Any, config: dict[str, Any]) -> Any:
     return kind(**{name: value for name, value in values.items() if name in known})
 
 
-def load_text_encoder(cls: Any, folder: ModelFolder, part: str, variant: str | None) -> nn.Module:
-    """A text encoder of transformers in float32, in evaluation mode."""
+def load_text_encoder(cls: Any, folder: ModelFolder, part: str, variant: str | None, dtype: torch.dtype) -> nn.Module:
+    """A text encoder of transformers in `dtype`, in evaluation mode."""
     from safetensors.torch import load_file
 
     config = text_config(cls, folder.json(f"{part}/config.json"))
@@ -111,7 +129,7 @@ def load_text_encoder(cls: Any, folder: ModelFolder, part: str, variant: str | N
         None,
         config=config,
         state_dict=tensors,
-        dtype=torch.float32,
+        dtype=dtype,
         ignore_mismatched_sizes=True,  # they are named below
         local_files_only=True,
         output_loading_info=True,
@@ -167,8 +185,9 @@ def check_tokenizers(pipe: Any, names: Iterable[str], tokens: Mapping[str, int])
             )
 
 
-def say_what_is_cut(pipe: Any, names: Iterable[str], prompts: Sequence[str], own: Mapping[str, int]) -> None:
-    """Say once how many of the prompts are longer than a tokenizer's limit, and which.
+def what_is_cut(pipe: Any, names: Iterable[str], prompts: Sequence[str], own: Mapping[str, int]) -> str | None:
+    """A line that says how many of the prompts are longer than a tokenizer's limit, and which; None
+    where all fit.
 
     The tokenizers are those among the attributes `names` of `pipe`, and `own` has the limits of
     those that the pipeline itself limits. A pipeline cuts such prompts, and of what is cut nothing
@@ -188,9 +207,102 @@ def say_what_is_cut(pipe: Any, names: Iterable[str], prompts: Sequence[str], own
         if longer:
             limits.add(limit)
             cut |= longer
-    if cut:
-        shown = ", ".join(repr(one_line(distinct[i], 40)) for i in sorted(cut)[:SHOWN])
-        say_once(
-            f"{len(cut)} of {len(distinct)} prompts are longer than the {min(limits)} tokens that the text encoder "
-            f"takes; what lies beyond is cut: {shown}{', ...' if len(cut) > SHOWN else ''}"
-        )
+    if not cut:
+        return None
+    shown = ", ".join(repr(one_line(distinct[i], 40)) for i in sorted(cut)[:SHOWN])
+    return (
+        f"{len(cut)} of {len(distinct)} prompts are longer than the {min(limits)} tokens that the text encoder "
+        f"takes; what lies beyond is cut: {shown}{', ...' if len(cut) > SHOWN else ''}"
+    )
+
+
+def files_sha256(folder: ModelFolder, parts: Iterable[str], variant: str | None, facts: object) -> str:
+    """A hash of the files that the text parts among `parts` are loaded from, and of `facts`, which
+    JSON can hold; 64 hex digits. Reads all of the files."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for part in sorted(parts):
+        if part.startswith(TEXT_ENCODER):
+            files = [folder.fetch(f"{part}/config.json"), *folder.weights(part, TRANSFORMERS_WEIGHTS, variant).files]
+        elif part.startswith(TOKENIZER):
+            names = (name for name in folder.files if name.startswith(f"{part}/") and name.endswith(TEXT_SUFFIXES))
+            files = [folder.fetch(name) for name in names]
+        else:
+            continue
+        for path in sorted(files):
+            with open_regular(path, folder.field) as file:
+                digest.update(f"{part}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+class TextEncoders:
+    """The text parts of a pipeline while they are loaded.
+
+    Batch 0 of some prompts is the unconditional row alone, and batch i + 1 has BATCH of them.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        names: Iterable[str],
+        tokens: Mapping[str, int],
+        encode: Callable[[Any, list[str]], dict],
+        unconditional: Callable[[dict], dict],
+        where: str,
+    ) -> None:
+        """Encoders that are loaded.
+
+        names            the pipeline's parts
+        tokens           the limits of the tokenizers that the pipeline itself limits
+        encode           gives the rows of a few prompts
+        unconditional    makes the unconditional row of that of the empty prompt
+        where            what messages call the model
+        """
+        self._pipe, self._names, self._where = pipe, tuple(names), where
+        self._tokens, self._encode, self._unconditional = tokens, encode, unconditional
+        with loading(where, "tokenizer"):
+            check_tokenizers(pipe, self._names, tokens)
+
+    def close(self) -> None:
+        """Let go of the encoders, which cannot be used any more."""
+        self._pipe = None
+
+    def what_is_cut(self, prompts: Sequence[str]) -> str | None:
+        """A line about the prompts that are longer than the encoders' limits; None where none is."""
+        with loading(self._where, "tokenizer"):
+            return what_is_cut(self._pipe, self._names, prompts, self._tokens)
+
+    def say_what_is_cut(self, prompts: Sequence[str]) -> None:
+        """Say that line once."""
+        if line := self.what_is_cut(prompts):
+            say_once(line)
+
+    @torch.no_grad()
+    def rows(self, prompts: list[str]) -> dict:
+        """The rows of a few prompts, in the encoders' dtype and on their device: a tensor (B, ...)
+        by name, or a list of B tensors where rows are ragged.
+
+        Raises UserError where one is not finite.
+        """
+        with loading(self._where, "text encoder"):
+            rows = self._encode(self._pipe, prompts)
+            for value in rows.values():
+                if not all(part.isfinite().all() for part in (value if isinstance(value, list) else [value])):
+                    raise ValueError("the weights are damaged: a prompt's embedding is not finite")
+            return rows
+
+    @staticmethod
+    def batches(prompts: Sequence[str]) -> int:
+        """How many batches there are."""
+        return 1 + -(-len(prompts) // BATCH)
+
+    def batch(self, prompts: Sequence[str], number: int) -> dict:
+        """Batch `number` of `prompts`, as `rows` gives it."""
+        if number == 0:
+            return self._unconditional(self.rows([""]))
+        return self.rows(list(prompts[(number - 1) * BATCH : number * BATCH]))
+
+    def stream(self, prompts: Sequence[str], start: int = 0) -> Iterator[dict]:
+        """The batches of `prompts` from `start` on, one after the other."""
+        for number in range(start, self.batches(prompts)):
+            check_stop("while prompts were encoded; nothing is written, the same command starts again")
+            yield self.batch(prompts, number)

@@ -37,8 +37,8 @@ def _values(tensor: torch.Tensor) -> list[float]:
     return flat[index].double().tolist()
 
 
-def matches(saved: dict[str, dict], weights: WeightReader) -> bool:
-    """Whether `saved` is the fingerprint of these weights, up to casts.
+def matches(saved: dict[str, dict], weights: WeightReader, tolerance: float = TOLERANCE) -> bool:
+    """Whether `saved` is the fingerprint of these weights, up to casts by default.
 
     Raises ValueError where `saved` is no fingerprint.
     """
@@ -50,7 +50,7 @@ def matches(saved: dict[str, dict], weights: WeightReader) -> bool:
                 raise TypeError("its values are no numbers")
             expected = torch.tensor(entry["values"], dtype=torch.float64)
             values = torch.tensor(_values(weights.read(name)), dtype=torch.float64)
-            slack = TOLERANCE * expected.norm() + _SUBNORMAL * len(expected) ** 0.5
+            slack = tolerance * expected.norm() + _SUBNORMAL * len(expected) ** 0.5
             if not (values - expected).norm() <= slack:  # also where a value is not finite
                 return False
     except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:

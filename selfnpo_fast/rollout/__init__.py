@@ -6,8 +6,8 @@ A pair is (x_s, s, target): the student's input, its timestep, and what the stud
 from selfnpo_fast.rollout.continuous import ContinuousRollout
 from selfnpo_fast.rollout.grid import Grid, continuous_frequencies, life_states, lockstep_frequencies
 from selfnpo_fast.rollout.lockstep import LockstepDraws, LockstepRollout, lockstep_rollout, walk
-from selfnpo_fast.rollout.pairs import GuidedPredictor, PairMaker, Pairs, UpdatePairs
-from selfnpo_fast.rollout.producer import OverlappedProducer, Producer, join_lanes
+from selfnpo_fast.rollout.pairs import GuidedPredictor, PairMaker, Pairs, UpdatePairs, rows_at_hand
+from selfnpo_fast.rollout.producer import OverlappedProducer, Producer, join_lanes, rows_in_flight
 
 __all__ = [
     "ContinuousRollout",
@@ -25,5 +25,7 @@ __all__ = [
     "life_states",
     "lockstep_frequencies",
     "lockstep_rollout",
+    "rows_at_hand",
+    "rows_in_flight",
     "walk",
 ]

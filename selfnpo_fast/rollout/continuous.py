@@ -15,6 +15,7 @@ import torch
 from selfnpo_fast.rollout.grid import continuous_frequencies, life_states, lockstep_frequencies
 from selfnpo_fast.rollout.lockstep import walk
 from selfnpo_fast.rollout.pairs import PairMaker, Pairs
+from selfnpo_fast.rollout.slots_ahead import SlotsAhead
 from selfnpo_fast.runtime.capture import Capture, Step, no_capture
 from selfnpo_fast.runtime.compiling import compiled
 from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
@@ -83,6 +84,8 @@ class ContinuousRollout:
         self.tables = self._tables()
         self.rules = maker.rules(self.total_slots)
         self.filled = 0  # groups whose slots hold samples: the first ones
+        # Where conditioning rows come from the host, it has to know which samples the slots hold.
+        self._ahead = SlotsAhead(self) if maker.predictor.table.on_host else None
 
     def _tables(self) -> TdftTables:
         """The grid's tables, and the weight of a pair at each grid index."""
@@ -118,19 +121,28 @@ class ContinuousRollout:
             return normal(key, maker.latent_shape)
         return affine_noise(maker.start_latents(ids), maker.grid.start, key, index=start + 1)
 
+    def first_draws(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The states that samples `ids` (B,) are in when slots are filled, on the device of `ids`.
+
+        Returns, each (B,), the grid index where the sample starts, its present one, the states left
+        to it, whether it is at its very start, and the sample that walks in the slot. A slot at the
+        very start of a sample needs the end of the sample before, for the pair at t = 0: there the
+        sample before walks, and to the end of its trajectory.
+        """
+        states = torch.tensor(life_states(self.maker.config), device=ids.device)
+        start, index, left = states[randint(self.maker.key(Draw.STAGGER, ids), len(states))].unbind(1)
+        at_start = (index == start) & (self.final is not None)
+        return start, index, left, at_start, torch.where(at_start, ids - self.total_slots, ids)
+
     @torch.no_grad()
     def _stagger(self, group: int) -> None:
         """Fill a group's slots, each with a state drawn from the long-run distribution."""
         maker, slots = self.maker, self.slots[group]
-        # Draw each slot's state.
-        states = torch.tensor(life_states(maker.config), device=maker.device)
+        if self._ahead is not None:
+            self._ahead.fill(group)
         ids = slots[1]
-        start, index, left = states[randint(maker.key(Draw.STAGGER, ids), len(states))].unbind(1)
+        start, index, left, at_start, walker_ids = self.first_draws(ids)
         slots[0], slots[2], slots[3] = index, left, maker.rows(ids)
-        # A slot at the very start of a sample needs the end of the sample before, for the pair at
-        # t = 0: there the sample before walks, and to the end of its trajectory.
-        at_start = (index == start) & (self.final is not None)
-        walker_ids = torch.where(at_start, ids - self.total_slots, ids)
         first = self._first_states(walker_ids, start)
         stop = torch.where(at_start, -1, index)
         # Walk. Every step needs to know on the host how many samples still move.
@@ -165,9 +177,13 @@ class ContinuousRollout:
         self.fill(1)
         group = self.cursor
         step = self._step_of(group)
+        if self._ahead is not None:
+            self._ahead.prefetch(group)
         self.cursor = (group + 1) % self.groups
         self.maker.predictor.forwards += self.maker.predictor.forwards_per_state * self.batch
         target, x_s, pairs, weight = step()
+        if self._ahead is not None:
+            self._ahead.taken(self.cursor if self.cursor < self.filled else None)
         t, s, sample_ids, rows = pairs
         return Pairs(x_s=x_s, s=s, target=target, t=t, rows=rows, weight=weight, sample_ids=sample_ids)
 
@@ -228,4 +244,6 @@ class ContinuousRollout:
         if self.final is not None:
             self.final.copy_(state["final"])
         self.cursor, self.filled = int(state["cursor"]), int(state["filled"])
+        if self._ahead is not None:
+            self._ahead.load(self.slots)
         self.maker.predictor.load_state_dict(state)

@@ -174,8 +174,8 @@ class LockstepRollout:
         self.offset, self.stride = rank * batch, world_size * batch
         self.next_id = self.offset
 
-    def draws(self, ids: torch.Tensor) -> LockstepDraws:
-        """The keyed draws of samples `ids` (B,), which are on the host."""
+    def _starts(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start index and number of steps (B,) of samples `ids` (B,), all on the host."""
         maker, config = self.maker, self.maker.config
         n = config.grid_steps
         if config.start == "data":
@@ -185,6 +185,22 @@ class LockstepRollout:
         steps = torch.full_like(ids, config.max_steps)
         if config.start == "noise" and config.stop == "uniform":
             steps = 1 + randint(maker.key(Draw.STEPS, ids), config.max_steps)
+        return start_index, steps
+
+    def _next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The next samples' ids, their table rows and the student's, each (B,) and on the host.
+
+        What depends on ids alone is found there: the host would wait for a GPU's answers.
+        """
+        ids = torch.arange(self.next_id, self.next_id + self.batch)
+        start_index, steps = self._starts(ids)
+        stop = (start_index - steps).clamp(min=-1)
+        return ids, self.maker.rows(ids), self.maker.student_rows(ids, stop)
+
+    def draws(self, ids: torch.Tensor) -> LockstepDraws:
+        """The keyed draws of samples `ids` (B,), which are on the host."""
+        maker, config = self.maker, self.maker.config
+        start_index, steps = self._starts(ids)
         stop = upload((start_index - steps).clamp(min=-1), maker.device)
         ids = upload(ids, maker.device)
         key = maker.key(Draw.START_NOISE, ids)
@@ -203,13 +219,14 @@ class LockstepRollout:
     def next_pairs(self) -> Pairs:
         """The pairs of the next micro-batch."""
         maker = self.maker
-        ids = torch.arange(self.next_id, self.next_id + self.batch)
+        ids, host_rows, student_rows = self._next()
+        maker.prefetch(host_rows, student_rows)
         self.next_id += self.stride
-        # What depends on ids alone is found on the host, which would wait for a GPU's answers.
         draws, latents = self.draws(ids), maker.start_latents(ids)
-        rows = upload(maker.rows(ids), maker.device)
-        student_rows = upload(maker.student_rows(ids, draws.stop_index()), maker.device)
+        rows, student_rows = upload(host_rows, maker.device), upload(student_rows, maker.device)
         out = lockstep_rollout(maker.predictor, maker.grid, draws, latents, rows)
+        if maker.predictor.table.on_host:
+            maker.prefetch(*self._next()[1:])  # while the device is busy
         return Pairs(
             x_s=out.x_s,
             s=draws.s,

@@ -128,6 +128,20 @@ def forwards_per_state(omega: float) -> int:
     return 1 if omega in (-1, 0) else 2
 
 
+def rows_at_hand(*, batch: int, accumulation: int, groups: int, omega: float) -> int:
+    """Rows that a table on the host keeps on the device, so that none is missing where it is used.
+
+    batch           pairs of a micro-batch on this rank
+    accumulation    micro-batches of an update
+    groups          groups of slots; 0 for lockstep rollouts
+
+    A micro-batch asks for the rows of its pairs, and unless omega is -1 for those of its rollouts.
+    While the student learns from an update's pairs, those of the next one are made, its groups are
+    filled, and one micro-batch more is prefetched. The slots' rows stay from turn to turn.
+    """
+    return batch * (1 if omega == -1 else 2) * max(3 * accumulation + 2, groups + 1)
+
+
 class PairMaker:
     """What both modes share: each sample's prompt, its keyed draws, and the student's prompt."""
 
@@ -185,6 +199,13 @@ class PairMaker:
         dropped = uniform(self.key(Draw.PROMPT_DROPOUT, sample_ids, index)) < self.dropout
         rows = self.prompt_index(sample_ids, order=1) + 1 if self.shuffled else self.rows(sample_ids)
         return torch.where(dropped, EMPTY_ROW, rows)
+
+    def prefetch(self, rows: torch.Tensor, student_rows: torch.Tensor) -> None:
+        """Bring the rows (n,) that samples walk with, and those that the student is given, to the
+        device; both are on the host. Nothing to do where the whole table is on the device."""
+        table, only_empty = self.predictor.table, self.predictor.omega == -1
+        if table.on_host:
+            table.prefetch(student_rows if only_empty else torch.cat([rows, student_rows]))
 
     def start_latents(self, sample_ids: torch.Tensor) -> torch.Tensor | None:
         """Scaled latents (B, ...) of real data, or None where rollouts start from noise."""

@@ -40,6 +40,11 @@ def join_lanes(states: list[State], rank: int, world_size: int) -> State:
     return state
 
 
+def rows_in_flight(state: State) -> torch.Tensor:
+    """The table rows (n,) that pairs in flight in a producer's state are of; n is 0 without any."""
+    return state.get(f"{_PENDING}rows", torch.empty(0, dtype=torch.int64)).flatten().cpu()
+
+
 def _before_group() -> None:
     check_stop("before all slots were filled")
 

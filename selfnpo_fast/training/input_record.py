@@ -19,7 +19,7 @@ import torch
 from selfnpo_fast.data.prompts import fingerprint as texts_fingerprint
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.models.conditioning import ConditioningTable
-from selfnpo_fast.negatives.fingerprint import fingerprint, matches
+from selfnpo_fast.negatives.fingerprint import TOLERANCE, fingerprint, matches
 from selfnpo_fast.negatives.weights import WeightReader
 from selfnpo_fast.runtime.console import logger, say_once
 from selfnpo_fast.runtime.errors import UserError, one_line
@@ -37,6 +37,9 @@ _CODE_TOLERANCE = 0.02
 """Largest difference of two codes of one picture, in shares of the root mean square of all codes.
 An autoencoder on another machine moves them by a thousandth, and another picture moves all four by
 less than this in about one case of 10^7."""
+ENCODER_TOLERANCE = 0.1
+"""Largest difference of the sketched embeddings of encoders in two dtypes, as a share of their
+norm: bfloat16 moves them by one or two hundredths, and another encoder by about their norm."""
 
 
 def weights_sha256(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -53,8 +56,11 @@ def weights_sha256(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _alike(saved: dict, now: dict, rows: WeightReader) -> bool:
-    """Whether a saved sketch is that of these rows, up to rounding; `now` is their own."""
-    return saved.keys() == now.keys() and matches(saved, rows)
+    """Whether saved embeddings are those of these rows, up to rounding; `now` are their own."""
+    if saved["sketch"].keys() != now["sketch"].keys():
+        return False
+    other = saved.get("encoder", "float32") != now["encoder"]
+    return matches(saved["sketch"], rows, ENCODER_TOLERANCE if other else TOLERANCE)
 
 
 def latent_codes(latents: torch.Tensor) -> str:
@@ -82,13 +88,12 @@ def changed_latents(codes: str, others: str) -> int:
     return int((~same).any(dim=1).sum())
 
 
-def _rows(tensors: dict[str, torch.Tensor]) -> WeightReader:
-    """Evenly chosen rows of tensors (N, ...) as tensors (1, ...), for a sketch of their values."""
-    share = max(1, _SKETCHED // len(tensors))
-    rows = {}
-    for name, tensor in tensors.items():
-        count = min(share, len(tensor))
-        rows |= {f"{name}.{i}": tensor[i * len(tensor) // count][None] for i in range(count)}
+def _rows(table: ConditioningTable) -> WeightReader:
+    """Evenly chosen rows of a table as tensors (1, ...), for a sketch of their values."""
+    share, length = max(1, _SKETCHED // len(table.rows)), table.prompts + 1
+    count = min(share, length)
+    chosen = table.fetch(torch.arange(count) * length // count)
+    rows = {f"{name}.{i}": row[None] for name, tensor in chosen.items() for i, row in enumerate(tensor)}
     return WeightReader("inputs", {name: tuple(row.shape) for name, row in rows.items()}, rows.__getitem__)
 
 
@@ -107,6 +112,7 @@ class InputRecord:
         weights: Iterable[tuple[str, torch.Tensor]],
         *,
         commit: str | None,
+        encoder: torch.dtype,
     ) -> None:
         """Looks at everything once.
 
@@ -115,13 +121,17 @@ class InputRecord:
         schedule    prediction type and noise levels of the model
         weights     of the base's denoiser, by name
         commit      of the Hub that the base is from, if any
+        encoder     the dtype in which the text encoders were loaded
         """
         prompts, latents = inputs.prompts, inputs.latents
         self.texts = "prompts" if latents is None else "captions"
-        self._embeddings, self._schedule = _rows(table.rows), schedule
+        self._embeddings, self._schedule = _rows(table), schedule
         self.values = {
             self.texts: {"count": len(prompts), "sha256": texts_fingerprint(prompts)},
-            "embeddings": {"sketch": fingerprint(self._embeddings)},
+            "embeddings": {
+                "sketch": fingerprint(self._embeddings),
+                "encoder": str(encoder).removeprefix("torch."),
+            },
             "schedule": schedule.record(),
             "base": {"sha256": weights_sha256(weights), "commit": commit},
         }
@@ -190,7 +200,6 @@ class InputRecord:
 
     def _embeddings_change(self, saved: dict) -> str | None:
         """The same of the text encoders, by what they make of the prompts."""
-        now = self.values["embeddings"]["sketch"]
-        if _alike(saved["embeddings"]["sketch"], now, self._embeddings):
+        if _alike(saved["embeddings"], self.values["embeddings"], self._embeddings):
             return None
         return "model.path: the base's text encoders have changed"

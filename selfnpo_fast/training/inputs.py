@@ -5,6 +5,7 @@ Shape letter: N prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from torch import nn
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.data.prompts import fingerprint
+from selfnpo_fast.data.text_store import stored_text
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import Adapter, load_adapter_of
-from selfnpo_fast.models.conditioning import ConditioningTable
+from selfnpo_fast.models.conditioning import ConditioningTable, table_bytes, unique_rows
+from selfnpo_fast.models.host_table import HostRows, HostTable
+from selfnpo_fast.models.text import encoder_dtype
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -66,7 +70,9 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     inputs = method.read_inputs(config, adapter, world)
     _refuse_different(inputs.prompts, world)
     dtype = DTYPES[config.engine.precision]
-    table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
+    # The text encoders come alone: the autoencoder of `read_inputs` goes, and the denoiser comes after.
+    adapter.drop_autoencoder()
+    table = prompt_table(config, adapter, inputs.prompts, world)
     student = adapter.load_denoiser(dtype).to(world.device)
     weights = module_weights(student, model.path)
     schedule = ScheduleFacts.of(adapter.schedule, model.path)
@@ -75,8 +81,34 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     record = None
     if world.is_main:
         named = ((name, weights.read(name)) for name in weights.shapes)
-        record = InputRecord(inputs, table, schedule, named, commit=commit)
+        encoder = encoder_dtype(world.device, dtype)
+        record = InputRecord(inputs, table, schedule, named, commit=commit, encoder=encoder)
     return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
+
+
+def prompt_table(config: TrainConfig, adapter: Adapter, prompts: list[str], world: World) -> ConditioningTable:
+    """The text embeddings of `prompts` on the device, or where they are larger than
+    `prompts.device_mib` in a store on the disk (`data.text_store`).
+
+    All ranks take part. Raises UserError on all ranks for a damaged store, and RunError on all
+    ranks where the disk is full.
+    """
+    dtype = DTYPES[config.engine.precision]
+    encoder = encoder_dtype(world.device, dtype)
+    if not table_on_host(config, adapter.conditioning_shapes, len(prompts)):
+        return ConditioningTable.encode(adapter, prompts, world.device, dtype, encoder)
+    root = config.prompts.store or str(Path(config.output).expanduser().absolute().parent / "embeddings")
+    distinct, index = unique_rows(prompts)
+    tensors, lengths = stored_text(distinct, root, adapter, dtype=dtype, encoder_dtype=encoder, world=world)
+    rows = HostRows(facts=adapter.conditioning_rows, tensors=tensors, lengths=lengths)
+    return HostTable(rows, [i + 1 for i in index], world.device)
+
+
+def table_on_host(config: TrainConfig, shapes: Mapping[str, tuple[int, ...]], prompts: int) -> bool:
+    """Whether the text embeddings of that many prompts, of `conditioning_shapes`, stay on the
+    host."""
+    size = table_bytes(shapes, prompts + 1, DTYPES[config.engine.precision])
+    return size > config.prompts.device_mib << 20
 
 
 def _refuse_different(prompts: list[str], world: World) -> None:

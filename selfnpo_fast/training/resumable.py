@@ -72,12 +72,13 @@ def update_of(checkpoint: Path) -> int:
 def recipe(config: TrainConfig) -> dict:
     """The part of a config that a resumed run has to share, as JSON would hold it.
 
-    All but the run's length, its log, its folders, CUDA graphs, what becomes of bad pictures, and
-    which frames of videos are taken: the fingerprints of the inputs tell whether that has changed
-    anything.
+    All but the run's length, its log, its folders, CUDA graphs, where text embeddings lie, what
+    becomes of bad pictures, and which frames of videos are taken: the fingerprints of the inputs
+    tell whether that has changed anything.
     """
     fields = {key: value for key, value in asdict(config).items() if key not in _MAY_CHANGE}
-    for section, field in (("data", "store"), ("data", "on_bad"), ("data", "stride"), ("engine", "graphs")):
+    for name in ("data.store", "data.on_bad", "data.stride", "prompts.store", "prompts.device_mib", "engine.graphs"):
+        section, _, field = name.partition(".")
         del fields[section][field]
     return json.loads(json.dumps(fields))
 

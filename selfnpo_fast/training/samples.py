@@ -88,8 +88,7 @@ class SampleGrids:
         together, network = self.engine.stage == 3, self.engine.module
         cancelled = (lambda: self.world.any(asked_to_stop())) if together else asked_to_stop
         negative = Negative("the student", network=self.engine if together else network)
-        index = torch.tensor(self.indices, device=self.engine.device)
-        prompts, empty = self.table.gather(index), self.table.empty(1)
+        prompts, empty = self.table.fetch(torch.tensor(self.indices)), self.table.empty(1)
 
         def row(negative: Negative | None) -> torch.Tensor:
             # Without graphs: their memory comes on top of training's, for a few steps. Under ZeRO 3 a

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from selfnpo_fast.data import latent_store
+from selfnpo_fast.data import store_files
 from selfnpo_fast.data.latent_store import stored_latents
 from selfnpo_fast.data.store_files import fingerprint
 from selfnpo_fast.runtime import console
@@ -285,7 +285,7 @@ def test_a_run_killed_before_the_folder_got_its_name(images, whole, tmp_path, mo
         raise RuntimeError("the power fails")
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_store, "finish_aside", stopped)
+        patch.setattr(store_files, "finish_aside", stopped)
         with pytest.raises(RuntimeError):
             get(images, tmp_path)
     second = Encoder()
@@ -303,7 +303,7 @@ def test_a_full_disk_costs_a_line_and_nothing_that_is_whole(images, whole, tmp_p
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_store.os, "fsync", full)
+        patch.setattr(store_files.os, "fsync", full)
         with pytest.raises(RunError, match=r"^data\.store: .*No space left on device\); what is encoded is kept$"):
             get(images, tmp_path)
     second = Encoder()
@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_written_is_named(images, tmp_path):
 
 
 def test_two_runs_at_once_encode_once(images, whole, tmp_path, monkeypatch, logged):
-    monkeypatch.setattr(latent_store, "WAIT", 0.02)
+    monkeypatch.setattr(store_files, "WAIT", 0.02)
     first, second = Encoder(pause=0.1), Encoder()
     thread = threading.Thread(target=get, args=(images, tmp_path, first))
     thread.start()

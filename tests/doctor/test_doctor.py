@@ -53,6 +53,7 @@ from selfnpo_fast.models import DIGITS, load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World, init_world
 from selfnpo_fast.training.inputs import load_inputs
+from selfnpo_fast.training.methods.self_npo import window_rows
 from selfnpo_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -458,11 +459,29 @@ def test_bytes_are_those_of_a_real_trainer(world, tmp_path, sd, optimizer, lora,
     held = [v for s in state for name, v in s.items() if isinstance(v, torch.Tensor) and "qmap" not in name]
     assert resident["moments"] == pytest.approx(storages(v for v in held if v.ndim), abs=8)
     assert resident["prompt table"] == storages(trainer.table.rows.values())
+    assert "prompts of the next pairs" not in resident
     rollout = trainer.producer.rollout
     assert resident["slots"] == storages([rollout.x, rollout.final, rollout.slots, rollout._next_slots])
     tables = rollout.tables
     held = [tables.step, tables.start, tables.renoise, tables.timesteps, tables.weight, trainer.method.objective.k]
     assert resident["coefficient tables"] == storages(held)
+
+
+def test_prompts_on_the_host_take_the_bytes_of_the_next_pairs(world, tmp_path, sd):
+    prompts = PromptConfig(limit=40, device_mib=0, store=str(tmp_path / "store"))
+    config = tiny_config(sd, prompts=prompts)
+    table = load_inputs(config, world).table
+    table.reserve(window_rows(config, 1))
+    run = traced(config)
+    resident = costs.memory(run).resident
+    assert "prompt table" not in resident
+    places = 8 * (40 + 1)
+    assert resident["prompts of the next pairs"] == storages(table.rows.values()) + places
+    on_device = replace(config, prompts=PromptConfig(limit=40))
+    assert costs.memory(traced(on_device)).resident["prompt table"] == costs.prompt_table_bytes(run)
+    assert costs.prompts_on_host(run)
+    assert not costs.prompts_on_host(traced(on_device))
+    assert "of text embeddings, at most, in prompts.store" in examine(config)
 
 
 # The report

@@ -23,6 +23,8 @@ from selfnpo_fast.rollout import (
     PairMaker,
     Pairs,
     Producer,
+    rows_at_hand,
+    rows_in_flight,
 )
 from selfnpo_fast.runtime.capture import capture_of
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -31,6 +33,17 @@ from selfnpo_fast.training.methods.base import Method, MethodInputs
 from selfnpo_fast.training.moving_reference import Reference
 from selfnpo_fast.training.objective import Objective
 from selfnpo_kernels import guided_step
+
+
+def window_rows(config: TrainConfig, world_size: int) -> int:
+    """Rows of a table on the host that a rank keeps on the device."""
+    accumulation, lockstep = config.engine.accumulation, config.rollout.mode == "lockstep"
+    return rows_at_hand(
+        batch=config.engine.micro_batch(world_size),
+        accumulation=accumulation,
+        groups=0 if lockstep else config.rollout.pool * accumulation,
+        omega=config.rollout.omega,
+    )
 
 
 class SelfNPO(Method):
@@ -68,6 +81,7 @@ class SelfNPO(Method):
         # The rollout: this rank's share of the samples.
         maker = self._pair_maker(predictor, latents)
         shard = {"batch": config.engine.micro_batch(world.size), "rank": world.rank, "world_size": world.size}
+        self.table.reserve(window_rows(config, world.size))
         if config.rollout.mode == "lockstep":
             rollout = LockstepRollout(maker, **shard)
         else:
@@ -82,6 +96,11 @@ class SelfNPO(Method):
         else:
             self.producer = Producer(*arguments)
         return self.producer
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """As in the base; pairs in flight find their rows of a table on the host."""
+        super().load_state_dict(state)
+        self.table.prefetch(rows_in_flight(state))
 
     def _pair_maker(self, predictor: GuidedPredictor, latents: torch.Tensor | None) -> PairMaker:
         """The grid and the keyed draws of the config."""
