@@ -7,6 +7,7 @@ import torch
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
+from selfnpo_fast.models.quantised import quantise
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.inputs import Inputs
@@ -32,6 +33,8 @@ def random_inputs(config: TrainConfig, adapter: Adapter, prompts: int, world: Wo
         # Layers draw their weights where they are made: a CPU would take a minute for SDXL's.
         with device:
             student = adapter.new_denoiser(dtype)
+        if config.model.quantization != "none":
+            quantise(student, config.model.quantization, device)
         table = ConditioningTable.build(rows(1), rows(prompts), dtype)
         latents = torch.randn(prompts, *adapter.latent_shape) if config.rollout.start == "data" else None
     return Inputs(adapter, table, [""] * prompts, latents, student, base={})

@@ -169,6 +169,8 @@ class _Weight:
     def head(self) -> torch.Tensor:
         """The first elements as bytes, a view."""
         weight = self._weight.data
+        if not self._size:  # a library's kind of tensor may have no strides
+            return torch.empty(0, dtype=torch.uint8, device=weight.device)
         return weight.as_strided((self._size,), (1,), weight.storage_offset()).view(torch.uint8)
 
 

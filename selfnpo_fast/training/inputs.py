@@ -16,6 +16,7 @@ from selfnpo_fast.data.prompts import fingerprint
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import Adapter, load_adapter
 from selfnpo_fast.models.conditioning import ConditioningTable
+from selfnpo_fast.models.quantised import quantise
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -39,7 +40,8 @@ class Inputs:
     latents: torch.Tensor | None
     """(N, ...) float32 scaled latents of real data; None without data."""
     student: nn.Module
-    """The base model's denoiser on this rank's device, in the precision of training."""
+    """The base model's denoiser on this rank's device, in the precision of training or, as
+    `model.quantization` says, quantised."""
     base: dict
     """The record of the base for the negative model's files (`negatives.fingerprint`)."""
     record: InputRecord | None = None
@@ -67,7 +69,9 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     _refuse_different(inputs.prompts, world)
     dtype = DTYPES[config.engine.precision]
     table = ConditioningTable.encode(adapter, inputs.prompts, world.device, dtype)
-    student = adapter.load_denoiser(dtype).to(world.device)
+    # A base that is to be quantised stays in host memory until its weights are recorded.
+    quantised = model.quantization != "none"
+    student = adapter.load_denoiser(dtype).to("cpu" if quantised else world.device)
     weights = module_weights(student, model.path)
     schedule = ScheduleFacts.of(adapter.schedule, model.path)
     commit = adapter.folder.commit
@@ -76,6 +80,8 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     if world.is_main:
         named = ((name, weights.read(name)) for name in weights.shapes)
         record = InputRecord(inputs, table, schedule, named, commit=commit)
+    if quantised:
+        quantise(student, model.quantization, world.device)
     return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
 
 
