@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from selfnpo_fast.runtime.errors import shortened
+from selfnpo_fast.runtime.errors import UserError, shortened
 
 _ADAPTERS = {
     r"dora_scale|lora_magnitude_vector": "DoRA",
@@ -102,6 +102,20 @@ def unmixable(positive: nn.Module, form: str) -> str:
         f"model: the {type(positive).__name__} is quantised ({form}), and its weights cannot be mixed, merged or put "
         "into a second network; give a LoRA at alpha=1 without base, or load the original in fp32, bf16 or fp16"
     )
+
+
+def served_quantisation(positive: nn.Module, *, mixed: bool) -> str | None:
+    """The library that has quantised the positive; None where its weights are plain.
+
+    Raises UserError where no LoRA can go on that library's layers, and where the positive's weights
+    are to be `mixed`.
+    """
+    form = quantisation_of_module(positive)
+    if form is not None and form not in SERVED:
+        raise UserError(not_served(positive, form, "model"))
+    if form is not None and mixed:
+        raise UserError(unmixable(positive, form))
+    return form
 
 
 def record_of_plain(record: dict | None, positive: nn.Module) -> dict | None:

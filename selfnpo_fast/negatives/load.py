@@ -21,7 +21,13 @@ from torch import nn
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.models import family_of
 from selfnpo_fast.negatives.fingerprint import matches
-from selfnpo_fast.negatives.formats import SERVED, not_served, quantisation_of_module, record_of_plain, unmixable
+from selfnpo_fast.negatives.formats import (
+    not_served,
+    quantisation_of_module,
+    record_of_plain,
+    served_quantisation,
+    unmixable,
+)
 from selfnpo_fast.negatives.lora_files import read_lora, read_record
 from selfnpo_fast.negatives.low_rank import Deltas, update_dtype
 from selfnpo_fast.negatives.sources import LORA_FILE, ModelFiles, locate
@@ -119,13 +125,9 @@ def load_negative(
     """
     check_strengths(alpha, beta)
     positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
-    form = quantisation_of_module(positive)
-    if form is not None:
-        if form not in SERVED:
-            raise UserError(not_served(positive, form, "model"))
-        if alpha != 1 or base is not None:
-            raise UserError(unmixable(positive, form))
-    if isinstance(source, Negative) and source.network is not None and alpha == beta == 1 and base is None:
+    form = served_quantisation(positive, mixed=alpha != 1 or base is not None)
+    as_it_is = form is None and alpha == beta == 1 and base is None
+    if as_it_is and isinstance(source, Negative) and source.network is not None:
         check_same_schedule(source.schedule, schedule)
         return source
     loaded = _load(positive, source, revision, variant)

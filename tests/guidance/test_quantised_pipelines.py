@@ -98,7 +98,10 @@ def test_a_lora_is_added_to_the_quantised_layers(kind):
     """Attached and sampled against a loop with two networks; detached, all is as before."""
     pipe, deltas = setting(kind)
     negative, plain = Negative(source="a LoRA", deltas=deltas), stock.draw(pipe)
-    expected = stock.reference(NAME, beside(pipe.unet, deltas), copy.deepcopy(pipe.unet))
+    quantised = pipe.unet
+    pipe.unet = stock.TwoBranches(beside(quantised, deltas), copy.deepcopy(quantised))
+    expected = stock.draw(pipe)
+    pipe.unet = quantised
     most = close(kind) * expected.abs().max().item()
     assert (expected - plain).abs().max() > 10 * most  # the update is not nothing
     attach_negative(pipe, negative)
