@@ -96,12 +96,15 @@ def not_served(network: nn.Module, form: str, field: str) -> str:
     return f"{field}: the {kind} is quantised ({form}), which is not supported; load it in fp32, bf16 or fp16"
 
 
-def unmixable(positive: nn.Module, form: str) -> str:
-    """The error where the weights of a quantised positive would be mixed, merged or copied."""
-    return (
-        f"model: the {type(positive).__name__} is quantised ({form}), and its weights cannot be mixed, merged or put "
-        "into a second network; give a LoRA at alpha=1 without base, or load the original in fp32, bf16 or fp16"
-    )
+def refuse_mixing(positive: nn.Module) -> None:
+    """Raise UserError where a positive, whose weights would be mixed, merged or copied, is
+    quantised."""
+    form = quantisation_of_module(positive)
+    if form is not None:
+        raise UserError(
+            f"model: the {type(positive).__name__} is quantised ({form}), and its weights cannot be mixed, merged or "
+            "put into a second network; give a LoRA at alpha=1 without base, or load the original in fp32, bf16 or fp16"
+        )
 
 
 def served_quantisation(positive: nn.Module, *, mixed: bool) -> str | None:
@@ -113,8 +116,8 @@ def served_quantisation(positive: nn.Module, *, mixed: bool) -> str | None:
     form = quantisation_of_module(positive)
     if form is not None and form not in SERVED:
         raise UserError(not_served(positive, form, "model"))
-    if form is not None and mixed:
-        raise UserError(unmixable(positive, form))
+    if mixed:
+        refuse_mixing(positive)
     return form
 
 

@@ -20,14 +20,9 @@ from torch import nn
 
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.models import family_of
+from selfnpo_fast.negatives import formats
 from selfnpo_fast.negatives.fingerprint import matches
-from selfnpo_fast.negatives.formats import (
-    not_served,
-    quantisation_of_module,
-    record_of_plain,
-    served_quantisation,
-    unmixable,
-)
+from selfnpo_fast.negatives.formats import quantisation_of_module, refuse_mixing, served_quantisation
 from selfnpo_fast.negatives.lora_files import read_lora, read_record
 from selfnpo_fast.negatives.low_rank import Deltas, update_dtype
 from selfnpo_fast.negatives.sources import LORA_FILE, ModelFiles, locate
@@ -138,7 +133,7 @@ def load_negative(
         check_same_schedule(loaded.schedule, schedule_of_base)
     network = source.network if isinstance(source, Negative) else source
     if form is not None:
-        loaded = dataclasses.replace(loaded, record=record_of_plain(loaded.record, positive))
+        loaded = dataclasses.replace(loaded, record=formats.record_of_plain(loaded.record, positive))
     check_base(loaded, theta or _resident_weights(positive), alpha, beta, None if base is None else str(base))
     if not isinstance(loaded.content, WeightReader) and alpha == 1:
         deltas = _scaled(loaded.content, beta, positive, loaded.source)
@@ -172,7 +167,6 @@ def _load(
     positive: nn.Module, source: str | Path | nn.Module | Negative, revision: str | None, variant: str | None
 ) -> LoadedModel:
     """The negative, checked against the positive, before it is mixed. Raises UserError."""
-    form = quantisation_of_module(positive)
     if isinstance(source, Negative) and source.deltas is not None:
         _check_deltas(source.deltas, positive)
         return LoadedModel(source.source, source.deltas, schedule=source.schedule)
@@ -180,8 +174,7 @@ def _load(
         assert source.network is not None
         return dataclasses.replace(_load(positive, source.network, revision, variant), schedule=source.schedule)
     if isinstance(source, nn.Module):
-        if form is not None:
-            raise UserError(unmixable(positive, form))
+        refuse_mixing(positive)
         name = f"the given {type(source).__name__}"
         if type(source) is not type(positive):
             raise UserError(f"negative: {name} does not fit the model, which is a {type(positive).__name__}")
@@ -190,7 +183,7 @@ def _load(
         if has_adapters(source):
             raise UserError(f"negative: {name} has PEFT adapters loaded; fuse and unload them first")
         if (form := quantisation_of_module(source)) is not None:
-            raise UserError(not_served(source, form, "negative"))
+            raise UserError(formats.not_served(source, form, "negative"))
         weights = module_weights(source, name)
         check_class({**config_of(source), "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
@@ -200,8 +193,8 @@ def _load(
             f"negative: a {type(source).__name__} is not possible; expected a folder, a file, a Hub id or a module"
         )
     files = locate(os.fspath(source), [family_of(positive).denoiser_name], "negative", revision, variant)
-    if form is not None and not files.is_lora:
-        raise UserError(unmixable(positive, form))
+    if not files.is_lora:
+        refuse_mixing(positive)
     return read_files(files, positive, "negative")
 
 
@@ -320,8 +313,7 @@ def mixed(
     unmixed = is_unmixed(alpha, beta, theta)
     positive_weights: WeightReader | None
     if isinstance(positive, nn.Module):
-        if (form := quantisation_of_module(positive)) is not None:
-            raise UserError(unmixable(positive, form))
+        refuse_mixing(positive)
         if loaded.is_lora or not (unmixed and alpha == 0):
             _refuse_adapters(positive, alpha or 1)
         positive_weights = _resident_weights(positive)
