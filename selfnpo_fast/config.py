@@ -69,6 +69,9 @@ class ModelConfig:
     expert: Literal["high", "low", "both"] | None = None
     """Which denoisers of a model with two are trained: that of high noise levels, that of low ones,
     or both. No value for a model with one."""
+    quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
+    """How the frozen base of a LoRA run is stored: in the run's precision, or the Linear layers of
+    its blocks in 8 bits (int8 by bitsandbytes, fp8 by torchao) or in 4 (nf4 by bitsandbytes)."""
 
     def __post_init__(self) -> None:
         _check_fields("model.", self)
@@ -432,6 +435,8 @@ class TrainConfig:
         _check_fields("", self)
         check_count("updates", self.updates, 1, MAX_UPDATES)
         _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        if self.model.quantization != "none":
+            self._check_quantised()
         _check(
             self.lora.rank == 0 or self.engine.zero_stage < 3,
             "engine.zero_stage",
@@ -442,4 +447,18 @@ class TrainConfig:
             raise UserError(
                 "data.source: none given, but rollout.start is 'data'; name a folder of captioned images, or train "
                 "from prompts only with configs/sd15.yaml"
+            )
+
+    def _check_quantised(self) -> None:
+        """Raise UserError where a quantised base cannot be trained on."""
+        kind = self.model.quantization
+        if not self.lora.rank:
+            raise UserError(
+                f"model.quantization: {kind!r} is not possible with full weights, which are trained and cannot be "
+                "stored in 8 or 4 bits; give lora.rank, or 'none'"
+            )
+        if self.engine.zero_stage == 3:
+            raise UserError(
+                f"model.quantization: {kind!r} is not possible with engine.zero_stage 3, which would take the stored "
+                "base apart; use 0, 1 or 2"
             )

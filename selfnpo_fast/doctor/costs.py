@@ -98,10 +98,15 @@ class Tracer:
         engine = config.engine
         micro = engine.micro_batch(world_size)
         # Everything that changes the network itself.
-        denoiser_key = (engine.precision, engine.gradient_checkpointing, config.lora.rank, tuple(config.lora.targets))
+        kind, lora = config.model.quantization, config.lora
+        denoiser_key = (engine.precision, engine.gradient_checkpointing, kind, lora.rank, tuple(lora.targets))
         if denoiser_key not in self._denoisers:
             self._denoisers[denoiser_key] = FakeDenoiser(
-                self.adapter, DTYPES[engine.precision], config.lora, checkpointing=engine.gradient_checkpointing
+                self.adapter,
+                DTYPES[engine.precision],
+                lora,
+                checkpointing=engine.gradient_checkpointing,
+                quantization=kind,
             )
         denoiser = self._denoisers[denoiser_key]
         # Everything that changes the sizes of its inputs, or the life of its gradients.

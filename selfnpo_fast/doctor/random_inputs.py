@@ -8,6 +8,7 @@ from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.conditioning import ConditioningTable, Row
 from selfnpo_fast.models.host_table import HostRows, HostTable
+from selfnpo_fast.models.quantised import quantise
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.inputs import Inputs, table_on_host
@@ -33,6 +34,8 @@ def random_inputs(config: TrainConfig, adapter: Adapter, prompts: int, world: Wo
         # Layers draw their weights where they are made: a CPU would take a minute for SDXL's.
         with device:
             student = adapter.new_denoiser(dtype)
+        if config.model.quantization != "none":
+            quantise(student, config.model.quantization, device)
         table = ConditioningTable.build(rows(1), rows(prompts), dtype)
         if table_on_host(config, adapter.conditioning_shapes, prompts):
             table = _host_table(table, prompts, device)

@@ -104,7 +104,9 @@ def _run_section(run: PlannedRun) -> str:
     lines = [
         "computed, not measured; nothing was loaded but config files",
         f"model     {config.model.path}: {_format_si(counts.total)} parameters, {_format_si(counts.trained)} trained "
-        f"({f'LoRA rank {config.lora.rank}' if config.lora.rank else 'full weights'})",
+        f"({f'LoRA rank {config.lora.rank}' if config.lora.rank else 'full weights'}"
+        + ("" if config.model.quantization == "none" else f", base in {config.model.quantization}")
+        + ")",
         f"update    {engine.batch_size} pairs (ranks x micro-batches x pairs: {run.world_size} x "
         f"{engine.accumulation} x {run.micro_batch}); {engine.precision}, ZeRO {zero_stage(config)}, "
         f"{config.optimizer.name}, gradient checkpointing {'on' if engine.gradient_checkpointing else 'off'}",

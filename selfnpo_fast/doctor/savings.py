@@ -44,6 +44,9 @@ def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) 
         add(f"--engine.accumulation {steps}", engine={"accumulation": steps})
     if config.rollout.mode == "continuous" and config.rollout.pool > 1:
         add("--rollout.pool 1", rollout={"pool": 1})
+    if config.lora.rank and config.model.quantization != "nf4":
+        for kind in ("int8", "nf4") if config.model.quantization == "none" else ("nf4",):
+            add(f"--model.quantization {kind}", model={"quantization": kind})
     if not config.lora.rank:
         targets = list(family.lora_targets)
         add(

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.models import Adapter
+from selfnpo_fast.models.quantised import plan_quantised, quantised_elements
 from selfnpo_fast.training.lora import add_lora
 
 PERSISTENT_ELEMENTS = 100_000
@@ -83,7 +84,7 @@ class ParameterCounts:
     """A denoiser's parameters: counts of elements, and bytes in the dtypes of the tensors."""
 
     total: int
-    """Elements of all parameters."""
+    """Elements of all parameters, quantised weights among them."""
     trained: int
     """Elements of the parameters that have gradients."""
     weight_bytes: int
@@ -103,7 +104,7 @@ class ParameterCounts:
         parameters = list(module.parameters())
         trained = [p for p in parameters if p.requires_grad]
         return cls(
-            total=sum(p.numel() for p in parameters),
+            total=sum(p.numel() for p in parameters) + quantised_elements(module),
             trained=sum(p.numel() for p in trained),
             weight_bytes=sum(t.nbytes for t in (*parameters, *module.buffers())),
             trained_bytes=sum(p.nbytes for p in trained),
@@ -131,11 +132,21 @@ class FakeDenoiser:
     Raises UserError where the adapter does, and for LoRA targets that match no layer.
     """
 
-    def __init__(self, adapter: Adapter, dtype: torch.dtype, lora: LoraConfig, *, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        dtype: torch.dtype,
+        lora: LoraConfig,
+        *,
+        checkpointing: bool = False,
+        quantization: str = "none",
+    ) -> None:
         self.adapter, self.dtype = adapter, dtype
         self._fake_mode = FakeTensorMode()
         with torch.device("meta"):
             self.module = adapter.new_denoiser(dtype)
+            if quantization != "none":
+                plan_quantised(self.module, quantization)
             if lora.rank:
                 add_lora(self.module, lora, seed=0)
             else:

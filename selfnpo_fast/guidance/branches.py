@@ -127,7 +127,10 @@ def _share(network: nn.Module, what: str) -> nn.Module:
                     f"{what} has another {name} at {path or 'its top'} than its class, which would call the layers "
                     "without the negative or the compiled blocks; undo that patch, or use attach_negative"
                 )
-    return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())}).eval()
+    shared = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    # bitsandbytes' 8-bit layers hold on to their weights here, too.
+    states = (vars(module).get("state") for module in modules if type(module).__module__.startswith("bitsandbytes"))
+    return copy.deepcopy(network, shared | {id(state): state for state in states if state is not None}).eval()
 
 
 def _functions_on(module: nn.Module) -> Iterator[tuple[str, Callable]]:

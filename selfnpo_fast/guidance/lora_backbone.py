@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from selfnpo_fast.guidance.lora_layers import Factors, LowRankConv2d, LowRankLinear, RowChoice, Rows
+from selfnpo_fast.guidance.lora_layers import Factors, LowRankConv2d, LowRankLinear, RowChoice, Rows, low_rank_class
 from selfnpo_fast.models.call_rules import Branch
-from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes
+from selfnpo_fast.negatives.formats import SERVED, quantisation_of_module
+from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes, update_dtype, weight_shape
 from selfnpo_fast.negatives.weights import without_adapter
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError
@@ -23,6 +24,18 @@ LowRankLayer = LowRankLinear | LowRankConv2d
 
 _LOW_RANK_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: LowRankLinear, nn.Conv2d: LowRankConv2d}
 _PLAIN_CLASS = {low_rank: plain for plain, low_rank in _LOW_RANK_CLASS.items()}
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
+"""The layers of bitsandbytes that can have an update. torchao's are plain ones with another kind of
+weight."""
+
+
+def _knows(kind: type[nn.Module]) -> bool:
+    """Whether a LoRA can go on layers of this class; the class for it is made at the first look."""
+    if kind not in _LOW_RANK_CLASS and kind.__module__.startswith("bitsandbytes.nn") and kind.__name__ in _QUANTISED:
+        changed = low_rank_class(cast(type[nn.Linear], kind))
+        _LOW_RANK_CLASS[kind], _PLAIN_CLASS[changed] = changed, kind
+        _FORWARDS.update((kind.forward, changed.forward))
+    return kind in _LOW_RANK_CLASS
 
 
 @dataclass(frozen=True)
@@ -146,8 +159,8 @@ def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:
 
     The update of a layer under a PEFT adapter is added to the adapter's.
 
-    Raises UserError where a layer is missing, is quantised or offloaded, has another shape, or has
-    an update already. Nothing is changed then.
+    Raises UserError where a layer is missing, is offloaded or quantised by another library than
+    bitsandbytes or torchao, has another shape, or has an update already. Nothing is changed then.
     """
     # Check everything and allocate the factors first: the changes below cannot fail.
     if not deltas:
@@ -159,7 +172,10 @@ def install(denoiser: nn.Module, deltas: Deltas) -> LowRankBackbone:
     parents = {path: denoiser.get_submodule(path.rpartition(".")[0]) for path in layers}
     if any(_is_fused(parent) for path, parent in parents.items() if path.endswith(_PROJECTIONS)):
         raise UserError(_FUSED)
-    factors = {path: _factors(layer.weight, deltas[path]) for path, layer in layers.items()}
+    factors = {
+        path: _factors(deltas[path], layer.weight.device, update_dtype(layer, denoiser))
+        for path, layer in layers.items()
+    }
     choice = RowChoice()
     sites = [Site(path, parents[path], _with_update(layers[path], choice, factors[path])) for path in layers]
     return LowRankBackbone(sites, choice)
@@ -238,15 +254,16 @@ def _checked(path: str, layer: nn.Module, delta: LowRank) -> PlainLayer:
     kind = type(layer).__name__
     if type(layer) in _PLAIN_CLASS:
         raise UserError(f"negative: {path} already carries a negative's update; detach that one first")
-    # A subclass or a quantised weight may compute something else than W x + b.
-    plain_class = type(layer) in _LOW_RANK_CLASS
-    if not isinstance(layer, PlainLayer) or not plain_class or type(layer.weight.data) is not torch.Tensor:
+    # A subclass or another library's weight may compute something else than W x + b.
+    served = _knows(type(layer)) and quantisation_of_module(layer) in SERVED
+    plain = _knows(type(layer)) and type(layer.weight.data) is torch.Tensor  # type: ignore[union-attr]
+    if not isinstance(layer, PlainLayer) or not (plain or served):
         weight = type(getattr(layer, "weight", None)).__name__
         raise UserError(
-            f"negative: {path} is a {kind} with a {weight} as its weight; a LoRA goes on a plain Linear or Conv2d, "
-            "load the model without quantisation"
+            f"negative: {path} is a {kind} with a {weight} as its weight; a LoRA goes on a plain Linear or Conv2d, or "
+            f"one quantised by {' or '.join(SERVED)}; load the model without other quantisation"
         )
-    if not layer.weight.is_floating_point() or layer.weight.itemsize < 2:
+    if not served and (not layer.weight.is_floating_point() or layer.weight.itemsize < 2):
         raise UserError(f"negative: {path} holds {layer.weight.dtype} weights; load the model in bfloat16 or float32")
     if is_offloaded(layer) or layer.weight.is_meta:
         raise UserError(f"negative: {path} is offloaded on its own; attach the negative first, then turn offload on")
@@ -255,7 +272,7 @@ def _checked(path: str, layer: nn.Module, delta: LowRank) -> PlainLayer:
     if getattr(layer, "groups", 1) != 1:
         raise UserError(f"negative: {path} is a grouped convolution, on which no LoRA can go")
     shapes = tuple(delta.down.shape), tuple(delta.up.shape)
-    expected = factor_shapes(tuple(layer.weight.shape), delta.rank)
+    expected = factor_shapes(weight_shape(layer), delta.rank)
     if shapes != expected:
         raise UserError(
             f"negative: the LoRA's {path} has shapes {shapes[0]} and {shapes[1]}, the model needs {expected[0]} and "
@@ -264,10 +281,10 @@ def _checked(path: str, layer: nn.Module, delta: LowRank) -> PlainLayer:
     return layer
 
 
-def _factors(weight: torch.Tensor, delta: LowRank) -> Factors:
-    """Copies of down, and of up times scale, in the weight's dtype and on its device.
+def _factors(delta: LowRank, device: torch.device, dtype: torch.dtype) -> Factors:
+    """Copies of down, and of up times scale, on a layer's device and in the dtype of its update.
 
     The product is computed in float64 and rounded once.
     """
     up = delta.up.detach().double() * delta.scale
-    return Factors(delta.down.detach().to(weight, copy=True).contiguous(), up.to(weight).contiguous())
+    return Factors(delta.down.detach().to(device, dtype, copy=True).contiguous(), up.to(device, dtype).contiguous())

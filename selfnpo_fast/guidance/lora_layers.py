@@ -125,6 +125,21 @@ def _keep_precision(layer: nn.Module, cast_to: Any, *args: Any, **kwargs: Any) -
 # class instead of super(), and finds out from the layer itself whether there is an update.
 
 
+def _add_to_rows(layer: nn.Linear, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The output (B, ..., out) of a plain Linear at x (B, ..., in), with its update in the chosen
+    rows."""
+    rows = getattr(layer, "choice", _PLAIN).span(len(x))
+    if rows is None:
+        return out
+    factors: Factors = layer.low_rank  # type: ignore[assignment]
+    low = F.linear(x[rows], factors.down.to(x.dtype))
+    # addmm_ adds the product in place, without another pass over the rows. Under autocast the
+    # dtypes of output and factor differ.
+    up = factors.up.to(out.dtype)
+    out[rows].view(-1, len(up)).addmm_(low.reshape(-1, up.shape[1]).to(out.dtype), up.t())
+    return out
+
+
 class LowRankLinear(nn.Linear):
     """A Linear that `install` has given a low-rank update; its weight, bias, name and hooks stay."""
 
@@ -133,16 +148,7 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ..., in) to (B, ..., out), in the layer's dtype."""
-        out = nn.Linear.forward(self, x)
-        rows = getattr(self, "choice", _PLAIN).span(len(x))
-        if rows is None:
-            return out
-        low = F.linear(x[rows], self.low_rank.down.to(x.dtype))
-        # addmm_ adds the product in place, without another pass over the rows. Under autocast the
-        # dtypes of output and factor differ.
-        up = self.low_rank.up.to(out.dtype)
-        out[rows].view(-1, len(up)).addmm_(low.reshape(-1, up.shape[1]).to(out.dtype), up.t())
-        return out
+        return _add_to_rows(self, x, nn.Linear.forward(self, x))
 
     def to(self, *args: Any, **kwargs: Any) -> LowRankLinear:
         """Move or cast this layer alone; the update keeps its precision."""
@@ -170,3 +176,22 @@ class LowRankConv2d(nn.Conv2d):
         """Move or cast this layer alone; the update keeps its precision."""
         _keep_precision(self, super().to, *args, **kwargs)
         return self
+
+
+def low_rank_class(plain: type[nn.Linear]) -> type[nn.Linear]:
+    """A class like LowRankLinear over a library's kind of quantised Linear, whose product it keeps."""
+
+    class LowRankQuantised(plain):  # type: ignore[misc, valid-type]
+        choice: RowChoice = _PLAIN
+        low_rank: Factors
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """(B, ..., in) to (B, ..., out), in the input's dtype."""
+            return _add_to_rows(self, x, plain.forward(self, x))
+
+        def to(self, *args: Any, **kwargs: Any) -> LowRankQuantised:
+            """Move or cast this layer alone; the update keeps its precision."""
+            _keep_precision(self, super().to, *args, **kwargs)
+            return self
+
+    return LowRankQuantised

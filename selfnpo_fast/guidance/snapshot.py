@@ -23,6 +23,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PRIVATE = {"_internal_dict", "_active_adapter", "_disable_adapter", "_disable_adapters"}
 """Private attributes of modules that matter: diffusers' config, the switches of PEFT."""
 _WATCHED = {*_PRIVATE, *_HOOKS, "_modules", "_parameters", "_buffers"}
+_OF_BITSANDBYTES = {"compute_dtype", "compute_type_is_set", "quant_state", "state"}
+"""Attributes that layers of bitsandbytes set at their first forward."""
 _OF_TOKENIZERS = ("model_max_length", "padding_side", "truncation_side")
 _PROBE = 16
 """How many elements of each weight are compared: changes through `.data` raise no version."""
@@ -158,7 +160,9 @@ class _Weight:
         self._weight = weight
         self._kind = (weight.dtype, weight.device, _version(weight))
         self._size = 0
-        if type(weight.data) is torch.Tensor and not weight.is_meta and weight.layout == torch.strided:
+        # bitsandbytes packs a weight in another way at the first forward on a CPU.
+        plain = type(weight) in (torch.Tensor, nn.Parameter) and type(weight.data) is torch.Tensor
+        if plain and not weight.is_meta and weight.layout == torch.strided:
             stored = weight.untyped_storage().nbytes() // weight.itemsize - int(weight.storage_offset())
             self._size = min(_PROBE, weight.numel(), stored)
 
@@ -169,6 +173,8 @@ class _Weight:
     def head(self) -> torch.Tensor:
         """The first elements as bytes, a view."""
         weight = self._weight.data
+        if not self._size:  # a library's kind of tensor may have no strides
+            return torch.empty(0, dtype=torch.uint8, device=weight.device)
         return weight.as_strided((self._size,), (1,), weight.storage_offset()).view(torch.uint8)
 
 
@@ -211,8 +217,12 @@ def _state_of_network(network: nn.Module) -> dict[str, Any]:
     """Classes, attributes and hooks of all modules, and the kinds of their weights."""
     state: dict[str, Any] = {}
     for path, module in network.named_modules():
+        library = type(module).__mro__[1 if hasattr(module, "low_rank") else 0].__module__
+        unwatched = _OF_BITSANDBYTES if library.startswith("bitsandbytes") else ()
         values = {
-            name: _plain(value) for name, value in vars(module).items() if name in _PRIVATE or not name.startswith("_")
+            name: _plain(value)
+            for name, value in vars(module).items()
+            if name in _PRIVATE or (not name.startswith("_") and name not in unwatched)
         }
         values |= {
             name: [_Is(hook) for hook in vars(module)[name].values() if not _is_of_library(hook)] for name in _HOOKS

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from selfnpo_fast.runtime.errors import shortened
+from selfnpo_fast.runtime.errors import UserError, shortened
 
 _ADAPTERS = {
     r"dora_scale|lora_magnitude_vector": "DoRA",
@@ -45,6 +45,8 @@ _QUANTISED_MODULES = {
     "diffusers.quantizers.gguf": "GGUF",
 }
 """Libraries by the module that defines their kinds of tensors."""
+SERVED = ("bitsandbytes", "torchao")
+"""Libraries whose quantised layers can carry a LoRA's update."""
 
 
 def is_adapter(key: str) -> bool:
@@ -86,3 +88,51 @@ def quantisation_of_module(module: nn.Module) -> str | None:
         if not parameter.dtype.is_floating_point:
             return str(parameter.dtype).removeprefix("torch.")
     return None
+
+
+def not_served(network: nn.Module, form: str, field: str) -> str:
+    """The error, which names `field`, of a network in memory that is quantised."""
+    kind = type(network).__name__
+    return f"{field}: the {kind} is quantised ({form}), which is not supported; load it in fp32, bf16 or fp16"
+
+
+def refuse_mixing(positive: nn.Module) -> None:
+    """Raise UserError where a positive, whose weights would be mixed, merged or copied, is
+    quantised."""
+    form = quantisation_of_module(positive)
+    if form is not None:
+        raise UserError(
+            f"model: the {type(positive).__name__} is quantised ({form}), and its weights cannot be mixed, merged or "
+            "put into a second network; give a LoRA at alpha=1 without base, or load the original in fp32, bf16 or fp16"
+        )
+
+
+def served_quantisation(positive: nn.Module, *, mixed: bool) -> str | None:
+    """The library that has quantised the positive; None where its weights are plain.
+
+    Raises UserError where no LoRA can go on that library's layers, and where the positive's weights
+    are to be `mixed`.
+    """
+    form = quantisation_of_module(positive)
+    if form is not None and form not in SERVED:
+        raise UserError(not_served(positive, form, "model"))
+    if mixed:
+        refuse_mixing(positive)
+    return form
+
+
+def record_of_plain(record: dict | None, positive: nn.Module) -> dict | None:
+    """A record of a base with the fingerprint of the layers alone that `positive` has unquantised.
+
+    None where it has none of them: no weight is left that could be compared.
+    """
+    saved = record and record.get("fingerprint")
+    if not isinstance(saved, dict):
+        return record
+    quantised = {
+        f"{path.replace('.base_layer', '')}.weight"
+        for path, layer in positive.named_modules()
+        if layer._parameters.get("weight") is not None and quantisation_of_module(layer) is not None
+    }
+    plain = {name: entry for name, entry in saved.items() if name not in quantised}
+    return {**record, "fingerprint": plain} if plain else None  # type: ignore[dict-item]

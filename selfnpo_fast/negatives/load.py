@@ -20,10 +20,11 @@ from torch import nn
 
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.models import family_of
+from selfnpo_fast.negatives import formats
 from selfnpo_fast.negatives.fingerprint import matches
-from selfnpo_fast.negatives.formats import quantisation_of_module
+from selfnpo_fast.negatives.formats import quantisation_of_module, refuse_mixing, served_quantisation
 from selfnpo_fast.negatives.lora_files import read_lora, read_record
-from selfnpo_fast.negatives.low_rank import Deltas
+from selfnpo_fast.negatives.low_rank import Deltas, update_dtype
 from selfnpo_fast.negatives.sources import LORA_FILE, ModelFiles, locate
 from selfnpo_fast.negatives.weights import (
     WeightReader,
@@ -114,12 +115,14 @@ def load_negative(
 
     Raises UserError, one line, where the source cannot be read, does not fit the positive, is not
     finite, equals the positive, was trained from another base or means another thing by its output,
-    and where a network is quantised. Nothing is changed then.
+    and where a network is quantised, save for a positive quantised by bitsandbytes or torchao next
+    to a LoRA at alpha = 1. Nothing is changed then.
     """
     check_strengths(alpha, beta)
     positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
-    _refuse_quantised(positive, "model")
-    if isinstance(source, Negative) and source.network is not None and alpha == beta == 1 and base is None:
+    form = served_quantisation(positive, mixed=alpha != 1 or base is not None)
+    as_it_is = form is None and alpha == beta == 1 and base is None
+    if as_it_is and isinstance(source, Negative) and source.network is not None:
         check_same_schedule(source.schedule, schedule)
         return source
     loaded = _load(positive, source, revision, variant)
@@ -129,6 +132,8 @@ def load_negative(
         theta, schedule_of_base = _load_base(positive, base)
         check_same_schedule(loaded.schedule, schedule_of_base)
     network = source.network if isinstance(source, Negative) else source
+    if form is not None:
+        loaded = dataclasses.replace(loaded, record=formats.record_of_plain(loaded.record, positive))
     check_base(loaded, theta or _resident_weights(positive), alpha, beta, None if base is None else str(base))
     if not isinstance(loaded.content, WeightReader) and alpha == 1:
         deltas = _scaled(loaded.content, beta, positive, loaded.source)
@@ -169,6 +174,7 @@ def _load(
         assert source.network is not None
         return dataclasses.replace(_load(positive, source.network, revision, variant), schedule=source.schedule)
     if isinstance(source, nn.Module):
+        refuse_mixing(positive)
         name = f"the given {type(source).__name__}"
         if type(source) is not type(positive):
             raise UserError(f"negative: {name} does not fit the model, which is a {type(positive).__name__}")
@@ -176,7 +182,8 @@ def _load(
             raise UserError(f"negative: {name} is the positive model itself: guidance would have no effect")
         if has_adapters(source):
             raise UserError(f"negative: {name} has PEFT adapters loaded; fuse and unload them first")
-        _refuse_quantised(source, "negative")
+        if (form := quantisation_of_module(source)) is not None:
+            raise UserError(formats.not_served(source, form, "negative"))
         weights = module_weights(source, name)
         check_class({**config_of(source), "_class_name": type(source).__name__}, positive, name, "negative")
         check_shapes(weights, _shapes(positive), "negative")
@@ -186,6 +193,8 @@ def _load(
             f"negative: a {type(source).__name__} is not possible; expected a folder, a file, a Hub id or a module"
         )
     files = locate(os.fspath(source), [family_of(positive).denoiser_name], "negative", revision, variant)
+    if not files.is_lora:
+        refuse_mixing(positive)
     return read_files(files, positive, "negative")
 
 
@@ -282,16 +291,6 @@ def check_base(loaded: LoadedModel, theta: WeightReader | None, alpha: float, be
     )
 
 
-def _refuse_quantised(network: nn.Module, field: str) -> None:
-    """Raise UserError that names `field` where a network in memory is quantised."""
-    form = quantisation_of_module(network)
-    if form is not None:
-        raise UserError(
-            f"{field}: the {type(network).__name__} is quantised ({form}), which is not supported; load it in fp32, "
-            "bf16 or fp16"
-        )
-
-
 def _refuse_adapters(positive: nn.Module, alpha: float) -> None:
     """Raise UserError where the positive's weights are needed and PEFT adapters change them."""
     if has_adapters(positive) and alpha != 0:
@@ -314,6 +313,7 @@ def mixed(
     unmixed = is_unmixed(alpha, beta, theta)
     positive_weights: WeightReader | None
     if isinstance(positive, nn.Module):
+        refuse_mixing(positive)
         if loaded.is_lora or not (unmixed and alpha == 0):
             _refuse_adapters(positive, alpha or 1)
         positive_weights = _resident_weights(positive)
@@ -337,11 +337,12 @@ def _scaled(deltas: Deltas, beta: float, positive: nn.Module, source: str) -> De
         raise UserError("beta: 0 leaves nothing of the negative: guidance would have no effect; give more than 0")
     scaled = {}
     for path, delta in deltas.items():
-        like: torch.Tensor = positive.get_submodule(path).weight  # type: ignore[assignment]
-        device = torch.device("cpu") if like.is_meta else like.device
-        down, up = (factor.to(device, like.dtype) for factor in (delta.down, delta.up))
+        layer = positive.get_submodule(path)
+        like: torch.Tensor = layer.weight  # type: ignore[assignment]
+        device, dtype = torch.device("cpu") if like.is_meta else like.device, update_dtype(layer, positive)
+        down, up = (factor.to(device, dtype) for factor in (delta.down, delta.up))
         if not all(with_arithmetic(factor).isfinite().all() for factor in (down, up)):
-            raise UserError(f"negative: {source}: the update of {path} is too large for {like.dtype}")
+            raise UserError(f"negative: {source}: the update of {path} is too large for {dtype}")
         scaled[path] = dataclasses.replace(delta, down=down, up=up, scale=delta.scale * beta)
     return scaled
 

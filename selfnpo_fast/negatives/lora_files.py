@@ -19,7 +19,7 @@ from torch import nn
 from selfnpo_fast.models import Family, family_of
 from selfnpo_fast.negatives.formats import quantisation_of, unsupported_adapter
 from selfnpo_fast.negatives.lora_scaling import Scaling
-from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes
+from selfnpo_fast.negatives.low_rank import Deltas, LowRank, factor_shapes, weight_shape
 from selfnpo_fast.negatives.names import Factor, factor_of, layer_paths, unwrapped
 from selfnpo_fast.negatives.sources import PEFT_CONFIG, read_object, refuse_pickle
 from selfnpo_fast.negatives.weights import without_adapter
@@ -183,7 +183,7 @@ def _check_layer(path: str, layer: nn.Module, key_of: dict[Factor, str], content
     if not isinstance(layer, nn.Linear | nn.Conv2d) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"does not fit the model: {path} is a {type(layer).__name__}, whose updates are not supported")
     down, up = content.shapes[key_of["down"]], content.shapes[key_of["up"]]
-    rank, shape = down[0] if down else 0, tuple(layer.weight.shape)
+    rank, shape = down[0] if down else 0, weight_shape(layer)
     if rank > MAX_RANK:
         raise ValueError(f"does not fit the model: its LoRA of {path} has rank {rank:,}; expected at most {MAX_RANK:,}")
     if rank < 1 or (down, up) != factor_shapes(shape, rank):

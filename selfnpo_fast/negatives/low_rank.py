@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
+from selfnpo_fast.runtime.dtypes import network_dtype
 
 MAX_UPDATE = 65_504.0
 """Largest size of an element of an update: float16's largest number. No weight of a network that
@@ -62,3 +65,17 @@ Deltas = dict[str, LowRank]
 def factor_shapes(weight: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of `(down, up)` of rank `rank` for a layer whose weight has the shape `weight`."""
     return (rank, *weight[1:]), (weight[0], rank, *(1,) * (len(weight) - 2))
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight, also of a quantised one that is stored in another shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
+
+
+def update_dtype(layer: nn.Module, network: nn.Module) -> torch.dtype:
+    """The dtype of an update of a layer of `network`: that of the layer's weight or, where that is
+    stored as whole numbers, the one that the network computes in."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    return weight.dtype if weight.is_floating_point() else network_dtype(network)

@@ -13,7 +13,18 @@ from selfnpo_fast.runtime.screen import printable, safe
 
 logger = logging.getLogger("selfnpo")
 
-_CHATTY = ("DeepSpeed", "bitsandbytes", "diffusers", "transformers", "datasets", "torch.distributed", "peft", "httpx")
+_CHATTY = (
+    "DeepSpeed",
+    "bitsandbytes",
+    "datasets",
+    "diffusers",
+    "httpx",
+    "peft",
+    "torch.distributed",
+    "torch.utils._pytree",  # of what torchao registers
+    "torchao",
+    "transformers",
+)
 
 
 def quiet_libraries() -> None:

@@ -173,20 +173,27 @@ def allow_tf32(config: TrainConfig, device: torch.device) -> None:
 
 
 class _EngineModule(nn.Module):
-    """A wrapper around the network, to which DeepSpeed attaches the hooks and timers of its engine.
+    """What DeepSpeed takes for its network: it calls the real one, and gets the hooks and timers.
 
-    With LoRA the reference calls the network itself, perhaps in another thread, and must not run
-    these hooks.
+    With full weights the network is a child. With LoRA the trained parameters are, and nothing
+    else: what DeepSpeed does to all parameters of its network (it casts them to the run's precision,
+    moves them, broadcasts them from rank 0, and shares them out with ZeRO 3) does not reach the
+    frozen base, which every rank has read for itself and which may be quantised or offloaded. The
+    reference calls the network directly, perhaps in another thread, and runs no hook of DeepSpeed.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, trained: list[nn.Parameter]) -> None:
         super().__init__()
-        self.network = network
+        self.call: Callable = network.__call__  # bound to the network, which becomes no child by it
+        if all(p.requires_grad for p in network.parameters()):
+            self.network = network
+        else:
+            self.trained = nn.ParameterList(trained)
         self.train(network.training)
 
     def forward(self, *args, **kwargs):
         """The network's forward."""
-        return self.network(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
 
 class StudentEngine:
@@ -204,7 +211,7 @@ class StudentEngine:
         # DeepSpeed's bf16 optimiser prints memory figures to standard output at any log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
-                model=_EngineModule(student),
+                model=_EngineModule(student, [p for _, p in self.trainable]),
                 model_parameters=parameter_groups(config.optimizer, [p for _, p in self.trainable]),
                 optimizer=make_optimizer(config.optimizer),
                 lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),

@@ -20,6 +20,7 @@ from selfnpo_fast.models import Adapter, load_adapter_of
 from selfnpo_fast.models.conditioning import ConditioningTable, table_bytes, unique_rows
 from selfnpo_fast.models.host_table import HostRows, HostTable
 from selfnpo_fast.models.text import encoder_dtype
+from selfnpo_fast.models.quantised import quantise
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -43,7 +44,8 @@ class Inputs:
     latents: torch.Tensor | None
     """(N, ...) float32 scaled latents of real data; None without data."""
     student: nn.Module
-    """The base model's denoiser on this rank's device, in the precision of training."""
+    """The base model's denoiser on this rank's device, in the precision of training or, as
+    `model.quantization` says, quantised."""
     base: dict
     """The record of the base for the negative model's files (`negatives.fingerprint`)."""
     record: InputRecord | None = None
@@ -73,7 +75,9 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     # The text encoders come alone: the autoencoder of `read_inputs` goes, and the denoiser comes after.
     adapter.drop_autoencoder()
     table = prompt_table(config, adapter, inputs.prompts, world)
-    student = adapter.load_denoiser(dtype).to(world.device)
+    # A base that is to be quantised stays in host memory until its weights are recorded.
+    quantised = model.quantization != "none"
+    student = adapter.load_denoiser(dtype).to("cpu" if quantised else world.device)
     weights = module_weights(student, model.path)
     schedule = ScheduleFacts.of(adapter.schedule, model.path)
     commit = adapter.folder.commit
@@ -83,6 +87,8 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
         named = ((name, weights.read(name)) for name in weights.shapes)
         encoder = encoder_dtype(world.device, dtype)
         record = InputRecord(inputs, table, schedule, named, commit=commit, encoder=encoder)
+    if quantised:
+        quantise(student, model.quantization, world.device)
     return Inputs(adapter, table, inputs.prompts, inputs.latents, student, base, record)
 
 

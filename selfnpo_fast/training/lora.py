@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.models import Family
+from selfnpo_fast.models.quantised import QuantisedLinear
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError
 
@@ -117,6 +118,8 @@ _LAYER_CLASSES = {peft_layers.Linear: LoraLinear, peft_layers.Conv2d: LoraConv2d
 def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
     """Freeze a diffusers denoiser, and give its target layers low-rank weights with B = 0.
 
+    A quantised layer gets them in the dtype that the network computes in.
+
     From then on the denoiser also takes the argument `low_rank`, a `LoraWeights` (LIVE by default).
 
     Raises UserError where `lora.targets` match no layer, or a layer that cannot have such weights.
@@ -134,7 +137,7 @@ def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
             denoiser.add_adapter(peft_config, adapter_name=LIVE)
         except ValueError as error:
             raise UserError(f"lora.targets: {config.targets} match no layer of the model: {error}") from error
-    call = LoraCall()
+    call, dtype = LoraCall(), network_dtype(denoiser)
     for name, layer in list(_layers(denoiser)):
         if type(layer) not in _LAYER_CLASSES or getattr(layer.base_layer, "groups", 1) != 1:
             kind = type(layer.base_layer).__name__
@@ -142,6 +145,9 @@ def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
         # The class is swapped in place, as torch's parametrizations do, so that PEFT still takes
         # the layer for one of its layers.
         layer.__class__, layer.call = _LAYER_CLASSES[type(layer)], call
+        if isinstance(layer.base_layer, QuantisedLinear):  # whose stored numbers give PEFT no dtype
+            layer.lora_A.to(dtype)
+            layer.lora_B.to(dtype)
     _take_argument(denoiser, call)
 
 

@@ -101,6 +101,45 @@ def tiny_config(sd: Path, **sections) -> TrainConfig:
 # Networks
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
+def test_a_quantised_base_takes_what_its_numbers_and_scales_take(kind, sd):
+    """Bytes of a weight: 1 and a scale for each output channel, or half and a scale for 64."""
+    from selfnpo_fast.models.quantised import quantise, quantised_paths
+    from selfnpo_fast.training.lora import add_lora
+
+    adapter = load_adapter(str(sd))
+    real = adapter.load_denoiser(torch.bfloat16)
+    plain, layers = (
+        ParameterCounts.of(real.requires_grad_(True)),
+        [real.get_submodule(p) for p in quantised_paths(real)],
+    )
+    sizes = [(layer.out_features, layer.in_features) for layer in layers]
+    quantise(real, kind, torch.device("cpu"))
+    add_lora(real, LORA, seed=0)
+    fake = FakeDenoiser(adapter, torch.bfloat16, LORA, quantization=kind)
+    assert fake.parameter_counts == ParameterCounts.of(real)
+    if kind == "nf4":
+        stored = sum(-(-o * i // 2) + 4 * -(-o * i // 64) for o, i in sizes)
+    else:
+        stored = sum(o * i + 4 * o for o, i in sizes)
+    saved = sum(2 * o * i for o, i in sizes) - stored
+    counts = fake.parameter_counts
+    assert counts.weight_bytes == plain.weight_bytes + counts.trained_bytes - saved
+    assert counts.total == plain.total + counts.trained
+    fake.trace_student(2)  # the library's operators know shapes
+
+
+def test_a_quantised_base_is_proposed_to_lora_runs(sd):
+    def proposed(kind: str, rank: int = 4) -> set[str]:
+        config = tiny_config(sd, lora=LoraConfig(rank=rank), model=ModelConfig(path=str(sd), quantization=kind))
+        changes = memory_saving_changes(config, 1)
+        return {option for option, _ in changes if "quantization" in option}
+
+    assert proposed("none") == {"--model.quantization int8", "--model.quantization nf4"}
+    assert proposed("int8") == proposed("fp8") == {"--model.quantization nf4"}
+    assert proposed("nf4") == proposed("none", 0) == set()
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize("lora", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
