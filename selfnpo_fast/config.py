@@ -285,6 +285,11 @@ class EngineConfig:
     compile: Literal["off", "default", "max"] = "off"
     """torch.compile for the blocks of the student and for the step of continuous rollouts. max
     compiles with max-autotune."""
+    attention: Literal["auto", "sdpa", "flash", "xformers"] = "auto"
+    """Kernels of the attention layers of student and reference. auto leaves the layers as diffusers
+    makes them; sdpa is torch's attention, which chooses a kernel at each call; flash its
+    FlashAttention kernel and no other; xformers that of the package. A line says how many layers
+    compute with the choice."""
     graphs: bool = True
     """On a GPU, capture the step of continuous rollouts as a CUDA graph."""
     tf32: bool = True

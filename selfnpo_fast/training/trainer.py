@@ -12,6 +12,7 @@ from torch import nn
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.negatives.write import save_negative
 from selfnpo_fast.rollout import Pairs
+from selfnpo_fast.runtime.attention import set_attention
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -96,6 +97,8 @@ class Trainer:
         self.update = 0  # updates made so far
         self.saved: Path | None = None  # the newest checkpoint that this run has written or continued from
         student, family = inputs.student, self.adapter.family
+        # Before the reference becomes a copy of it.
+        set_attention(student, config.engine.attention, threads=config.rollout.overlap)
         # Split off the reference before DeepSpeed touches the student.
         reference, average = _split(student, config)
         # Prepare the student's blocks, and hand the student to DeepSpeed.
@@ -306,7 +309,8 @@ class Trainer:
         if self.config.reference.kind == "frozen":
             return self.reference.module
         if self._loaded_base is None:
-            self._loaded_base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision])
+            self._loaded_base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
+            set_attention(self._loaded_base, self.config.engine.attention, say=False)
         return self._loaded_base.to(self.world.device)
 
     def _parts(self, recorder: Recorder) -> Parts:
