@@ -290,6 +290,10 @@ class EngineConfig:
     makes them; sdpa is torch's attention, which chooses a kernel at each call; flash its
     FlashAttention kernel and no other; xformers that of the package. A line says how many layers
     compute with the choice."""
+    offload: Literal["none", "optimizer", "blocks"] = "none"
+    """What host memory keeps. optimizer: moments and fp32 masters, which DeepSpeed's CPUAdam moves
+    there (ZeRO 1 to 3); blocks: the frozen weights of the blocks of a LoRA run, of which each block
+    has its own on the device only while it computes."""
     graphs: bool = True
     """On a GPU, capture the step of continuous rollouts as a CUDA graph."""
     tf32: bool = True
@@ -404,8 +408,29 @@ class TrainConfig:
             self.engine.zero_stage,
             "0, 1 or 2 with lora.rank: student and reference share one backbone, which ZeRO 3 would take apart",
         )
+        self._check_offload()
         if self.rollout.start == "data" and not self.data.source:
             raise UserError(
                 "data.source: none given, but rollout.start is 'data'; name a folder of captioned images, or train "
                 "from prompts only with configs/sd15.yaml"
             )
+
+    def _check_offload(self) -> None:
+        """UserError for a choice that the offload does not go with."""
+        engine = self.engine
+        if engine.offload == "optimizer":
+            name, stage = self.optimizer.name, engine.zero_stage
+            expected = "'adamw' with engine.offload optimizer, which keeps its float32 moments in host memory"
+            _check(name == "adamw", "optimizer.name", name, expected)
+            expected = "1, 2 or 3 with engine.offload optimizer"
+            _check(stage > 0 or engine.precision != "fp32", "engine.zero_stage", stage, expected)
+        elif engine.offload == "blocks":
+            _check(self.lora.rank > 0, "lora.rank", self.lora.rank, "1 or more with engine.offload blocks")
+            for name, value, wanted in (
+                ("engine.graphs", engine.graphs, False),
+                ("engine.compile", engine.compile, "off"),
+                ("rollout.overlap", self.rollout.overlap, False),
+                ("engine.gradient_checkpointing", engine.gradient_checkpointing, True),
+            ):
+                expected = f"{str(wanted).lower()} with engine.offload blocks"
+                _check(value == wanted, name, value, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from selfnpo_fast.config import TrainConfig
@@ -11,7 +12,7 @@ from selfnpo_fast.training.engine import zero_stage
 def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[str, TrainConfig]]:
     """Changes of a config that save memory, those with the fewest side effects first.
 
-    Each is a pair of the command-line option, such as "--rollout.pool 1", and the changed config.
+    Each is a pair of the command-line options, such as "--rollout.pool 1", and the changed config.
     """
     engine = config.engine
     changes = []
@@ -26,7 +27,7 @@ def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[st
         add("--engine.gradient_checkpointing true", engine={"gradient_checkpointing": True})
     if engine.precision == "fp32":
         add("--engine.precision bf16", engine={"precision": "bf16"})
-    if config.optimizer.name == "adamw":
+    if config.optimizer.name == "adamw" and engine.offload != "optimizer":
         add("--optimizer.name adamw8bit", optimizer={"name": "adamw8bit"})
     highest = 2 if config.lora.rank else 3
     for stage in range(zero_stage(config) + 1, highest + 1 if world_size > 1 else 0):
@@ -37,6 +38,22 @@ def memory_saving_changes(config: TrainConfig, world_size: int) -> list[tuple[st
         add(f"--engine.accumulation {steps}", engine={"accumulation": steps})
     if config.rollout.mode == "continuous" and config.rollout.pool > 1:
         add("--rollout.pool 1", rollout={"pool": 1})
+    if engine.offload == "none":
+        _add_offload(config, add)
     if not config.lora.rank:
         add("--lora.rank 16", lora={"rank": 16}, engine={"zero_stage": min(engine.zero_stage, 2)})
     return changes
+
+
+def _add_offload(config: TrainConfig, add: Callable[..., None]) -> None:
+    """Add the offload that the config could have, with all options that it needs."""
+    engine = config.engine
+    if config.lora.rank:
+        wanted = {"graphs": False, "compile": "off", "gradient_checkpointing": True, "offload": "blocks"}
+        changed = {name: value for name, value in wanted.items() if getattr(engine, name) != value}
+        words = [f"--engine.{name} {str(value).lower()}" for name, value in changed.items()]
+        words += ["--rollout.overlap false"] if config.rollout.overlap else []
+        add(" ".join(words), engine=changed, rollout={"overlap": False})
+    elif zero_stage(config):
+        words = ["--engine.offload optimizer"] + ["--optimizer.name adamw"] * (config.optimizer.name != "adamw")
+        add(" ".join(words), engine={"offload": "optimizer"}, optimizer={"name": "adamw"})

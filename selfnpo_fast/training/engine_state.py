@@ -136,7 +136,8 @@ class Moment:
         # Make the state that the optimiser's first step would make.
         for p in _native_params(self.engine):
             if not state[p]:
-                state[p] = {"step": torch.tensor(float(self.counters.steps), device=p.device)}
+                steps = self.counters.steps
+                state[p] = {"step": steps if _is_on_host(self.engine) else torch.tensor(float(steps), device=p.device)}
                 state[p] |= {name: torch.zeros_like(p, dtype=torch.float32) for name in moment_names(self.engine)}
         # DeepSpeed ties moments to parameter names after its first step; none has been made here.
         link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
@@ -191,7 +192,13 @@ class NativeMoments:
 
 def moment_names(engine: StudentEngine) -> tuple[str, ...]:
     """The moments that are saved by parameter name; none of the 8-bit optimiser's can be."""
-    return ("exp_avg", "exp_avg_sq") if isinstance(engine.engine.basic_optimizer, torch.optim.AdamW) else ()
+    is_adamw = isinstance(engine.engine.basic_optimizer, torch.optim.AdamW) or _is_on_host(engine)
+    return ("exp_avg", "exp_avg_sq") if is_adamw else ()
+
+
+def _is_on_host(engine: StudentEngine) -> bool:
+    """Whether DeepSpeed's CPUAdam is the optimiser; it has AdamW's state, but counts in ints."""
+    return type(engine.engine.basic_optimizer).__name__ == "DeepSpeedCPUAdam"
 
 
 def loss_scale(engine: StudentEngine) -> dict | None:

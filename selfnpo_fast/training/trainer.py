@@ -34,6 +34,7 @@ from selfnpo_fast.training.inputs import Inputs
 from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
+from selfnpo_fast.training.offload import offload_blocks
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.resumable import MOMENTS, newest_good, update_of
 from selfnpo_fast.training.samples import SampleGrids
@@ -113,6 +114,9 @@ class Trainer:
             flat = trained if self.engine.stage else set()
             _to_channels_last(p for p in (*student.parameters(), *reference.parameters()) if id(p) not in flat)
             _feed_channels_last(student, flat)
+        # After DeepSpeed, too, which takes all parameters to the device.
+        if config.engine.offload == "blocks":
+            offload_blocks(student, family.repeated_blocks, world.device)
         # Build the reference, the method and its producer of pairs.
         self.reference = self._make_reference(reference, average)
         self.method = find_method(config.method)(config, self.adapter, self.table, world)

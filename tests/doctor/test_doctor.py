@@ -493,10 +493,10 @@ def test_changes_lead_to_a_config_that_fits(sd):
     tracer = make_tracer(config)
     run = tracer.plan(config, 1, "cuda")
     for words, changed in memory_saving_changes(config, 1):
-        option, value = words.removeprefix("--").split()
-        section, _, name = option.partition(".")
-        found = getattr(getattr(changed, section), name)
-        assert str(found).lower() == value
+        parts = words.split()
+        for option, value in zip(parts[::2], parts[1::2], strict=True):
+            section, _, name = option.removeprefix("--").partition(".")
+            assert str(getattr(getattr(changed, section), name)).lower() == value
     before = costs.memory(run)
     card = before.peak / costs.GIB / 2
     assert not fits(before, card)
