@@ -85,6 +85,21 @@ class EngineCounters:
         for name, value in (state["loss_scale"] or {}).items():
             setattr(self.engine.engine.optimizer.loss_scaler, name, value)
         self.steps = state["steps"]
+        if _is_on_host(self.engine):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let CPUAdam count the steps of the loaded state.
+
+        It multiplies up the powers of beta from step to step, and would compute them in another way
+        after a jump, which differs in the last bits: a resumed run would not end in the same ones.
+        """
+        optimizer = self.engine.engine.basic_optimizer
+        group, nothing = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+        first, second = group["betas"]
+        for step in range(1, self.steps + 1):
+            settings = (0.0, first, second, group["eps"], 0.0, group["bias_correction"])
+            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, *settings, *nothing)
 
     def _check_scale(self, saved: object) -> None:
         """ValueError unless `saved` has the names of this engine's loss scale, and numbers."""

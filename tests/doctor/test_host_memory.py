@@ -55,7 +55,7 @@ def test_the_optimiser_s_state_leaves_the_device(stage, precision, tracer):
     assert after.host == dict(zip(STATE, (8 * share, 4 * share, 4 * share), strict=True))
     assert before.host == {}
     assert not {*STATE} & after.resident.keys()
-    assert before.total_at_rest - after.total_at_rest >= (8 + 4) * share - 8 * (stage == 3 and precision == "fp32")
+    assert before.total_at_rest - after.total_at_rest >= (8 + 4) * share
     assert after.peak < before.peak
     if precision == "bf16":
         assert after.resident["EMA masters"] == 4 * share, "the moving average stays"
