@@ -323,6 +323,15 @@ class EngineConfig:
     compile: Literal["off", "default", "max"] = "off"
     """torch.compile for the blocks of the student and for the step of continuous rollouts. max
     compiles with max-autotune."""
+    attention: Literal["auto", "sdpa", "flash", "xformers"] = "auto"
+    """Kernels of the attention layers of student and reference. auto leaves the layers as diffusers
+    makes them; sdpa is torch's attention, which chooses a kernel at each call; flash its
+    FlashAttention kernel and no other; xformers that of the package. A line says how many layers
+    compute with the choice."""
+    offload: Literal["none", "optimizer", "blocks"] = "none"
+    """What host memory keeps. optimizer: moments and fp32 masters, which DeepSpeed's CPUAdam moves
+    there (ZeRO 1 to 3); blocks: the frozen weights of the blocks of a LoRA run, of which each block
+    has its own on the device only while it computes."""
     graphs: bool = True
     """On a GPU, capture the step of continuous rollouts as a CUDA graph."""
     tf32: bool = True
@@ -443,6 +452,7 @@ class TrainConfig:
             self.engine.zero_stage,
             "0, 1 or 2 with lora.rank: student and reference share one backbone, which ZeRO 3 would take apart",
         )
+        self._check_offload()
         if self.rollout.start == "data" and not self.data.source:
             raise UserError(
                 "data.source: none given, but rollout.start is 'data'; name a folder of captioned images, or train "
@@ -462,3 +472,23 @@ class TrainConfig:
                 f"model.quantization: {kind!r} is not possible with engine.zero_stage 3, which would take the stored "
                 "base apart; use 0, 1 or 2"
             )
+
+    def _check_offload(self) -> None:
+        """UserError for a choice that the offload does not go with."""
+        engine = self.engine
+        if engine.offload == "optimizer":
+            name, stage = self.optimizer.name, engine.zero_stage
+            expected = "'adamw' with engine.offload optimizer, which keeps its float32 moments in host memory"
+            _check(name == "adamw", "optimizer.name", name, expected)
+            expected = "1, 2 or 3 with engine.offload optimizer"
+            _check(stage > 0 or engine.precision != "fp32", "engine.zero_stage", stage, expected)
+        elif engine.offload == "blocks":
+            _check(self.lora.rank > 0, "lora.rank", self.lora.rank, "1 or more with engine.offload blocks")
+            for name, value, wanted in (
+                ("engine.graphs", engine.graphs, False),
+                ("engine.compile", engine.compile, "off"),
+                ("rollout.overlap", self.rollout.overlap, False),
+                ("engine.gradient_checkpointing", engine.gradient_checkpointing, True),
+            ):
+                expected = f"{str(wanted).lower()} with engine.offload blocks"
+                _check(value == wanted, name, value, expected)

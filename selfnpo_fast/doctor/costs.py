@@ -12,9 +12,10 @@ Sizes are in bytes. One multiplication and one addition are two FLOPs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from selfnpo_fast.config import RolloutConfig, TrainConfig
+from selfnpo_fast.doctor.host_memory import move_to_host
 from selfnpo_fast.doctor.tracing import FakeDenoiser, ParameterCounts, StudentTrace
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.host_table import window_size
@@ -201,6 +202,8 @@ class Memory:
     """Bytes that live all the time, by what holds them."""
     phases: dict[str, int]
     """Bytes that each phase of an update adds to the resident ones."""
+    host: dict[str, int] = field(default_factory=dict)
+    """Bytes of host memory that `engine.offload` takes for this rank, by what holds them."""
 
     @property
     def total_at_rest(self) -> int:
@@ -249,6 +252,7 @@ def memory(run: PlannedRun) -> Memory:
     has_masters = ema and config.engine.precision != "fp32"
     masters = 4 * math.ceil(counts.trained / run.world_size) if has_masters else 0
     resident, phases = _engine_memory(run)
+    host = move_to_host(run, resident)
     if uses_graphs(run):
         del phases[REFERENCE_FORWARD]
         pool, phases[GRAPH_CAPTURE] = _graph_memory(run)
@@ -256,7 +260,7 @@ def memory(run: PlannedRun) -> Memory:
     elif config.rollout.overlap:  # the reference runs at the same time as every other phase
         phases = {name: size + run.reference_peak for name, size in phases.items() if name != REFERENCE_FORWARD}
     resident |= {"reference": reference, "EMA masters": masters, **_rollout_buffers(run)}
-    return Memory({name: size for name, size in resident.items() if size}, phases)
+    return Memory({name: size for name, size in resident.items() if size}, phases, host)
 
 
 def _graph_memory(run: PlannedRun) -> tuple[int, int]:
@@ -305,6 +309,7 @@ def _engine_memory(run: PlannedRun) -> tuple[dict[str, int], dict[str, int]]:
     """
     config, counts, world = run.config, run.parameter_counts, run.world_size
     stage, precision = zero_stage(config), config.engine.precision
+    on_host = config.engine.offload == "optimizer"
     zero = deepspeed_config(config, world, counts.trained)["zero_optimization"]
     bucket = int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
     shard = math.ceil(counts.trained / (world if stage else 1))
@@ -318,20 +323,22 @@ def _engine_memory(run: PlannedRun) -> tuple[dict[str, int], dict[str, int]]:
     if stage == 0:  # whole gradients, and their copy in the flat tensor of the all-reduce
         flat = width * min(counts.trained, DEEPSPEED_BUCKET + counts.largest_trained)
         backward, reduction, step, carried = 0, gradients + flat, gradients + scratch, gradients
-    elif stage == 1 and precision == "bf16":  # BF16_Optimizer: whole float32 gradients on every rank
+    elif stage == 1 and precision == "bf16" and not on_host:  # BF16_Optimizer: whole float32 gradients on every rank
         resident |= {"fp32 masters": 4 * shard, "gradients": 4 * counts.trained}
         backward, reduction, step, carried = 0, gradients + 2 * counts.trained, gradients + scratch, gradients
     elif stage < 3:
         resident["fp32 masters"] = 4 * shard
         # With overlap_comm, on GPUs, a second bucket fills while the first is reduced.
         buckets = width * bucket * (2 if run.device == "cuda" else 1)
-        float32_gradients = 4 * shard if precision == "bf16" else 0
+        float32_gradients = 4 * shard if precision == "bf16" and not on_host else 0
         whole_gradients = gradients if stage == 1 else 0
         carried = whole_gradients or (float32_gradients or width * shard)
         backward = buckets  # the shard's float32 gradients grow while activations are freed
         reduction = buckets + max(whole_gradients, in_bucket) + float32_gradients
         # The shard's float32 gradients; where gradients were float32 before, those still live, too.
         step = (4 if precision == "bf16" else 8) * shard + scratch
+        if on_host:  # where the shard's float32 gradients are; one of them at a time is on the device
+            resident["fp32 gradients"], step = 4 * shard, 4 * counts.largest_trained
     else:  # weights are gathered layer by layer
         gathered = width * min(counts.trained, MAX_LIVE) if world > 1 else 0
         resident["weights"] = counts.weight_bytes - width * (counts.trained - shard - counts.persistent)
@@ -339,6 +346,9 @@ def _engine_memory(run: PlannedRun) -> tuple[dict[str, int], dict[str, int]]:
         resident["gradients"] = (4 if precision == "bf16" else width) * shard
         resident["buckets"] = width * bucket
         backward, reduction, step, carried = gathered, gathered + in_bucket, 4 * shard + scratch, 0
+        if on_host:
+            resident["fp32 gradients"], resident["gradients"] = 4 * shard, 0
+            resident["fp32 masters"], step = 4 * shard, 4 * counts.largest_trained
     if config.engine.accumulation == 1:
         carried = 0
     phases = {

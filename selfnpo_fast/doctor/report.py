@@ -13,7 +13,9 @@ from selfnpo_fast.doctor.machines import GPUS, Machine, measure_this_machine, up
 from selfnpo_fast.doctor.memory_check import TOLERANCE, Comparison, compare, measure
 from selfnpo_fast.doctor.savings import memory_saving_changes
 from selfnpo_fast.models import SD15_SMALL, load_adapter_of
+from selfnpo_fast.runtime.attention import why_not
 from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import init_world
 from selfnpo_fast.training.engine import zero_stage
@@ -42,6 +44,9 @@ def examine(config: TrainConfig, *, memory_gib: float | None = None, world_size:
 
     Raises UserError for every mistake in the config or the model that shows without weights.
     """
+    reason = why_not(config.engine.attention, "cuda", DTYPES[config.engine.precision])
+    if reason is not None:
+        raise UserError(f"engine.attention: {config.engine.attention} {reason}")
     tracer = make_tracer(config)
     run = tracer.plan(config, world_size, "cuda")
     memory = costs.memory(run)
@@ -109,7 +114,8 @@ def _run_section(run: PlannedRun) -> str:
         + ")",
         f"update    {engine.batch_size} pairs (ranks x micro-batches x pairs: {run.world_size} x "
         f"{engine.accumulation} x {run.micro_batch}); {engine.precision}, ZeRO {zero_stage(config)}, "
-        f"{config.optimizer.name}, gradient checkpointing {'on' if engine.gradient_checkpointing else 'off'}",
+        f"{config.optimizer.name}, gradient checkpointing {'on' if engine.gradient_checkpointing else 'off'}, "
+        f"attention {engine.attention}, offload {engine.offload}",
         f"forwards  {costs.forwards_per_pair(config.rollout):.3g} of the reference per pair "
         f"({config.rollout.mode} from {config.rollout.start}, omega = {config.rollout.omega:g})"
         + (f"; at most {startup:,} once, to fill the slots" if startup else ""),
@@ -134,8 +140,11 @@ def _memory_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Iter
     lines += _table_lines([("at rest", format_bytes(memory.total_at_rest))])
     lines += _table_lines((f"+ {name}", format_bytes(size)) for name, size in memory.phases.items())
     lines += _table_lines([("peak of an update", format_bytes(memory.peak))])
+    lines += _table_lines((f"host memory: {name}", format_bytes(size)) for name, size in memory.host.items())
     for checkpointing in (False, True):
-        changed = replace(config, engine=replace(config.engine, gradient_checkpointing=checkpointing))
+        # Offloaded blocks want checkpointing, and leave the activations as they are.
+        engine = replace(config.engine, gradient_checkpointing=checkpointing, offload="none")
+        changed = replace(config, engine=engine)
         student = tracer.plan(changed, run.world_size, run.device).student
         activations = student.peak - student.peak_gradients
         lines.append(

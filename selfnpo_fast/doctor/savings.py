@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from selfnpo_fast.config import TrainConfig
@@ -33,7 +34,7 @@ def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) 
         add("--engine.gradient_checkpointing true", engine={"gradient_checkpointing": True})
     if engine.precision == "fp32":
         add("--engine.precision bf16", engine={"precision": "bf16"})
-    if config.optimizer.name == "adamw":
+    if config.optimizer.name == "adamw" and engine.offload != "optimizer":
         add("--optimizer.name adamw8bit", optimizer={"name": "adamw8bit"})
     highest = 2 if config.lora.rank else 3
     for stage in range(zero_stage(config) + 1, highest + 1 if world_size > 1 else 0):
@@ -47,6 +48,8 @@ def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) 
     if config.lora.rank and config.model.quantization != "nf4":
         for kind in ("int8", "nf4") if config.model.quantization == "none" else ("nf4",):
             add(f"--model.quantization {kind}", model={"quantization": kind})
+    if engine.offload == "none":
+        _add_offload(config, add)
     if not config.lora.rank:
         targets = list(family.lora_targets)
         add(
@@ -56,3 +59,17 @@ def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) 
             engine={"zero_stage": min(engine.zero_stage, 2)},
         )
     return changes
+
+
+def _add_offload(config: TrainConfig, add: Callable[..., None]) -> None:
+    """Add the offload that the config could have, with all options that it needs."""
+    engine = config.engine
+    if config.lora.rank:
+        wanted = {"graphs": False, "compile": "off", "gradient_checkpointing": True, "offload": "blocks"}
+        changed = {name: value for name, value in wanted.items() if getattr(engine, name) != value}
+        words = [f"--engine.{name} {str(value).lower()}" for name, value in changed.items()]
+        words += ["--rollout.overlap false"] if config.rollout.overlap else []
+        add(" ".join(words), engine=changed, rollout={"overlap": False})
+    elif zero_stage(config):
+        words = ["--engine.offload optimizer"] + ["--optimizer.name adamw"] * (config.optimizer.name != "adamw")
+        add(" ".join(words), engine={"offload": "optimizer"}, optimizer={"name": "adamw"})

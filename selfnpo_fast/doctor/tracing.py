@@ -27,6 +27,7 @@ from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.quantised import plan_quantised, quantised_elements
 from selfnpo_fast.training.lora import add_lora
+from selfnpo_fast.training.offload import offloadable
 
 PERSISTENT_ELEMENTS = 100_000
 """DeepSpeed's stage3_param_persistence_threshold: smaller parameters stay whole on every rank."""
@@ -190,6 +191,12 @@ class FakeDenoiser:
             handle.remove()
         self._clear_gradients()
         return StudentTrace(kept=kept, peak=live.peak, peak_gradients=live.peak_gradients)
+
+    @functools.cached_property
+    def frozen_blocks(self) -> list[int]:
+        """Bytes of the frozen weights of each block, which `engine.offload: blocks` moves."""
+        blocks = offloadable(self.module, self.adapter.family.repeated_blocks)
+        return [sum(parameter.nbytes for _, _, parameter in frozen) for frozen in blocks.values()]
 
     # FLOPs are counted in separate passes: the counter's hooks would keep what checkpointing frees.
 

@@ -19,6 +19,7 @@ from selfnpo_fast.guidance.lora_layers import Rows
 from selfnpo_fast.models.base import Adapter, Conditioning
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.negatives.weights import match_placement
+from selfnpo_fast.runtime.attention import set_attention
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.errors import UserError
 
@@ -35,8 +36,16 @@ class Branches:
     Two networks run one after the other.
     """
 
-    def __init__(self, adapter: Adapter, positive: nn.Module, negative: Negative | None, compile: str = "off") -> None:
-        """`compile` is off, default or max; the caller's positive network is not changed."""
+    def __init__(
+        self,
+        adapter: Adapter,
+        positive: nn.Module,
+        negative: Negative | None,
+        compile: str = "off",
+        attention: str = "auto",
+    ) -> None:
+        """`compile` is off, default or max, `attention` one of `runtime.attention.ATTENTION`; the
+        caller's networks are not changed."""
         self.predict, self.positive = adapter.predict, positive
         blocks = adapter.family.repeated_blocks
         self.backbone: LowRankBackbone | None = None
@@ -46,16 +55,17 @@ class Branches:
             match_placement(network, positive)
         self.given_network = network if isinstance(network, nn.Module) else None
         """The negative's network as it was given, of which `negative` may be a copy."""
-        if deltas is not None or compile != "off":
+        copied = compile != "off" or attention != "auto"
+        if deltas is not None or copied:
             # Layers are changed and compiled in a copy of the module tree, not in the caller's.
             self.positive = _share(positive, f"pipe: its {adapter.family.denoiser_name}")
         if deltas is not None:
             self.backbone = install(self.positive, deltas)
-        if compile != "off":
-            compile_blocks(self.positive, blocks, compile)
-            if network is not None:
-                network = _share(network, "negative: its network")
-                compile_blocks(network, blocks, compile)
+        if copied and network is not None:
+            network = _share(network, "negative: its network")
+        for part in (self.positive, *([] if network is None else [network])):
+            set_attention(part, attention, field="attention")
+            compile_blocks(part, blocks, compile)
         self.negative = network
 
     @property

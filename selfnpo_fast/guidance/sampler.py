@@ -41,6 +41,7 @@ from selfnpo_fast.models import Adapter, Family, Size, adapter_of
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.negatives.weights import config_of
+from selfnpo_fast.runtime.attention import ATTENTION
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import capture_of, own_modes
 from selfnpo_fast.runtime.console import logger
@@ -106,6 +107,7 @@ class GuidedSampler:
         compile: Literal["off", "default", "max"] = "off",
         graphs: bool = True,
         branches: Literal["auto", "batched", "split"] = "auto",
+        attention: Literal["auto", "sdpa", "flash", "xformers"] = "auto",
         max_shapes: int = 4,
         solver: Literal["dpm++", "ddim", "euler", "unipc", "own"] = "dpm++",
     ) -> None:
@@ -117,16 +119,18 @@ class GuidedSampler:
           is compared with the plain step; where they differ, a line says that graphs are off.
         - branches: one batch or two where one network computes both branches; auto takes what is
           faster in the first steps of a shape.
+        - attention: kernels of the attention layers, as in `engine.attention`.
         - max_shapes: how many shapes are kept.
         - solver: the default of calls, as in `SamplerConfig`.
 
-        Raises UserError for values that are not possible, for a negative of another schedule, and
-        where `solver` is own and the model's scheduler is none that the fused step serves.
+        Raises UserError for values that are not possible, a negative of another schedule, attention
+        that reaches no layer, and where `solver` is own and no scheduler that the fused step serves.
         """
         check_choice("compile", compile, ("off", "default", "max"))
         if not isinstance(graphs, bool):
             raise UserError(f"graphs: {shortened(graphs)} is not possible; expected True or False")
         check_choice("branches", branches, BRANCHES)
+        check_choice("attention", attention, ATTENTION)
         check_integer("max_shapes", max_shapes, 1, MAX_COUNT)
         check_choice("solver", solver, SOLVERS)
         new_scheduler(solver, adapter.scheduler)
@@ -139,7 +143,7 @@ class GuidedSampler:
         self._drawing: int | None = None
         """The thread whose turn it is."""
         self._snapshot: Snapshot | None = None
-        self._branches = Branches(adapter, denoiser, negative, compile)
+        self._branches = Branches(adapter, denoiser, negative, compile, attention)
         capture = capture_of(self.device, graphs, "the sampler's steps", self.dtype)
         longest = adapter.schedule.num_train_timesteps
         self._trajectories = Trajectories(self._branches, branches, capture, most=max_shapes, most_steps=longest)

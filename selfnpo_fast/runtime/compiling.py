@@ -26,7 +26,7 @@ def compiled(function: Callable, choice: str, *, dynamic: bool = False) -> Calla
 def compile_blocks(module: nn.Module, names: Iterable[str], choice: str, *, training: bool = False) -> int:
     """Compile the blocks of which a denoiser has many; returns how many there are.
 
-    `names` are the blocks' classes, to which diffusers' own list (`_repeated_blocks`) is added.
+    `names` are the blocks' classes, to which diffusers' own list is added (`block_kinds`).
 
     Blocks of one kind and shape share their code, so this takes a fraction of the time that the
     whole network takes. The module keeps its parameters, names and hooks. With `training`, calls
@@ -35,8 +35,12 @@ def compile_blocks(module: nn.Module, names: Iterable[str], choice: str, *, trai
     """
     if choice == "off":
         return 0
-    kinds = {*names, *(getattr(module, "_repeated_blocks", None) or ())}
-    blocks = [block for block in module.modules() if type(block).__name__ in kinds]
+    kinds = block_kinds(module, names)
+    blocks = repeated_blocks(module, kinds)
+    if not getattr(module, "_repeated_blocks", None) and kinds - {*names}:
+        listed = ", ".join(f"{sum(type(b).__name__ == kind for b in blocks)} {kind}" for kind in sorted(kinds))
+        name = type(module).__name__
+        say_once(f"engine.compile: diffusers lists no repeated blocks of {name}; what is compiled: {listed}")
     limit = _recompile_limit() if blocks else {}
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False, mode=MODES[choice], **limit)
@@ -44,6 +48,29 @@ def compile_blocks(module: nn.Module, names: Iterable[str], choice: str, *, trai
             block._compiled_call_impl = _with_gradients(block._compiled_call_impl, block._call_impl)
     logger.info("engine.compile: %d blocks of the student; the first updates take longer", len(blocks))
     return len(blocks)
+
+
+def block_kinds(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """The classes of the blocks that a denoiser has many of: `names` and diffusers'
+    `_repeated_blocks`.
+
+    Where diffusers leaves that list empty, as for CogVideoX and SD3, its `_no_split_modules` are
+    taken, those of them that stand in a list of modules: a patch embedding does not.
+    """
+    listed = getattr(module, "_repeated_blocks", None)
+    if not listed:
+        unsplit, lists = getattr(module, "_no_split_modules", None) or (), _lists_of(module)
+        listed = {type(block).__name__ for blocks in lists for block in blocks.modules()} & {*unsplit}
+    return {*names, *listed}
+
+
+def repeated_blocks(module: nn.Module, kinds: set[str]) -> list[nn.Module]:
+    """The modules in `module` whose classes have one of the names `kinds`, in its order."""
+    return [block for block in module.modules() if type(block).__name__ in kinds]
+
+
+def _lists_of(module: nn.Module) -> list[nn.ModuleList]:
+    return [part for part in module.modules() if isinstance(part, nn.ModuleList)]
 
 
 def _recompile_limit() -> dict[str, int]:

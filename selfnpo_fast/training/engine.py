@@ -13,7 +13,7 @@ from torch import nn
 from selfnpo_fast.config import OptimizerConfig, TrainConfig
 from selfnpo_fast.runtime.console import logger, quiet_libraries
 from selfnpo_fast.runtime.dtypes import network_dtype
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.world import World
 
 
@@ -59,6 +59,8 @@ def deepspeed_config(config: TrainConfig, world_size: int, trained: int) -> dict
         # and so for the rollout of the next update, which runs on a stream of its own.
         "timers": {"throughput": {"enabled": False}},
     }
+    if engine.offload == "optimizer":
+        out["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.precision == "bf16":
         out["bf16"] = {"enabled": True}
         out["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -89,18 +91,37 @@ def parameter_groups(config: OptimizerConfig, params: list[nn.Parameter]) -> lis
     return [{"params": group} for group in groups]
 
 
-def make_optimizer(config: OptimizerConfig) -> Callable[[list[dict]], torch.optim.Optimizer]:
-    """A factory of the optimiser; DeepSpeed calls it with the parameters that it manages."""
+def make_optimizer(config: OptimizerConfig, *, on_host: bool = False) -> Callable[[list[dict]], torch.optim.Optimizer]:
+    """A factory of the optimiser; DeepSpeed calls it with the parameters that it manages.
+
+    With `on_host` it is DeepSpeed's CPUAdam, which computes the same AdamW in host memory.
+    """
     arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
 
     def build(params):
         """The optimiser over `params`."""
         params = list(params)
+        if on_host:
+            return _on_host(params, arguments)
         if config.name == "adamw8bit":
             return _eight_bit()(params, **arguments)
         return torch.optim.AdamW(params, fused=True, **arguments)
 
     return build
+
+
+def _on_host(params: list[dict], arguments: dict) -> torch.optim.Optimizer:
+    """DeepSpeed's CPUAdam. Raises UserError where it cannot be compiled, as it is at first use."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    logger.info("engine.offload: optimizer: DeepSpeed's CPUAdam is compiled at its first use, which takes minutes")
+    try:
+        return DeepSpeedCPUAdam(params, **arguments, adamw_mode=True)
+    except Exception as error:
+        raise UserError(
+            f"engine.offload: optimizer: DeepSpeed cannot compile its CPUAdam: {one_line(error, 160)}; install ninja "
+            "and a C++ compiler, or use none"
+        ) from error
 
 
 def _eight_bit() -> type[torch.optim.Optimizer]:
@@ -213,7 +234,7 @@ class StudentEngine:
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
                 model=_EngineModule(student, [p for _, p in self.trainable]),
                 model_parameters=parameter_groups(config.optimizer, [p for _, p in self.trainable]),
-                optimizer=make_optimizer(config.optimizer),
+                optimizer=make_optimizer(config.optimizer, on_host=config.engine.offload == "optimizer"),
                 lr_scheduler=lambda optimizer: warmup_schedule(optimizer, config.optimizer.warmup),
                 config=deepspeed_config(config, world.size, sum(p.numel() for _, p in self.trainable)),
                 dist_init_required=False,

@@ -85,6 +85,21 @@ class EngineCounters:
         for name, value in (state["loss_scale"] or {}).items():
             setattr(self.engine.engine.optimizer.loss_scaler, name, value)
         self.steps = state["steps"]
+        if _is_on_host(self.engine):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Let CPUAdam count the steps of the loaded state.
+
+        It multiplies up the powers of beta from step to step, and would compute them in another way
+        after a jump, which differs in the last bits: a resumed run would not end in the same ones.
+        """
+        optimizer = self.engine.engine.basic_optimizer
+        group, nothing = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+        first, second = group["betas"]
+        for step in range(1, self.steps + 1):
+            settings = (0.0, first, second, group["eps"], 0.0, group["bias_correction"])
+            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, *settings, *nothing)
 
     def _check_scale(self, saved: object) -> None:
         """ValueError unless `saved` has the names of this engine's loss scale, and numbers."""
@@ -136,7 +151,8 @@ class Moment:
         # Make the state that the optimiser's first step would make.
         for p in _native_params(self.engine):
             if not state[p]:
-                state[p] = {"step": torch.tensor(float(self.counters.steps), device=p.device)}
+                steps = self.counters.steps
+                state[p] = {"step": steps if _is_on_host(self.engine) else torch.tensor(float(steps), device=p.device)}
                 state[p] |= {name: torch.zeros_like(p, dtype=torch.float32) for name in moment_names(self.engine)}
         # DeepSpeed ties moments to parameter names after its first step; none has been made here.
         link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
@@ -191,7 +207,13 @@ class NativeMoments:
 
 def moment_names(engine: StudentEngine) -> tuple[str, ...]:
     """The moments that are saved by parameter name; none of the 8-bit optimiser's can be."""
-    return ("exp_avg", "exp_avg_sq") if isinstance(engine.engine.basic_optimizer, torch.optim.AdamW) else ()
+    is_adamw = isinstance(engine.engine.basic_optimizer, torch.optim.AdamW) or _is_on_host(engine)
+    return ("exp_avg", "exp_avg_sq") if is_adamw else ()
+
+
+def _is_on_host(engine: StudentEngine) -> bool:
+    """Whether DeepSpeed's CPUAdam is the optimiser; it has AdamW's state, but counts in ints."""
+    return type(engine.engine.basic_optimizer).__name__ == "DeepSpeedCPUAdam"
 
 
 def loss_scale(engine: StudentEngine) -> dict | None:

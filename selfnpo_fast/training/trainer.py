@@ -12,6 +12,7 @@ from torch import nn
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.negatives.write import save_negative
 from selfnpo_fast.rollout import Pairs
+from selfnpo_fast.runtime.attention import set_attention
 from selfnpo_fast.runtime.compiling import compile_blocks
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -34,6 +35,7 @@ from selfnpo_fast.training.inputs import Inputs
 from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
 from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
+from selfnpo_fast.training.offload import offload_blocks
 from selfnpo_fast.training.recorder import Recorder
 from selfnpo_fast.training.resumable import MOMENTS, newest_good, update_of
 from selfnpo_fast.training.samples import SampleGrids
@@ -97,6 +99,8 @@ class Trainer:
         self.update = 0  # updates made so far
         self.saved: Path | None = None  # the newest checkpoint that this run has written or continued from
         student, family = inputs.student, self.adapter.family
+        # Before the reference becomes a copy of it.
+        set_attention(student, config.engine.attention, threads=config.rollout.overlap)
         # Split off the reference before DeepSpeed touches the student.
         reference, average = _split(student, config)
         # Prepare the student's blocks, and hand the student to DeepSpeed.
@@ -111,6 +115,9 @@ class Trainer:
             flat = trained if self.engine.stage else set()
             _to_channels_last(p for p in (*student.parameters(), *reference.parameters()) if id(p) not in flat)
             _feed_channels_last(student, flat)
+        # After DeepSpeed, too, which takes all parameters to the device.
+        if config.engine.offload == "blocks":
+            offload_blocks(student, family.repeated_blocks, world.device)
         # Build the reference, the method and its producer of pairs.
         self.reference = self._make_reference(reference, average)
         self.method = find_method(config.method)(config, self.adapter, self.table, world)
@@ -324,7 +331,8 @@ class Trainer:
         if self.config.reference.kind == "frozen":
             return self.reference.module
         if self._loaded_base is None:
-            self._loaded_base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision])
+            self._loaded_base = self.adapter.load_denoiser(DTYPES[self.config.engine.precision]).to(self.world.device)
+            set_attention(self._loaded_base, self.config.engine.attention, say=False)
         return self._loaded_base.to(self.world.device)
 
     def _parts(self, recorder: Recorder) -> Parts:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_networks
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
@@ -56,6 +57,33 @@ def test_blocks_keep_their_parameters_and_names():
     expected = kinds.count("BasicTransformerBlock") + kinds.count("ResnetBlock2D")
     assert compile_blocks(network, BLOCKS, "default") == expected > 3
     assert [name for name, _ in network.named_parameters()] == names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "kind"), [("cogvideox", "CogVideoXBlock"), ("sd3", "JointTransformerBlock")])
+def test_blocks_that_diffusers_does_not_list(name, kind, monkeypatch, caplog):
+    """`_no_split_modules` says what they are; what stands in no list, as a patch embedding, is none
+    of them. They are whole graphs, and compute what the plain network does."""
+    torch.compiler.reset()
+    network, inputs = tiny_networks.new(name)
+    (expected,) = network(**inputs)
+    original, seen = torch.compile, CompileCounter()
+
+    def counting(call, *, fullgraph, dynamic, **_):
+        return original(call, fullgraph=fullgraph, dynamic=dynamic, backend=seen)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    assert compile_blocks(network, (), "default") == 2
+    assert len([line for line in caplog.messages if f"compiled: 2 {kind}" in line and "Embed" not in line]) == 1
+    (out,) = network(**inputs)
+    assert 1 <= seen.frame_count <= 2, "the blocks' graphs"
+    torch.testing.assert_close(out, expected)
+
+
+def test_blocks_that_diffusers_lists(caplog):
+    network, _ = tiny_networks.new("wan")
+    assert compile_blocks(network, (), "default") == 2
+    assert not [line for line in caplog.messages if "lists no repeated blocks" in line]
 
 
 def test_blocks_for_training_run_plain_without_gradients(monkeypatch):
