@@ -484,11 +484,12 @@ class TrainConfig:
             _check(stage > 0 or engine.precision != "fp32", "engine.zero_stage", stage, expected)
         elif engine.offload == "blocks":
             _check(self.lora.rank > 0, "lora.rank", self.lora.rank, "1 or more with engine.offload blocks")
-            for name, value, wanted in (
+            choices: tuple[tuple[str, object, object], ...] = (
                 ("engine.graphs", engine.graphs, False),
                 ("engine.compile", engine.compile, "off"),
                 ("rollout.overlap", self.rollout.overlap, False),
                 ("engine.gradient_checkpointing", engine.gradient_checkpointing, True),
-            ):
+            )
+            for field, value, wanted in choices:
                 expected = f"{str(wanted).lower()} with engine.offload blocks"
-                _check(value == wanted, name, value, expected)
+                _check(value == wanted, field, value, expected)

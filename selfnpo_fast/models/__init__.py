@@ -11,17 +11,17 @@ from torch import nn
 
 from selfnpo_fast.config import ModelConfig
 from selfnpo_fast.models.base import Adapter
-from selfnpo_fast.models.cogvideox import CogVideoX
+from selfnpo_fast.models.cogvideox import CogVideoXAdapter
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.flux import Flux
 from selfnpo_fast.models.folder import open_folder, open_repository
 from selfnpo_fast.models.ltx import LTXVideo
 from selfnpo_fast.models.qwen_image import QwenImage
 from selfnpo_fast.models.sd import StableDiffusionAdapter
-from selfnpo_fast.models.sd3 import StableDiffusion3
+from selfnpo_fast.models.sd3 import StableDiffusion3Adapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
 from selfnpo_fast.models.size import AskedSize, Size
-from selfnpo_fast.models.wan import Wan
+from selfnpo_fast.models.wan import WanAdapter
 from selfnpo_fast.models.z_image import ZImage
 from selfnpo_fast.runtime.errors import UserError, one_line
 
@@ -44,9 +44,15 @@ def register(family: Family) -> None:
     FAMILIES[family.pipeline_class] = family
 
 
-for _adapter in (StableDiffusionAdapter, StableDiffusionXLAdapter):
+for _adapter in (
+    StableDiffusionAdapter,
+    StableDiffusionXLAdapter,
+    StableDiffusion3Adapter,
+    CogVideoXAdapter,
+    WanAdapter,
+):
     register(_adapter.family)
-for _family in (CogVideoX, StableDiffusion3, Wan, LTXVideo, QwenImage, Flux, ZImage):  # attached to, no more
+for _family in (LTXVideo, QwenImage, Flux, ZImage):  # attached to, no more
     register(_family())
 
 

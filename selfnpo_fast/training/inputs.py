@@ -19,8 +19,8 @@ from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import Adapter, load_adapter_of
 from selfnpo_fast.models.conditioning import ConditioningTable, table_bytes, unique_rows
 from selfnpo_fast.models.host_table import HostRows, HostTable
-from selfnpo_fast.models.text import encoder_dtype
 from selfnpo_fast.models.quantised import quantise
+from selfnpo_fast.models.text import encoder_dtype
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
