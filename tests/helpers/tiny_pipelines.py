@@ -19,7 +19,7 @@ from selfnpo_fast.models import FAMILIES
 
 CHANNELS, WIDTH, POOLED = 16, 12, 6
 """Latent channels, and the widths of text embeddings."""
-CLASSES = [name for family in FAMILIES.values() if family.adapter is None for name in family.guided_pipelines]
+CLASSES = [name for family in FAMILIES.values() if family.denoiser_name != "unet" for name in family.guided_pipelines]
 CASES = [*CLASSES, "WanPipeline two experts", "StableDiffusion3Pipeline skipped layers"]
 """The classes, and ways of calling them that have rules of their own; a class's name comes first."""
 

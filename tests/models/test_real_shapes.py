@@ -22,6 +22,7 @@ from selfnpo_fast.models.folder import open_folder
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sd3 import StableDiffusion3Adapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
+from selfnpo_fast.models.size import AskedSize, Size
 from selfnpo_fast.models.wan import WanAdapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def adapter_of(name: str, **choices):
     model = MODELS[name]
     index = json.loads((model.folder / "model_index.json").read_text())
     folder = open_folder(str(model.folder), name)
-    return model.adapter(name, folder=folder, index=index, **choices)
+    return model.adapter(name, folder=folder, index=index, asked=AskedSize(**choices))
 
 
 @functools.cache
@@ -138,10 +139,10 @@ def test_its_autoencoder_takes_a_picture_or_clip_to_that_latent_and_back(name):
 def test_another_size_and_number_of_frames_pass_through():
     name = "cogvideox_5b"
     adapter = adapter_of(name, frames=25)
-    x = torch.empty(1, *adapter.latent_shape_of(320, 512), device="meta")
+    x = torch.empty(1, *adapter.latent_shape_of(Size(320, 512, 25)), device="meta")
     assert x.shape == (1, 7, 16, 40, 64)
     rows = {"encoder_hidden_states": torch.empty(1, 226, 4096, device="meta")}
-    assert adapter.predict(denoiser_of(name), x, torch.zeros(1, device="meta"), rows).shape == x.shape
+    assert adapter.predict(denoiser_of(name), x, torch.zeros(1, device="meta"), rows, Size(320, 512, 25)).shape == x.shape
 
 
 @pytest.mark.parametrize("name", MODELS)
