@@ -196,18 +196,20 @@ def allow_tf32(config: TrainConfig, device: torch.device) -> None:
 class _EngineModule(nn.Module):
     """What DeepSpeed takes for its network: it calls the real one, and gets the hooks and timers.
 
-    With full weights the network is a child. With LoRA the trained parameters are, and nothing
-    else: what DeepSpeed does to all parameters of its network (it casts them to the run's precision,
-    moves them, broadcasts them from rank 0, and shares them out with ZeRO 3) does not reach the
-    frozen base, which every rank has read for itself and which may be quantised or offloaded. The
-    reference calls the network directly, perhaps in another thread, and runs no hook of DeepSpeed.
+    With full weights the network is a child, or of two experts the trained one. With LoRA the
+    trained parameters are, and nothing else: what DeepSpeed does to all parameters of its network
+    (it casts them to the run's precision, moves them, broadcasts them from rank 0, and shares them
+    out with ZeRO 3) does not reach what is frozen, which every rank has read for itself and which
+    may be quantised or offloaded. The reference calls the network directly, perhaps in another
+    thread, and runs no hook of DeepSpeed.
     """
 
     def __init__(self, network: nn.Module, trained: list[nn.Parameter]) -> None:
         super().__init__()
         self.call: Callable = network.__call__  # bound to the network, which becomes no child by it
-        if all(p.requires_grad for p in network.parameters()):
-            self.network = network
+        whole = [part for part in (network, *network.children()) if all(p.requires_grad for p in part.parameters())]
+        if whole and sum(1 for _ in whole[0].parameters()) == len(trained):
+            self.network = whole[0]
         else:
             self.trained = nn.ParameterList(trained)
         self.train(network.training)
