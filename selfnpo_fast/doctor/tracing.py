@@ -211,14 +211,15 @@ class FakeDenoiser:
     def student_flops(self) -> int:
         """FLOPs of the forward and backward pass of one sample, recomputation included.
 
-        Those of a batch are proportional to its size.
+        Those of a batch are proportional to its size. Of two experts that are trained each computes
+        the sample here, and one of them in a run (`expert_rows`).
         """
         self.module.train()
         with self._fake_mode, _flop_counter() as flops:
             out = self._predict(1)
             out.backward(torch.empty_like(out))
         self._clear_gradients()
-        return flops.get_total_flops()
+        return flops.get_total_flops() // len(self.adapter.trained_denoisers)
 
     def _predict(self, batch: int, one_row: bool = False) -> torch.Tensor:
         """The network's output for latents, timesteps and conditioning of the shapes of a run.

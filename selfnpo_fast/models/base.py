@@ -369,7 +369,8 @@ class Adapter:
         entry = self.index.get("scheduler")
         # The class that the index names goes before that of the config, as in diffusers.
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name")
-        with loading(self.path, "scheduler"):
+        # On the CPU also where networks are being made on another device.
+        with loading(self.path, "scheduler"), torch.device("cpu"):
             return parts.load_scheduler(name, config)
 
     @functools.cached_property
