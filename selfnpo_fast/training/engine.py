@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.config import OptimizerConfig, TrainConfig
-from selfnpo_fast.runtime.console import logger, quiet_libraries
+from selfnpo_fast.runtime.console import logger, quiet_libraries, say_once
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.world import World
@@ -231,6 +231,7 @@ class StudentEngine:
             logger.info("ZeRO: stage 1 instead of 0, since %s keeps fp32 masters", config.engine.precision)
         deepspeed = self._deepspeed = start_deepspeed(world)
         self.trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        wide = [p for _, p in self.trainable if p.dtype == torch.float32]
         # DeepSpeed's bf16 optimiser prints memory figures to standard output at any log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
@@ -242,6 +243,12 @@ class StudentEngine:
                 dist_init_required=False,
             )
         self.module = student
+        cast = sum(p.dtype != torch.float32 for p in wide)
+        if cast and len(wide) < len(self.trainable):
+            say_once(
+                f"engine.precision: {cast} of {len(self.trainable)} trained tensors, which the model keeps in float32, "
+                f"are {config.engine.precision} in the student, as DeepSpeed casts them; their masters are float32"
+            )
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)

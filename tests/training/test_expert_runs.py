@@ -183,3 +183,38 @@ def test_an_update_is_that_of_the_expert_alone(model, tmp_path, monkeypatch):
         moved = found["moved"][f"transformer_2.{name}"]
         clear = gradient.abs() > 1e-5
         torch.testing.assert_close(moved[clear], step[clear], rtol=1e-2, atol=1e-5)
+
+
+# Several ranks
+
+
+def finished(model: Path, output: Path, logs: Path, ranks: int, *more: str, **changes) -> None:
+    logs.mkdir()
+    processes = crash.start(ranks, words(model, output, *more, ranks=ranks, **changes), logs)
+    assert crash.finish(processes, logs) == [0] * ranks, crash.tail(logs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_ranks_that_meet_other_experts_train_as_one_does(zero, model, tmp_path):
+    """Two pairs of a rank are often of one expert: every rank has gradients of both all the same."""
+    more = ["--model.expert", "both", "--optimizer.lr", "1e-3"]
+    assert run(model, tmp_path / "one", *more) == 0
+    finished(model, tmp_path / "two", tmp_path / "logs", 2, *more, zero=zero)
+    one, two = tensors(tmp_path / "one" / "negative"), tensors(tmp_path / "two" / "negative")
+    assert one.keys() == two.keys()
+    for file, values in one.items():
+        for name, value in values.items():
+            torch.testing.assert_close(two[file][name], value, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_zero_3_of_one_expert_trains_as_zero_0(model, tmp_path):
+    """The frozen expert stays whole on every rank."""
+    more = ["--model.expert", "low", "--optimizer.lr", "1e-3"]
+    assert run(model, tmp_path / "one", *more) == 0
+    finished(model, tmp_path / "two", tmp_path / "logs", 2, *more, zero=3)
+    one, two = tensors(tmp_path / "one" / "negative"), tensors(tmp_path / "two" / "negative")
+    assert list(two) == list(one) == [f"transformer_2/{FULL}"]
+    for name, value in one[f"transformer_2/{FULL}"].items():
+        torch.testing.assert_close(two[f"transformer_2/{FULL}"][name], value, rtol=1e-3, atol=2e-4)
