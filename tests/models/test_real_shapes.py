@@ -200,14 +200,20 @@ def test_wan_solves_its_shifted_flow_by_unipc_of_order_2(name):
 
 def test_wan_22_has_two_experts_with_a_boundary():
     adapter = adapter_of("wan22_a14b")
-    assert (adapter.experts, adapter.boundary) == (("high", "low"), 875.0)
-    assert [adapter.expert_at(t) for t in (999, 875, 874.9, 0)] == ["high", "high", "low", "low"]
-    assert [adapter_of("wan22_a14b", expert=name).denoiser_name for name in ("high", "low")] == [
-        "transformer",
-        "transformer_2",
-    ]
+    assert (adapter.denoiser_names, adapter.boundary) == (("transformer", "transformer_2"), 875.0)
+    levels = torch.arange(1000)
+    assert torch.equal(adapter.expert(levels), (adapter.schedule.time.float() < 875).long())
+    trained = {name: adapter_of("wan22_a14b", expert=name) for name in ("high", "low", "both")}
+    assert trained["both"].trained_denoisers == adapter.trained_denoisers == adapter.denoiser_names
+    assert trained["both"].trained_levels == adapter.trained_levels == range(1000)
+    high, low = trained["high"], trained["low"]
+    assert (high.trained_denoisers, low.trained_denoisers) == (("transformer",), ("transformer_2",))
+    # sigma = 3u / (1 + 2u) is .875 at u = .7.
+    assert (low.trained_levels.start, high.trained_levels.stop) == (0, 1000)
+    assert low.trained_levels.stop == high.trained_levels.start and abs(high.trained_levels.start - 700) <= 2
     plain = adapter_of("wan21_14b")
-    assert (plain.experts, plain.boundary, plain.expert_at(900)) == ((), None, None)
+    assert (plain.denoiser_names, plain.boundary) == (("transformer",), None)
+    assert not plain.expert(levels).any()
 
 
 def test_every_shape_has_its_test():
