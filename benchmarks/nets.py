@@ -182,6 +182,8 @@ NETS = {
     "cogvideox_5b": cogvideox_5b,
     "wan21_1_3b": wan21_1_3b,
 }
+UNETS = ("digits", "sd15_small", "sd15", "sdxl")
+"""The networks that `bench_sampler.py` puts into stock pipelines."""
 SMALL = ("digits", "sd15_small")
 """The UNets that a CPU can run, which are all that `--net all` means."""
 TRANSFORMERS = ("cogvideox_small", "sd35_small")
