@@ -71,7 +71,10 @@ from selfnpo_fast.runtime.dtypes import DTYPES  # noqa: E402
 from selfnpo_fast.runtime.errors import one_line  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""The clocks of `--clock`. The time of the process on its cores is for a CPU that has other work."""
+"""The clocks of `--clock`.
+
+The time of the process on its cores is for a CPU that has other work.
+"""
 
 
 def attempt(timing: Timing, device: torch.device, action: Callable[[], object]) -> object:

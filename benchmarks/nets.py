@@ -1,4 +1,4 @@
-"""The networks that benchmarks run: the digits UNet, and published models and narrow ones without weights.
+"""The networks that benchmarks run: the digits UNet, and others without weights.
 
 Conditioning, latents and the weights of all but the digits UNet are seeded random numbers: their
 values do not change what a forward costs.

@@ -226,7 +226,7 @@ def test_run_writes_what_it_printed(tmp_path, capsys):
 
 
 def test_a_busy_machine_is_timed_by_the_process_s_own_time(tmp_path, monkeypatch, capsys):
-    """`--clock cpu` on one thread: everything is timed by that clock, here one that counts its calls."""
+    """`--clock cpu` on one thread: all is timed by that clock, here one that counts its calls."""
     assert bench_step.CLOCKS["cpu"] is time.process_time
     monkeypatch.setitem(bench_step.CLOCKS, "cpu", functools.partial(next, itertools.count()))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

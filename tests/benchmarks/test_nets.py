@@ -72,7 +72,7 @@ def test_sd15_small_has_the_widths_and_the_noise_levels_of_sd15():
     [("cogvideox_small", "cogvideox_5b", "v_prediction"), ("sd35_small", "sd35_medium", "flow")],
 )
 def test_narrow_transformers_have_the_blocks_and_the_noise_levels_of_published_ones(name, published, prediction):
-    """Each layer of a block is there, and what is a vector of one head or a row of text is as wide."""
+    """All layers of a block are there; a vector of one head and a row of text are as wide."""
     small, large = NETS[name](), NETS[published]()
     ours, theirs = (net.network(device=META).state_dict() for net in (small, large))
     assert ours.keys() < theirs.keys()

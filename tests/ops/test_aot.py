@@ -34,8 +34,8 @@ BY_HAND = {
     ("tdft_step, from noise", "bf16"): (12, 4),
 }
 
-# The most registers of a thread on sm_90 in a common case, in the units of 8 in which a GPU gives them
-# out: what a call does not take, such as x0_prev2, costs it none.
+# The most registers of a thread on sm_90 in a common case, in the units of 8 in which a GPU gives
+# them out: what a call does not take, such as x0_prev2, costs it none.
 REGISTERS = {
     "guided_step": 40,
     "guided_step, one branch": 40,

@@ -132,7 +132,7 @@ def loss_gradient(kind: str, number: int, shift: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_the_gradient_vanishes_at_the_true_denoiser(kind):
-    """Over all (t, s) and prompts, for 48 parameters of a mixture, from the network's raw output on.
+    """Over all (t, s) and prompts, for 48 parameters of a mixture, from the raw output on.
 
     Largest |z| observed: 2.9 at the truth, and from 48 up elsewhere.
     """
@@ -237,7 +237,7 @@ def test_the_inverse_of_a_flows_shift_makes_its_noise_uniform(shift):
 
 @pytest.mark.parametrize(("shift", "share"), [(3.0, 0.25), (5.0, 0.36), (8.0, 0.47)])
 def test_a_moved_s_lies_where_a_shifted_flow_has_its_levels(shift, share):
-    """s above sigma 0.9, of pairs at t = 0: 1 - u of the levels where 0.9 = shift u / (1 + (shift - 1) u).
+    """s above sigma 0.9, of pairs at t = 0: a share 1 - u, where 0.9 = shift u / (1 + (shift - 1) u).
 
     A flow of that shift has as many without a moved s, and 10% with the inverse one. The two shifts
     multiply.
