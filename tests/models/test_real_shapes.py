@@ -57,7 +57,7 @@ MODELS = {
         {"mid_block.attentions.0.transformer_blocks.9.attn2.to_v.weight": (1280, 2048)},
     ),
     "sd35_medium": Published(
-        HERE / "sd35_medium", StableDiffusion3Adapter, 2_243_171_520, (16, 128, 128),
+        BENCHMARKS / "sd35_medium", StableDiffusion3Adapter, 2_243_171_520, (16, 128, 128),
         {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}, 148,
         {
             "transformer_blocks.12.attn2.to_out.0.weight": (1536, 1536),  # the last second attention
@@ -72,12 +72,12 @@ MODELS = {
         {"transformer_blocks.29.attn1.to_q.weight": (1920, 1920), "patch_embed.proj.weight": (1920, 16, 2, 2)},
     ),
     "cogvideox_5b": Published(
-        HERE / "cogvideox_5b", CogVideoXAdapter, 5_570_283_072, (13, 16, 60, 90),
+        BENCHMARKS / "cogvideox_5b", CogVideoXAdapter, 5_570_283_072, (13, 16, 60, 90),
         {"encoder_hidden_states": (226, 4096)}, 168,
         {"transformer_blocks.41.attn1.to_out.0.weight": (3072, 3072), "patch_embed.text_proj.weight": (3072, 4096)},
     ),
     "wan21_1_3b": Published(
-        HERE / "wan21_1_3b", WanAdapter, 1_418_996_800, (16, 21, 60, 104),
+        BENCHMARKS / "wan21_1_3b", WanAdapter, 1_418_996_800, (16, 21, 60, 104),
         {"encoder_hidden_states": (512, 4096)}, 240,
         {"blocks.29.attn2.to_k.weight": (1536, 1536), "blocks.0.ffn.net.0.proj.weight": (8960, 1536)},
     ),
