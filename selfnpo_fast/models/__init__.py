@@ -109,7 +109,8 @@ def load_adapter(
 
 def load_adapter_of(model: ModelConfig, *, configs_only: bool = False) -> Adapter:
     """`load_adapter` of a config's model."""
-    options = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "path"}
+    names = {field.name for field in dataclasses.fields(model)} - {"path", "quantization"}  # of the trainer's copy alone
+    options = {name: getattr(model, name) for name in names}
     return load_adapter(model.path, **options, configs_only=configs_only)
 
 
