@@ -14,10 +14,15 @@ of the networks.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
 
 from selfnpo_fast.doctor import costs
 from selfnpo_fast.doctor.machines import GPUS, update_seconds

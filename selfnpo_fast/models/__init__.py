@@ -108,8 +108,8 @@ def load_adapter(
 
 
 def load_adapter_of(model: ModelConfig, *, configs_only: bool = False) -> Adapter:
-    """`load_adapter` of a config's model."""
-    names = {field.name for field in dataclasses.fields(model)} - {"path", "quantization"}  # of the trainer's copy alone
+    """`load_adapter` of a config's model; how weights are stored is no matter of an adapter."""
+    names = [field.name for field in dataclasses.fields(model) if field.name not in ("path", "quantization")]
     options = {name: getattr(model, name) for name in names}
     return load_adapter(model.path, **options, configs_only=configs_only)
 

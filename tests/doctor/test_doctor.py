@@ -49,7 +49,7 @@ from selfnpo_fast.doctor.report import (
 )
 from selfnpo_fast.doctor.savings import memory_saving_changes
 from selfnpo_fast.doctor.tracing import FakeDenoiser, LiveBytes, ParameterCounts
-from selfnpo_fast.models import DIGITS, load_adapter
+from selfnpo_fast.models import DIGITS, Family, load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World, init_world
 from selfnpo_fast.training.inputs import load_inputs
@@ -132,7 +132,7 @@ def test_a_quantised_base_takes_what_its_numbers_and_scales_take(kind, sd):
 def test_a_quantised_base_is_proposed_to_lora_runs(sd):
     def proposed(kind: str, rank: int = 4) -> set[str]:
         config = tiny_config(sd, lora=LoraConfig(rank=rank), model=ModelConfig(path=str(sd), quantization=kind))
-        changes = memory_saving_changes(config, 1)
+        changes = memory_saving_changes(config, 1, Family())
         return {option for option, _ in changes if "quantization" in option}
 
     assert proposed("none") == {"--model.quantization int8", "--model.quantization nf4"}
@@ -159,6 +159,7 @@ class OneLayer:
     """An adapter of a single layer, with latents as its only input."""
 
     latent_shape, conditioning_shapes = (3, 8, 8), {"rows": (5, 7)}
+    family = Family()
 
     def __init__(self, layer) -> None:
         self.layer = layer
@@ -528,16 +529,16 @@ def test_prompts_on_the_host_take_the_bytes_of_the_next_pairs(world, tmp_path, s
 
 def test_report_says_what_fits_and_what_would(sd, capsys):
     words = ["--config", str(ROOT / "configs" / "digits.yaml"), "--model.path", str(sd), "--engine.batch_size", "8"]
-    words += ["--engine.graphs", "false"]
-    assert main(["doctor", *words, "--memory_gib", "0.0024", "--world_size", "2"]) == 0
+    words += ["--engine.graphs", "false", "--prompts.device_mib", "0"]
+    assert main(["doctor", *words, "--memory_gib", "0.002", "--world_size", "2"]) == 0
     out = capsys.readouterr().out
     for expected in (
         "computed, not measured",
         "8 pairs (ranks x micro-batches x pairs: 2 x 1 x 4)",
-        "cards: 0.0024 GiB does not fit",
+        "cards: 0.002 GiB does not fit",
         "--engine.gradient_checkpointing true",
         "--optimizer.name adamw8bit",
-        "to fit 0.0024 GiB: --engine.gradient_checkpointing true needs",
+        "to fit 0.002 GiB: --engine.gradient_checkpointing true needs",
         "A100 SXM 80 GB",
         "H100 SXM 80 GB",
         "this machine",
