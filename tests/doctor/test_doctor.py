@@ -48,7 +48,7 @@ from selfnpo_fast.doctor.report import (
     make_tracer,
 )
 from selfnpo_fast.doctor.savings import memory_saving_changes
-from selfnpo_fast.doctor.tracing import FakeDenoiser, LiveBytes, ParameterCounts
+from selfnpo_fast.doctor.tracing import FakeDenoiser, Operations, ParameterCounts
 from selfnpo_fast.models import DIGITS, Family, load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World, init_world
@@ -167,7 +167,7 @@ class OneLayer:
     def new_denoiser(self, dtype: torch.dtype) -> nn.Module:
         return self.layer().to(dtype)
 
-    def predict(self, module, x, t, cond):
+    def predict(self, module, x, t, cond, size):
         return module(x.to(next(module.parameters()).dtype))
 
 
@@ -181,9 +181,9 @@ def test_flops_and_bytes_of_one_convolution():
     once = 2 * 64 * 6 * 3 * 9
     x, out, weights = 4 * batch * 3 * 64, 4 * batch * 6 * 64, 4 * 6 * 3 * 9
     inputs = x + 8 * batch + 4 * batch * 35
-    assert denoiser.forward_flops == once
-    assert denoiser.student_flops == 2 * once, "no gradient of the latents is asked for"
-    assert denoiser.forward_peak(batch) == inputs + out
+    assert denoiser.trace_forward(batch).flops == once
+    assert denoiser.trace_student(batch).flops == 2 * once, "no gradient of the latents is asked for"
+    assert denoiser.trace_forward(batch).peak == inputs + out
     student = denoiser.trace_student(batch)
     assert student.kept == x + out, "timesteps and rows are not needed again"
     assert (student.peak, student.peak_gradients) == (x + 2 * out + weights, 0)
@@ -204,13 +204,13 @@ def test_flops_of_attention():
 
     product = 2 * 64 * 64 * 3
     denoiser = FakeDenoiser(OneLayer(Attention), torch.float32, FULL)
-    assert denoiser.forward_flops == 2 * product
-    assert denoiser.student_flops == 6 * product
+    assert denoiser.trace_forward(1).flops == 2 * product
+    assert denoiser.trace_student(1).flops == 6 * product
 
 
 def test_live_bytes_follow_storages():
     known = torch.zeros(100)
-    with LiveBytes([known]) as live:
+    with Operations([known]) as live:
         a = torch.zeros(10)
         known.add_(1)
         view = a[2:]
@@ -251,7 +251,7 @@ def test_digits_parameters_and_checkpointing():
     before, after = plain.trace_student(16), saving.trace_student(16)
     assert after.kept < before.kept / 2
     assert after.peak < before.peak
-    assert 1.2 < saving.student_flops / plain.student_flops < 1.4, "one more forward"
+    assert 1.2 < after.flops / before.flops < 1.4, "one more forward"
     assert plain.trace_student(32).kept == pytest.approx(2 * before.kept, rel=1e-3)
 
 
@@ -305,7 +305,7 @@ def test_full_size_networks_from_their_configs(tmp_path, family, count):
     denoiser = FakeDenoiser(load_adapter(str(tmp_path), configs_only=True), torch.bfloat16, FULL)
     assert denoiser.parameter_counts.total == count
     assert denoiser.parameter_counts.weight_bytes == 2 * count
-    assert denoiser.forward_peak(1) < count, "activations of a forward are small next to such weights"
+    assert denoiser.trace_forward(1).peak < count, "activations of a forward are small next to such weights"
 
 
 # Closed form
@@ -390,14 +390,14 @@ def test_graphs_keep_the_reference_forward_in_a_pool_of_their_own():
     _, plain = costed(graphs=False)
     latent, micro, groups = 4 * 4 * 8 * 8, 4, 6
     pairs = micro * (2 * latent + 36)
-    assert graphs.resident[pool] == run.reference_peak + groups * pairs
+    assert graphs.resident[pool] == run.reference.peak + groups * pairs
     assert pool not in plain.resident
     # One more forward runs for the comparison, beside copies of the slots' state and of its results.
     state = micro * (2 * latent + 8 * 8)
-    assert graphs.phases["capture of a CUDA graph"] == run.reference_peak + 2 * state + pairs
+    assert graphs.phases["capture of a CUDA graph"] == run.reference.peak + 2 * state + pairs
     assert "reference forward" not in graphs.phases
     student = "student forward and backward"
-    assert graphs.phases[student] == plain.phases[student] > run.reference_peak
+    assert graphs.phases[student] == plain.phases[student] > run.reference.peak
     # What a graph returns is not counted twice.
     returned = plain.resident["pairs"]
     assert "pairs" not in graphs.resident

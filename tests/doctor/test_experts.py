@@ -85,9 +85,9 @@ def test_flops_are_those_of_one_expert(model):
     for expert in ("high", "both"):
         setting = config(model, expert, batch=1)
         run = make_tracer(setting).plan(setting, 1, "cpu")
-        assert run.denoiser.student_flops >= flops.get_total_flops()  # which counts no attention of a CPU
-        assert run.denoiser.student_flops < 1.5 * flops.get_total_flops()
-        assert run.denoiser.forward_flops < run.denoiser.student_flops / 2.5
+        assert run.student.flops >= flops.get_total_flops()  # which counts no attention of a CPU
+        assert run.student.flops < 1.5 * flops.get_total_flops()
+        assert run.reference.flops < run.student.flops / 2.5
 
 
 def test_the_report_names_the_expert_and_the_pairs_it_cannot_use(model):
