@@ -68,7 +68,7 @@ class ModelConfig:
     """Frames of a video; by default those that the model was made for, and 1 of a picture."""
     expert: Literal["high", "low", "both"] | None = None
     """Which denoisers of a model with two are trained: that of high noise levels, that of low ones,
-    or both. No value for a model with one."""
+    or both, which is the default. No value for a model with one."""
     quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
     """How the frozen base of a LoRA run is stored: in the run's precision, or the Linear layers of
     its blocks in 8 bits (int8 by bitsandbytes, fp8 by torchao) or in 4 (nf4 by bitsandbytes)."""

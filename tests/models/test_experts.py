@@ -11,6 +11,9 @@ import torch
 
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.models.experts import Experts
+from selfnpo_fast.models.quantised import quantised_paths
+from selfnpo_fast.runtime.compiling import block_kinds, repeated_blocks
+from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError
 
 SIZE = {"height": 32, "width": 48, "frames": 5}
@@ -99,6 +102,20 @@ def test_gradients_reach_what_is_trained_and_nothing_else(model, expert):
             torch.testing.assert_close(losses[own], truth, rtol=1e-5, atol=1e-6)
             for grad, expected in zip(found, torch.autograd.grad(truth.sum(), network.parameters()), strict=True):
                 torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_it_answers_what_a_denoiser_is_asked(model):
+    """Blocks to compile, layers to quantise and the dtype are those of both denoisers."""
+    adapter = load_adapter(str(model), **SIZE)
+    denoiser = adapter.load_denoiser(torch.bfloat16)
+    kinds = {name: block_kinds(network, ()) for name, network in {"": denoiser, **denoiser.networks}.items()}
+    assert kinds[""] == kinds["transformer"] == {"WanTransformerBlock"}
+    assert len(repeated_blocks(denoiser, kinds[""])) == 4
+    layers = {f"{name}.{path}" for name, network in denoiser.networks.items() for path in quantised_paths(network)}
+    assert layers and set(quantised_paths(denoiser)) == layers
+    assert network_dtype(denoiser) == torch.bfloat16 != next(denoiser.parameters()).dtype
+    x, rows = inputs(adapter, 2)
+    assert adapter.predict(denoiser, x, torch.tensor([900.0, 100.0]), rows).dtype == torch.bfloat16
 
 
 def test_two_configs_that_differ_are_refused(model, tmp_path):
