@@ -529,16 +529,16 @@ def test_prompts_on_the_host_take_the_bytes_of_the_next_pairs(world, tmp_path, s
 
 def test_report_says_what_fits_and_what_would(sd, capsys):
     words = ["--config", str(ROOT / "configs" / "digits.yaml"), "--model.path", str(sd), "--engine.batch_size", "8"]
-    words += ["--engine.graphs", "false"]
-    assert main(["doctor", *words, "--memory_gib", "0.0024", "--world_size", "2"]) == 0
+    words += ["--engine.graphs", "false", "--prompts.device_mib", "0"]
+    assert main(["doctor", *words, "--memory_gib", "0.002", "--world_size", "2"]) == 0
     out = capsys.readouterr().out
     for expected in (
         "computed, not measured",
         "8 pairs (ranks x micro-batches x pairs: 2 x 1 x 4)",
-        "cards: 0.0024 GiB does not fit",
+        "cards: 0.002 GiB does not fit",
         "--engine.gradient_checkpointing true",
         "--optimizer.name adamw8bit",
-        "to fit 0.0024 GiB: --engine.gradient_checkpointing true needs",
+        "to fit 0.002 GiB: --engine.gradient_checkpointing true needs",
         "A100 SXM 80 GB",
         "H100 SXM 80 GB",
         "this machine",
