@@ -54,8 +54,8 @@ class Pieces:
         if self.tiling and tuple(made.shape[-2:]) != (rows, columns):
             found = " x ".join(map(str, made.shape[-2:]))
             raise UserError(
-                f"vae_tiling: the autoencoder's tiles make {found} where {rows} x {columns} is expected: their overlaps "
-                "do not fit this size; leave the option out, or take another size"
+                f"vae_tiling: the autoencoder's tiles make {found} where {rows} x {columns} is expected: their "
+                "overlaps do not fit this size; leave the option out, or take another size"
             )
 
 

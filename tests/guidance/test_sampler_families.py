@@ -216,7 +216,7 @@ def test_the_autoencoder_decodes_in_tiles_or_slices_and_the_pipeline_stays_as_it
         vae.tile_sample_min_height = vae.tile_sample_min_width = 16
         vae.tile_sample_stride_height = vae.tile_sample_stride_width = 8
     if case == "cogvideox, ddim":
-        with pytest.raises(UserError, match="^vae_tiling: the autoencoder's tiles make 78 x 36 where 48 x 32 is"):
+        with pytest.raises(UserError, match=r"^vae_tiling: the autoencoder's tiles make 78 x 36 where 48 x 32 is"):
             by_us(GuidedSampler.from_pipeline(pipe, vae_tiling=True), 1, words, output="pt")
         vae.tile_overlap_factor_height, vae.tile_overlap_factor_width = 1 / 2, 1 / 3
     plain = by_us(GuidedSampler.from_pipeline(pipe), 2, words, output="pt")
