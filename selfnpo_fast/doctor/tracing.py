@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.models import Adapter
+from selfnpo_fast.models.experts import networks_of
 from selfnpo_fast.models.quantised import plan_quantised, quantised_elements
-from selfnpo_fast.training.lora import add_lora
+from selfnpo_fast.training.lora import make_trainable
 from selfnpo_fast.training.offload import offloadable
 
 PERSISTENT_ELEMENTS = 100_000
@@ -148,16 +149,14 @@ class FakeDenoiser:
             self.module = adapter.new_denoiser(dtype)
             if quantization != "none":
                 plan_quantised(self.module, quantization)
-            if lora.rank:
-                add_lora(self.module, lora, seed=0)
-            else:
-                self.module.requires_grad_(True)
+            make_trainable(self.module, adapter.trained_denoisers, lora, seed=0)
         # Fake tensors on the CPU dispatch to the CPU's kernels. Meta tensors do not: their
         # attention would keep the whole matrix of scores.
         with self._fake_mode:
             _replace_tensors(self.module, dtype)
         if checkpointing:
-            self.module.enable_gradient_checkpointing()
+            for network in networks_of(self.module).values():
+                adapter.family.checkpoint_gradients(network)
         self.parameter_counts = ParameterCounts.of(self.module)
 
     def forward_peak(self, batch: int, *, one_row: bool = False) -> int:
@@ -212,14 +211,15 @@ class FakeDenoiser:
     def student_flops(self) -> int:
         """FLOPs of the forward and backward pass of one sample, recomputation included.
 
-        Those of a batch are proportional to its size.
+        Those of a batch are proportional to its size. Of two experts that are trained each computes
+        the sample here, and one of them in a run (`expert_rows`).
         """
         self.module.train()
         with self._fake_mode, _flop_counter() as flops:
             out = self._predict(1)
             out.backward(torch.empty_like(out))
         self._clear_gradients()
-        return flops.get_total_flops()
+        return flops.get_total_flops() // len(self.adapter.trained_denoisers)
 
     def _predict(self, batch: int, one_row: bool = False) -> torch.Tensor:
         """The network's output for latents, timesteps and conditioning of the shapes of a run.

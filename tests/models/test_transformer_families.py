@@ -156,7 +156,7 @@ def test_an_adapter_of_a_loaded_pipeline_serves_alike(folders, name):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert loaded.vae_sha256 == adapter.vae_sha256
     if name == "wan_two":
-        assert (loaded.experts, loaded.boundary) == (("high", "low"), 875)
+        assert (loaded.denoiser_names, loaded.boundary) == (("transformer", "transformer_2"), 875)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -173,15 +173,15 @@ def test_weights_load_in_half_precision_and_a_forward_keeps_it(folders, name):
 
 def test_the_pipeline_asks_each_expert_on_its_side_of_the_boundary(folders):
     pipe, adapter, words = opened(folders, "wan_two")
-    low = adapter_of(folders["wan_two"], WanAdapter, expert="low", frames=5)
     _, calls = draw(pipe, words)
-    asked = [("high" if module is pipe.transformer else "low", kwargs["timestep"]) for module, _, kwargs, _ in calls]
-    assert {name for name, _ in asked} == {"high", "low"}
-    assert all(adapter.expert_at(float(t[0])) == name for name, t in asked)
-    for ours, theirs in ((adapter, pipe.transformer), (low, pipe.transformer_2)):
-        loaded = ours.load_denoiser(torch.float32).state_dict()
-        assert all(torch.equal(loaded[key], value) for key, value in theirs.state_dict().items())
-    assert (adapter.denoiser_name, low.denoiser_name) == ("transformer", "transformer_2")
+    asked = [(0 if module is pipe.transformer else 1, float(kwargs["timestep"][0])) for module, _, kwargs, _ in calls]
+    assert {place for place, _ in asked} == {0, 1}
+    assert all((time < adapter.boundary) == place for place, time in asked)
+    loaded = adapter.load_denoiser(torch.float32)
+    for name, ours in loaded.networks.items():
+        theirs = getattr(pipe, name).state_dict()
+        assert ours.state_dict().keys() == theirs.keys()
+        assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.items())
 
 
 def test_guidance_and_words_reach_what_is_drawn(folders):
@@ -258,8 +258,8 @@ def test_a_variant_that_is_not_served_is_one_line(folders, tmp_path, name, part,
 
 
 def test_an_expert_that_a_model_has_not_is_one_line(folders):
-    for name, expert, possible in (("wan", "low", "none: the model has one"), ("wan_two", "middle", "high or low")):
-        with pytest.raises(UserError, match=rf"^model.expert: '?{expert}'? is not possible; expected {possible}"):
+    for name, expert, possible in (("wan", "low", ".* has one denoiser"), ("wan_two", "middle", "expected high, low")):
+        with pytest.raises(UserError, match=rf"^model.expert: '?{expert}'? is not possible; {possible}"):
             adapter_of(folders[name], WanAdapter, expert=expert).check(configs_only=True)
 
 
