@@ -25,7 +25,6 @@ from torch import nn
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.diffusion.schedulers import OWN, SOLVERS, described, new_scheduler
 from selfnpo_fast.diffusion.solvers import SolverSteps, solver_steps
-from selfnpo_fast.guidance.attach import has_negative
 from selfnpo_fast.guidance.branches import Branches, joined, rows_of_part
 from selfnpo_fast.guidance.finite import check_finite
 from selfnpo_fast.guidance.settings import (
@@ -38,22 +37,21 @@ from selfnpo_fast.guidance.settings import (
     checked_size,
     config_of_call,
 )
-from selfnpo_fast.guidance.snapshot import Snapshot, check_networks, check_whole
-from selfnpo_fast.guidance.trajectory import Trajectories
-from selfnpo_fast.models import Adapter, Family, Size, adapter_of
+from selfnpo_fast.guidance.snapshot import Snapshot, check_denoiser, check_whole
+from selfnpo_fast.guidance.trajectory import Trajectories, start_noise
+from selfnpo_fast.models import Adapter, Size, adapter_of
 from selfnpo_fast.models.autoencoder import Pieces
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
-from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.attention import ATTENTION
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import capture_of, own_modes
-from selfnpo_fast.runtime.console import logger, say_once
+from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import RunError, UserError, shortened
 from selfnpo_fast.runtime.images import to_pil
 from selfnpo_fast.runtime.limits import MAX_COUNT
-from selfnpo_kernels import Draw, NoiseKey, affine_noise, draw_id, normal
+from selfnpo_kernels import affine_noise
 
 OUTPUTS = ("pil", "pt", "latent")
 Progress = Callable[[int, int], None]
@@ -62,16 +60,6 @@ Progress = Callable[[int, int], None]
 
 class SamplingCancelled(RunError):
     """Raised between two steps where the callback `cancelled` has returned true."""
-
-
-def start_noise(seeds: Sequence[int] | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Standard normals (B, *shape) float32 for B seeds; each picture's depend only on its seed.
-
-    The draw is that of sampling, so that no picture starts from the noise of a training rollout.
-    The noise of step i of a stochastic solver is the same draw at grid index i.
-    """
-    ids = torch.as_tensor(seeds, dtype=torch.int64, device=device)
-    return normal(NoiseKey(0, ids, draw_id(Draw.SAMPLE)), shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +177,7 @@ class GuidedSampler:
             check_whole(pipe)
         adapter = adapter_of(pipe)
         denoiser = adapter.denoiser_of(pipe)
-        _check_denoiser(pipe, denoiser, adapter.family)
+        check_denoiser(pipe, denoiser, adapter.family)
         check_bool("vae_tiling", vae_tiling)
         check_bool("vae_slicing", vae_slicing)
         adapter.pieces = Pieces(tiling=vae_tiling, slicing=vae_slicing)
@@ -408,19 +396,3 @@ class GuidedSampler:
         """Free the buffers and graphs of all shapes; later calls allocate them again."""
         with self._turn():
             self._trajectories.clear()
-
-
-def _check_denoiser(pipe, denoiser: nn.Module, family: Family) -> None:
-    """Raise UserError where the sampler cannot use the pipeline's denoiser."""
-    name = family.denoiser_name
-    if has_negative(denoiser):
-        raise UserError(f"pipe: a negative is attached to its {name}; detach it, and give it to the sampler")
-    check_networks(pipe, name)
-    config = config_of(denoiser)
-    unguided, unsampled = family.why_unguided(config), family.why_unsampled(config)
-    if unguided is not None:
-        raise UserError(f"pipe: its {name} {unguided}: there is no negative branch")
-    if unsampled is not None:
-        raise UserError(f"pipe: its {name} {unsampled}")
-    if getattr(pipe, "safety_checker", None) is not None:
-        logger.warning("the sampler does not run the pipeline's safety checker")

@@ -6,6 +6,7 @@ Shape letters: B pictures of a batch, n solver steps.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 
@@ -15,8 +16,18 @@ from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.models.size import Size
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.capture import Capture, Step, no_capture
-from selfnpo_kernels import Draw, NoiseKey, draw_id, guidance_rescale, guided_step
+from selfnpo_kernels import Draw, NoiseKey, draw_id, guidance_rescale, guided_step, normal
 from selfnpo_kernels.schemas import STEP_COLUMNS
+
+
+def start_noise(seeds: Sequence[int] | torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Standard normals (B, *shape) float32 for B seeds; each picture's depend only on its seed.
+
+    The draw is that of sampling, so that no picture starts from the noise of a training rollout.
+    The noise of step i of a stochastic solver is the same draw at grid index i.
+    """
+    ids = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+    return normal(NoiseKey(0, ids, draw_id(Draw.SAMPLE)), shape)
 
 
 class Trajectory:
