@@ -19,6 +19,8 @@ from selfnpo_fast.runtime.images import to_pil
 
 QUALITY = "18"
 """libx264's constant rate factor: hardly any difference can be seen."""
+BT709, LIMITED = 1, 1
+"""ffmpeg's numbers for the colours of a file, which players guess by its size where it names none."""
 
 
 def check_av(mend: str = "") -> None:
@@ -63,9 +65,10 @@ def write_mp4(frames: torch.Tensor | Sequence[Image.Image], path: str | Path, *,
             with av.open(file, mode="w", format="mp4") as container:
                 stream = container.add_stream(codec, rate=rate, options={"crf": QUALITY} if codec == "libx264" else {})
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                stream.codec_context.colorspace, stream.codec_context.color_range = BT709, LIMITED
                 for picture in pictures:
                     frame = av.VideoFrame.from_ndarray(np.asarray(picture.convert("RGB")), format="rgb24")
-                    container.mux(stream.encode(frame))
+                    container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=BT709)))
                 container.mux(stream.encode())
         except av.error.FFmpegError as error:
             raise OSError(one_line(error)) from error

@@ -27,7 +27,9 @@ def read(path: Path) -> tuple[torch.Tensor, Fraction]:
 
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+        decoded = [*container.decode(stream)]
+        assert {frame.colorspace for frame in decoded} == {1}, "BT.709, and the file says so"
+        frames = [torch.from_numpy(frame.reformat(format="rgb24", src_colorspace=1).to_ndarray()) for frame in decoded]
         return torch.stack(frames).permute(0, 3, 1, 2) / 127.5 - 1, stream.average_rate
 
 
