@@ -377,7 +377,7 @@ class LogConfig:
     """Updates between two grids of samples with and without the negative model; 0 for one grid at
     the end, -1 for none."""
     sample_prompts: int = 8
-    """Pictures per row of a sample grid."""
+    """Pictures per row of a sample grid; of a model of videos prompts, each with two rows of frames."""
     sample_steps: int = 20
     """DPM-Solver++ steps of the sample grids."""
     sample_guidance_scale: float = 3.0

@@ -14,9 +14,10 @@ import torch
 from diffusers import CogVideoXPipeline
 from PIL import Image
 
-from selfnpo_fast import GuidedSampler
+from selfnpo_fast import GuidedSampler, attach_negative
 from selfnpo_fast.cli import main
 from selfnpo_fast.data.prompts import read_prompts
+from selfnpo_fast.guidance.sampler import start_noise
 from selfnpo_fast.models import text
 from selfnpo_fast.runtime.images import to_pil
 from selfnpo_fast.runtime.videos import write_mp4
@@ -154,8 +155,8 @@ def test_correlations_are_measured_at_a_size(models, negative, capsys, monkeypat
     assert reports[0] != reports[1]
 
 
-def test_a_run_of_a_video_model_draws_grids_of_frames(models, tmp_path):
-    """A row for each video: a prompt's of the base, then that of base + negative."""
+def test_a_run_draws_grids_of_frames_and_its_negative_is_attached(models, tmp_path):
+    """In the grid a row is a video: a prompt's of the base, then that of base + negative."""
     options = {
         "model.path": models["cogvideox"], "output": tmp_path / "run", "updates": 1,
         "prompts.source": "shipped", "prompts.limit": 2,
@@ -180,3 +181,10 @@ def test_a_run_of_a_video_model_draws_grids_of_frames(models, tmp_path):
             expected = to_pil(rows[of][prompt, index : index + 1], least_side=96)[0]
             found, wanted = (torch.tensor(bytearray(picture.tobytes())).int() for picture in (tile, expected))
             assert (found - wanted).abs().max() <= 1, (row, column)
+    sampler = GuidedSampler.from_pipeline(pipe, tmp_path / "run")
+    arguments = {"height": 32, "width": 64, "guidance_scale": 3.0}
+    ours = sampler(["a cat"], seeds=0, frames=9, steps=2, output="latent", **arguments).images
+    noise = start_noise([0], tuple(ours.shape[1:]), torch.device("cpu"))
+    with attach_negative(pipe, tmp_path / "run"):
+        theirs = pipe("a cat", num_frames=9, num_inference_steps=2, latents=noise, output_type="latent", **arguments)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())

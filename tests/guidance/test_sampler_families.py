@@ -13,6 +13,7 @@ import tiny_transformers
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, StableDiffusion3Pipeline, WanPipeline
 from diffusers.schedulers import scheduling_dpm_cogvideox
+from recording import Recording
 
 from selfnpo_fast import GuidedSampler, attach_negative
 from selfnpo_fast.guidance.sampler import start_noise
@@ -142,6 +143,15 @@ def test_both_branches_as_one_batch_or_two_draw_the_same(pipes, case):
     one, two = (GuidedSampler.from_pipeline(pipe, lora, branches=choice) for choice in ("batched", "split"))
     assert_same(by_us(one, 4, OTHER[case]), by_us(two, 4, OTHER[case]))
     assert_same(by_us(one, 4, OTHER[case], batch_size=1), by_us(two, 4, OTHER[case]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_captured_steps_are_those_of_their_size(pipes, case):
+    """What depends on the size alone, such as rotary positions, is a constant of a captured step."""
+    plain, captured = (GuidedSampler.from_pipeline(pipes(case), branches="batched") for _ in range(2))
+    captured._trajectories.capture = Recording()
+    for words in (OTHER[case], OWN[case], OTHER[case]):
+        assert torch.equal(by_us(captured, 4, words), by_us(plain, 4, words))
 
 
 @pytest.mark.slow
