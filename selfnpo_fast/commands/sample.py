@@ -177,8 +177,8 @@ def _settings(options: SampleOptions, batch_size: int) -> SamplerConfig:
 
 
 def _write(drawn: torch.Tensor, folder: Path, names: list[str], fps: float) -> torch.Tensor:
-    """Write pictures (N, 3, H, W) as PNG, or videos (N, F, 3, H, W) as .mp4, and a video of one frame
-    as PNG; returns what the grid shows of them."""
+    """Write pictures (N, 3, H, W) as PNG, or videos (N, F, 3, H, W) as .mp4, and a video of one
+    frame as PNG; returns what the grid shows of them."""
     from selfnpo_fast.runtime.images import shown_frames, to_pil
     from selfnpo_fast.runtime.videos import write_mp4
 

@@ -102,7 +102,7 @@ class Branches:
     def both(
         self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning, batched: bool, size: Size | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(pos, neg)`, the outputs of both branches, as one batch where `batched`; `size` is that of
+        """`(pos, neg)`, the outputs of both branches, as one batch where `batched`; `size` is as for
         `single`.
 
         Shapes:

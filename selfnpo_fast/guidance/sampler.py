@@ -162,9 +162,9 @@ class GuidedSampler:
         where a part has been replaced or changed since, in weights, adapters, precision, device or
         settings. Make a new sampler then.
 
-        vae_tiling and vae_slicing: the autoencoder decodes in tiles, or one picture of a batch after
-        the other, to save memory (diffusers' enable_tiling and enable_slicing); the pipeline stays as
-        it is. An adapter of files has the same options (`load_adapter`).
+        vae_tiling and vae_slicing: the autoencoder decodes in tiles, or pictures one by one, to save
+        memory (diffusers' enable_tiling and enable_slicing); the pipeline stays as it is. An adapter
+        of files has the same options (`load_adapter`).
 
         The default solver is own, the pipeline's scheduler as it is configured: DPM-Solver++ or
         UniPC of order 1 or 2, DDIM, Euler, flow Euler, and PNDM as DPM-Solver++(2M).
@@ -206,7 +206,7 @@ class GuidedSampler:
         cancelled: Callable[[], bool] | None = None,
         **settings,
     ) -> Drawn:
-        """One picture, or video, per prompt. `settings` are fields of `SamplerConfig`, such as steps.
+        """A picture, or video, per prompt. `settings` are fields of `SamplerConfig`, such as steps.
 
         - seeds: one per picture, or the first of consecutive ones, or None for random ones. A
           picture depends only on its seed and prompt, up to float rounding, and not on others of
@@ -313,8 +313,8 @@ class GuidedSampler:
         config: SamplerConfig,
         progress: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Pictures (N, 3, height, width), or videos (N, F, 3, height, width), float32 in [-1, 1] on the
-        CPU; arguments as for `latents`.
+        """Pictures (N, 3, height, width), or videos (N, F, 3, height, width), float32 in [-1, 1] on
+        the CPU; arguments as for `latents`.
 
         `progress` is called after every batch with the number of pictures that are done.
         """
@@ -332,8 +332,8 @@ class GuidedSampler:
         return torch.cat(images)
 
     def _solver(self, config: SamplerConfig, size: Size) -> tuple[SamplerConfig, SolverSteps, str]:
-        """The config with its guidance_scale at each step, the coefficients of all steps for pictures of
-        a size, and the solver's name."""
+        """The config with its guidance_scale at each step, the coefficients of all steps for pictures
+        of a size, and the solver's name."""
         self.adapter.check_steps(config.steps)
         scheduler = new_scheduler(config.solver, self.adapter.scheduler)
         self.adapter.set_timesteps(scheduler, config.steps, size)

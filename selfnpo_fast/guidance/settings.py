@@ -31,8 +31,8 @@ class SamplerConfig:
     """diffusers' guidance_scale (omega + 1), for all steps or for each of them; at steps with up to
     1 only the positive model runs, as in diffusers."""
     use_dynamic_cfg: bool = False
-    """diffusers' use_dynamic_cfg: guidance_scale s becomes 1 + s (1 - cos(pi ((n - t) / n)^5)) / 2 at
-    timestep t of n steps."""
+    """diffusers' use_dynamic_cfg: guidance_scale s becomes 1 + s (1 - cos(pi ((n - t) / n)^5)) / 2
+    at timestep t of n steps."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Shares of the steps, 0 to 1, between which guidance acts; outside, only the positive runs."""
     guidance_rescale: float = 0.0

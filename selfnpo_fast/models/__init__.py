@@ -81,7 +81,7 @@ def load_adapter(
 
     resolution, height, width, frames    what to train on or to draw; by default the model's own
     expert                               `model.expert` of the config
-    vae_tiling, vae_slicing              whether the autoencoder works in tiles, or on single pictures
+    vae_tiling, vae_slicing              whether the autoencoder works in tiles, on single pictures
     configs_only                         the weights and the tokenizers may be missing
 
     Raises UserError where there is no such folder, it is no pipeline, its family is not supported,

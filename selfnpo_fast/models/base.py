@@ -409,8 +409,8 @@ class Adapter:
         return t if table is None else table[t]
 
     def tokens(self, size: Size | None = None) -> int | None:
-        """The number of tokens of a latent in the denoiser, where noise levels depend on it (dynamic
-        shifting); `size` is by default the adapter's."""
+        """The number of tokens of a latent in the denoiser, where noise levels depend on it
+        (dynamic shifting); `size` is by default the adapter's."""
         return None
 
     def check_steps(self, steps: int, field: str = "steps") -> None:
@@ -425,7 +425,7 @@ class Adapter:
         """Choose the timesteps of `steps` solver steps, for pictures or videos of a size, as the
         family's pipelines do.
 
-        A scheduler whose shift depends on the size (dynamic shifting) is given its mu here, by `tokens`.
+        A scheduler whose shift depends on the size (dynamic shifting) is given its mu, by `tokens`.
         """
         if scheduler.config.get("use_dynamic_shifting"):
             scheduler.set_timesteps(steps, mu=shift_mu(scheduler.config, self.tokens(size)))
@@ -561,8 +561,8 @@ class Adapter:
     def encode_branches(
         self, prompts: list[str], device: torch.device, negative_prompts: list[str] | None = None
     ) -> tuple[Conditioning, Conditioning]:
-        """`encode_prompts` of both branches: of the prompts, and of the negative prompts, by default the
-        unconditional row (1, ...). The text encoders are loaded once."""
+        """`encode_prompts` of both branches: of the prompts, and of the negative prompts, by default
+        the unconditional row (1, ...). The text encoders are loaded once."""
         with self.text_encoders(device) as encoders:
             encoders.say_what_is_cut([*prompts, *(negative_prompts or [])])
             rows = self._whole([*encoders.stream(prompts, start=1)])
@@ -620,8 +620,8 @@ class Adapter:
         return None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, height, width) float32 in [-1, 1] from scaled latents (B, ...); of a model of
-        videos, clips (B, F, 3, height, width)."""
+        """Pictures (B, 3, height, width) float32 in [-1, 1] from scaled latents (B, ...); of a model
+        of videos, clips (B, F, 3, height, width)."""
         raise NotImplementedError
 
     def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:

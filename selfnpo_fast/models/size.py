@@ -24,8 +24,8 @@ class Size:
         return ("height", self.height), ("width", self.width)
 
     def check_sides(self, cell: int, most: int, field: str) -> None:
-        """UserError where a side is no multiple of `cell` pixels, or more than `most`; it names the next
-        possible one. `field` is that of `side_field`."""
+        """UserError where a side is no multiple of `cell` pixels, or more than `most`; it names the
+        next possible one. `field` is that of `side_field`."""
         most = most // cell * cell
         for side, pixels in self.sides:
             if pixels % cell or not cell <= pixels <= most:

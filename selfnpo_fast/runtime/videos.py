@@ -20,11 +20,12 @@ from selfnpo_fast.runtime.images import to_pil
 QUALITY = "18"
 """libx264's constant rate factor: hardly any difference can be seen."""
 BT709, LIMITED = 1, 1
-"""ffmpeg's numbers for the colours of a file, which players guess by its size where it names none."""
+"""ffmpeg's numbers for the colours of a file, which players guess where it names none."""
 
 
 def check_av(mend: str = "") -> None:
-    """UserError where the package av, which writes .mp4 files, is missing; `mend` is another way out."""
+    """UserError where the package av, which writes .mp4 files, is missing; `mend` is another way
+    out."""
     if importlib.util.find_spec("av") is None:
         raise UserError(f"av: the package is missing, which writes .mp4 files; pip install 'selfnpo-fast[video]'{mend}")
 

@@ -71,7 +71,7 @@ def pipes(tmp_path_factory):
 
 
 class StepNoise:
-    """In place of the noise that CogVideoX's DPM draws, up to twice in a step: that of the sampler."""
+    """In place of the noise that CogVideoX's DPM draws, up to twice a step: that of the sampler."""
 
     def __init__(self, monkeypatch, scheduler) -> None:
         self.step, original = -1, type(scheduler).step
@@ -147,7 +147,7 @@ def test_both_branches_as_one_batch_or_two_draw_the_same(pipes, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_captured_steps_are_those_of_their_size(pipes, case):
-    """What depends on the size alone, such as rotary positions, is a constant of a captured step."""
+    """What depends on the size alone, such as rotary positions, is constant in a captured step."""
     plain, captured = (GuidedSampler.from_pipeline(pipes(case), branches="batched") for _ in range(2))
     captured._trajectories.capture = Recording()
     for words in (OTHER[case], OWN[case], OTHER[case]):
