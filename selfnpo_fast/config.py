@@ -69,6 +69,12 @@ class ModelConfig:
     expert: Literal["high", "low", "both"] | None = None
     """Which denoisers of a model with two are trained: that of high noise levels, that of low ones,
     or both, which is the default. No value for a model with one."""
+    vae_tiling: bool = False
+    """Whether the autoencoder works in tiles whose seams are blended (diffusers' enable_tiling), in
+    sample grids and where data is encoded: less memory at large sizes, slightly other latents."""
+    vae_slicing: bool = False
+    """Whether the autoencoder takes the pictures of a batch one by one (diffusers'
+    enable_slicing)."""
     quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
     """How the frozen base of a LoRA run is stored: in the run's precision, or the Linear layers of
     its blocks in 8 bits (int8 by bitsandbytes, fp8 by torchao) or in 4 (nf4 by bitsandbytes)."""
@@ -372,7 +378,7 @@ class LogConfig:
     """Updates between two grids of samples with and without the negative model; 0 for one grid at
     the end, -1 for none."""
     sample_prompts: int = 8
-    """Pictures per row of a sample grid."""
+    """Pictures per row of a sample grid; of a model of videos, prompts with two rows of frames."""
     sample_steps: int = 20
     """DPM-Solver++ steps of the sample grids."""
     sample_guidance_scale: float = 3.0

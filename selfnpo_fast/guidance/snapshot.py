@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 from selfnpo_fast.diffusion.schedulers import noise_levels
-from selfnpo_fast.models import FAMILIES
+from selfnpo_fast.guidance.attach import has_negative
+from selfnpo_fast.models import FAMILIES, Family
+from selfnpo_fast.negatives.weights import config_of
+from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import UserError, shortened
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -70,6 +73,22 @@ def check_networks(pipe: Any, denoiser_name: str) -> None:
                 f"pipe: its {name} is on {device}, its {denoiser_name} on {expected}; move the whole pipeline with "
                 f"pipe.to({str(expected)!r})"
             )
+
+
+def check_denoiser(pipe, denoiser: nn.Module, family: Family) -> None:
+    """Raise UserError where the sampler cannot use the pipeline's denoiser."""
+    name = family.denoiser_name
+    if has_negative(denoiser):
+        raise UserError(f"pipe: a negative is attached to its {name}; detach it, and give it to the sampler")
+    check_networks(pipe, name)
+    config = config_of(denoiser)
+    unguided, unsampled = family.why_unguided(config), family.why_unsampled(config)
+    if unguided is not None:
+        raise UserError(f"pipe: its {name} {unguided}: there is no negative branch")
+    if unsampled is not None:
+        raise UserError(f"pipe: its {name} {unsampled}")
+    if getattr(pipe, "safety_checker", None) is not None:
+        logger.warning("the sampler does not run the pipeline's safety checker")
 
 
 class Snapshot:
