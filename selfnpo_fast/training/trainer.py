@@ -42,7 +42,7 @@ from selfnpo_fast.training.samples import SampleGrids
 
 
 def _split(
-    student: nn.Module, names: Iterable[str], config: TrainConfig
+    student: nn.Module, config: TrainConfig, names: Iterable[str] = ()
 ) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
     """Make `student` trainable, of two experts those with `names`, and make the reference.
 
@@ -105,7 +105,7 @@ class Trainer:
         # Before the reference becomes a copy of it.
         set_attention(student, config.engine.attention, threads=config.rollout.overlap)
         # Split off the reference before DeepSpeed touches the student.
-        reference, average = _split(student, self.adapter.trained_denoisers, config)
+        reference, average = _split(student, config, self.adapter.trained_denoisers)
         # Prepare the student's blocks, and hand the student to DeepSpeed.
         if config.engine.gradient_checkpointing:
             checkpoint_gradients(student, family)

@@ -159,7 +159,7 @@ class OneLayer:
     """An adapter of a single layer, with latents as its only input."""
 
     latent_shape, conditioning_shapes = (3, 8, 8), {"rows": (5, 7)}
-    family = Family()
+    family, trained_denoisers = Family(), ("layer",)
 
     def __init__(self, layer) -> None:
         self.layer = layer

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import tiny_transformers
 import torch
+from torch import nn
 
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.models.experts import Experts
@@ -60,14 +61,26 @@ def test_each_sample_is_computed_by_the_denoiser_of_its_time(model):
             assert calls.pop() == (name, int(side.sum())) and not calls
 
 
+class Says(nn.Module):
+    """A denoiser that predicts a number."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden_states, timestep, return_dict=True):
+        return (torch.full_like(hidden_states, self.number),)
+
+
 def test_levels_are_owned_as_they_are_routed(model):
     """`Adapter.expert` says what the network does at every level."""
     adapter = load_adapter(str(model), **SIZE)
     levels = torch.arange(1000)
     owners = adapter.expert(levels.view(10, 100))
     assert owners.shape == (10, 100)
-    denoiser = adapter.new_denoiser(torch.float32)
-    assert denoiser._sides(adapter.time_of(levels), 1000) == owners.flatten().tolist()
+    denoiser = Experts({"transformer": Says(0), "transformer_2": Says(1)}, adapter.boundary, adapter.family)
+    (found,) = denoiser(torch.empty(1000, 1), timestep=adapter.time_of(levels), return_dict=False)
+    assert torch.equal(found.flatten().long(), owners.flatten())
 
 
 @pytest.mark.parametrize("expert", ["high", "low", "both"])
