@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from torch import nn
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
-from selfnpo_fast.models import load_adapter
+from selfnpo_fast.models import load_adapter_of
 from selfnpo_fast.negatives.fingerprint import base_record
 from selfnpo_fast.negatives.merge import new_folder
-from selfnpo_fast.negatives.weights import WeightReader, module_weights
+from selfnpo_fast.negatives.weights import WeightReader, module_weights, stored_buffers
 from selfnpo_fast.negatives.write import save_negative
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -55,7 +56,7 @@ def export(checkpoint: str | Path, output: str | Path, *, model: str | None = No
     # The base, as the run has read it.
     commit = _recorded_base(state).get("commit") or config.model.revision
     path = config.model.path if model is None else model
-    adapter = load_adapter(path, revision=commit if model is None else None, variant=config.model.variant)
+    adapter = load_adapter_of(replace(config.model, path=path, revision=commit if model is None else None))
     dtype = DTYPES[config.engine.precision]
     network = adapter.load_denoiser(dtype, "model")
     weights = module_weights(network, path)
@@ -65,7 +66,8 @@ def export(checkpoint: str | Path, output: str | Path, *, model: str | None = No
     if config.lora.rank:
         add_lora(network, config.lora, config.seed)
     trained = _trained(folder, network)
-    frozen = ((name, p.detach()) for name, p in network.named_parameters() if name not in trained)
+    others = ((name, p.detach()) for name, p in network.named_parameters() if name not in trained)
+    frozen = chain(others, stored_buffers(network))
     alone = World(0, 1, torch.device("cpu"))
     lora = config.lora.rank > 0
     return save_negative(target, network, trained.items(), frozen, adapter, dtype, alone, lora=lora, base=record)

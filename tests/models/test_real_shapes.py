@@ -142,7 +142,9 @@ def test_another_size_and_number_of_frames_pass_through():
     x = torch.empty(1, *adapter.latent_shape_of(Size(320, 512, 25)), device="meta")
     assert x.shape == (1, 7, 16, 40, 64)
     rows = {"encoder_hidden_states": torch.empty(1, 226, 4096, device="meta")}
-    assert adapter.predict(denoiser_of(name), x, torch.zeros(1, device="meta"), rows, Size(320, 512, 25)).shape == x.shape
+    assert (
+        adapter.predict(denoiser_of(name), x, torch.zeros(1, device="meta"), rows, Size(320, 512, 25)).shape == x.shape
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
