@@ -8,24 +8,29 @@ A line such as
     #   8 x H100 with --engine.accumulation 1: 33.1 GiB each, 0.5 s an update, 0.1 h in all
 
 names a number of cards, the card, and options that the config needs there. What follows the colon
-is written here. Nothing is measured, and no weights are needed: benchmarks/configs has the configs
-of the networks.
+is written here. Nothing is measured, and no weights are needed: benchmarks/configs and
+tests/data/shapes have the configs of the networks.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
 
 from selfnpo_fast.doctor import costs
 from selfnpo_fast.doctor.machines import GPUS, update_seconds
 from selfnpo_fast.doctor.report import fits, make_tracer
 from selfnpo_fast.train import CONFIGS, parse
 
-NETWORKS = Path(__file__).parent / "configs"
-"""Networks without weights: FAMILY for configs/FAMILY.yaml and configs/FAMILY_*.yaml."""
+NETWORKS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "tests" / "data" / "shapes")
+"""Folders of networks without weights, each named as the config or its beginning."""
 CARDS = {"H100": ("H100 SXM 80 GB", 80.0), "24 GB card": ("RTX 4090 24 GB", 24.0)}
 """The machine whose rates count and its memory in GiB, by the words of a config."""
 LINE = re.compile(
@@ -33,10 +38,21 @@ LINE = re.compile(
 )
 
 
+def network_of(path: Path) -> Path:
+    """The folder of a config's network: MODEL for MODEL.yaml, MODEL_lora.yaml and MODEL_paper.yaml.
+
+    Raises LookupError where there is none.
+    """
+    model = path.stem.removesuffix("_lora").removesuffix("_paper")
+    for folder in NETWORKS:
+        if (folder / model).is_dir():
+            return folder / model
+    raise LookupError(f"{path.name}: no network {model} in {' or '.join(map(str, NETWORKS))}")
+
+
 def figures_of(path: Path) -> Callable[[re.Match], str]:
     """A function that gives the figures of one line of a config; its lines share their traces."""
-    network = NETWORKS / path.stem.partition("_")[0]
-    words = ["--config", str(path), "--model.path", str(network)]
+    words = ["--config", str(path), "--model.path", str(network_of(path))]
     if "start: data" in path.read_text(encoding="utf-8"):
         words += ["--data.source", "digits"]  # it counts pictures only up to data.limit
     tracer = make_tracer(parse(words).config)

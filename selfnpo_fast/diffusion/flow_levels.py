@@ -13,17 +13,23 @@ import torch
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError, shortened
 
+_MATCHING = "FlowMatchEulerDiscreteScheduler"
 _SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler integrates a flow.
+    """Whether a diffusers scheduler is that of a flow model.
 
     UniPC and DPM-Solver++ have an alphas_cumprod then, too, which means nothing.
     """
     config = getattr(scheduler, "config", None) or {}
-    named = type(scheduler).__name__.startswith("FlowMatch")
-    return named or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+    return type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+
+
+def has_flow_sigmas(scheduler: Any) -> bool:
+    """Whether `flow_sigmas` reads the noise levels of a diffusers scheduler."""
+    config = getattr(scheduler, "config", None) or {}
+    return type(scheduler).__name__ == _MATCHING or bool(config.get("use_flow_sigmas"))
 
 
 def flow_sigmas(scheduler: Any, tokens: int | None = None) -> torch.Tensor:

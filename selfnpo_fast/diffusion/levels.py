@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from selfnpo_fast.diffusion.flow_levels import flow_sigmas, is_flow
+from selfnpo_fast.diffusion.flow_levels import flow_sigmas, has_flow_sigmas
 from selfnpo_fast.diffusion.predictions import output_as_x0_eps
 from selfnpo_fast.runtime.errors import UserError, shortened
 
@@ -90,7 +90,7 @@ class Levels:
 
         Raises UserError for a scheduler that is neither.
         """
-        if is_flow(scheduler):
+        if has_flow_sigmas(scheduler):
             sigma = flow_sigmas(scheduler, tokens)
             if scheduler.config.get("invert_sigmas"):
                 return cls.flow(sigma, "-flow", (1 - sigma) * len(sigma))

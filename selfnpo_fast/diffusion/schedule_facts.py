@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from selfnpo_fast.diffusion.flow_levels import is_flow
+from selfnpo_fast.diffusion.flow_levels import has_flow_sigmas
 from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError, one_line, shortened
@@ -65,7 +65,7 @@ class ScheduleFacts:
     def of_scheduler(cls, scheduler: Any, source: str) -> ScheduleFacts:
         """The facts of a diffusers scheduler, as far as it has any: some have no alphas_cumprod."""
         config = getattr(scheduler, "config", None) or {}
-        if is_flow(scheduler):
+        if has_flow_sigmas(scheduler):
             return cls._of_flow(source, config["num_train_timesteps"])
         prediction_type, levels = config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None)
         if levels is None or not len(levels):

@@ -15,10 +15,12 @@ import math
 from dataclasses import dataclass, field
 
 from selfnpo_fast.config import RolloutConfig, TrainConfig
+from selfnpo_fast.doctor.expert_rows import rows_per_pair
 from selfnpo_fast.doctor.host_memory import move_to_host
-from selfnpo_fast.doctor.tracing import FakeDenoiser, ParameterCounts, StudentTrace
-from selfnpo_fast.models import Adapter
+from selfnpo_fast.doctor.tracing import FakeDenoiser, ForwardTrace, ParameterCounts, StudentTrace
+from selfnpo_fast.models import Adapter, Size
 from selfnpo_fast.models.host_table import window_size
+from selfnpo_fast.models.size import AskedSize
 from selfnpo_fast.rollout.continuous import fill_width
 from selfnpo_fast.rollout.pairs import forwards_per_state
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -58,11 +60,8 @@ class PlannedRun:
     """Weights that have only shapes."""
     student: StudentTrace
     """Of one micro-batch."""
-    reference_peak: int
-    """Peak bytes of the reference's forward on a micro-batch.
-
-    Where guidance needs both branches, it has two rows per sample.
-    """
+    reference: ForwardTrace
+    """Of a micro-batch. Where guidance needs both branches, it has two rows per sample."""
     latent_elements: int
     """Elements of one sample's latents."""
     row_elements: int
@@ -89,7 +88,8 @@ class Tracer:
     def __init__(self, adapter: Adapter, prompts: int) -> None:
         self.adapter, self.prompts = adapter, prompts
         self._denoisers: dict[tuple, FakeDenoiser] = {}
-        self._traces: dict[tuple, tuple[StudentTrace, int]] = {}
+        self._students: dict[tuple, StudentTrace] = {}
+        self._references: dict[tuple, ForwardTrace] = {}
 
     def plan(self, config: TrainConfig, world_size: int, device: str) -> PlannedRun:
         """Traces a config on `world_size` ranks of device type `device`.
@@ -111,26 +111,31 @@ class Tracer:
             )
         denoiser = self._denoisers[denoiser_key]
         # Everything that changes the sizes of its inputs, or the life of its gradients.
-        omega, keep_gradients = config.rollout.omega, keeps_gradients(config)
-        trace_key = (*denoiser_key, micro, forwards_per_state(omega), omega == -1, keep_gradients)
-        if trace_key not in self._traces:
-            self._traces[trace_key] = (
-                denoiser.trace_student(micro, keep_gradients=keep_gradients),
-                denoiser.forward_peak(micro * forwards_per_state(omega), one_row=omega == -1),
-            )
-        student, reference_peak = self._traces[trace_key]
+        size, omega, keep_gradients = self.size_of(config), config.rollout.omega, keeps_gradients(config)
+        student_key = (*denoiser_key, micro, size, keep_gradients)
+        if student_key not in self._students:
+            self._students[student_key] = denoiser.trace_student(micro, keep_gradients=keep_gradients, size=size)
+        rows, one_row = micro * forwards_per_state(omega), omega == -1
+        reference_key = (*denoiser_key, rows, size, one_row)
+        if reference_key not in self._references:
+            self._references[reference_key] = denoiser.trace_forward(rows, one_row=one_row, size=size)
         return PlannedRun(
             config=config,
             world_size=world_size,
             device=device,
             denoiser=denoiser,
-            student=student,
-            reference_peak=reference_peak,
-            latent_elements=math.prod(self.adapter.latent_shape),
+            student=self._students[student_key],
+            reference=self._references[reference_key],
+            latent_elements=math.prod(self.adapter.latent_shape_of(size, "model.")),
             row_elements=sum(math.prod(shape) for shape in self.adapter.conditioning_shapes.values()),
             prompts=self.prompts,
             timesteps=self.adapter.schedule.num_train_timesteps,
         )
+
+    def size_of(self, config: TrainConfig) -> Size:
+        """The size of what a config trains on."""
+        model = config.model
+        return self.adapter.size_of(AskedSize(model.resolution, model.height, model.width, model.frames))
 
 
 def forwards_per_pair(rollout: RolloutConfig) -> float:
@@ -189,9 +194,10 @@ def update_flops(run: PlannedRun) -> UpdateFlops:
 
     The fused operations between the networks are left out: they take less than a thousandth of it.
     """
-    batch = run.config.engine.batch_size
-    forwards = batch * forwards_per_pair(run.config.rollout)
-    return UpdateFlops(reference=forwards * run.denoiser.forward_flops, student=batch * run.denoiser.student_flops)
+    batch, rollout = run.config.engine.batch_size, run.config.rollout
+    forwards = batch * forwards_per_pair(rollout)
+    rows = batch * rows_per_pair(run.denoiser.adapter, rollout, run.micro_batch)
+    return UpdateFlops(reference=forwards * run.reference.flops, student=rows * run.student.flops)
 
 
 @dataclass(frozen=True)
@@ -226,9 +232,9 @@ def keeps_gradients(config: TrainConfig) -> bool:
 
 
 def uses_graphs(run: PlannedRun) -> bool:
-    """Whether the rollout's steps are captured as CUDA graphs."""
-    config = run.config
-    return run.device == "cuda" and config.engine.graphs and config.rollout.mode == "continuous"
+    """Whether the rollout's steps are captured as CUDA graphs; those of two experts are not."""
+    config, one = run.config, run.denoiser.adapter.boundary is None
+    return run.device == "cuda" and config.engine.graphs and config.rollout.mode == "continuous" and one
 
 
 def memory(run: PlannedRun) -> Memory:
@@ -258,7 +264,7 @@ def memory(run: PlannedRun) -> Memory:
         pool, phases[GRAPH_CAPTURE] = _graph_memory(run)
         resident["pool of the CUDA graphs"] = pool
     elif config.rollout.overlap:  # the reference runs at the same time as every other phase
-        phases = {name: size + run.reference_peak for name, size in phases.items() if name != REFERENCE_FORWARD}
+        phases = {name: size + run.reference.peak for name, size in phases.items() if name != REFERENCE_FORWARD}
     resident |= {"reference": reference, "EMA masters": masters, **_rollout_buffers(run)}
     return Memory({name: size for name, size in resident.items() if size}, phases, host)
 
@@ -276,7 +282,7 @@ def _graph_memory(run: PlannedRun) -> tuple[int, int]:
     latents_per_slot = 2 if run.config.rollout.start == "noise" else 1
     state = micro * (latents_per_slot * latent + 2 * 4 * 8)  # the slots' tensors, and the table of their next state
     groups = slots_per_rank(run) // micro
-    return run.reference_peak + groups * pairs, run.reference_peak + 2 * state + pairs
+    return run.reference.peak + groups * pairs, run.reference.peak + 2 * state + pairs
 
 
 def _moment_bytes(run: PlannedRun, shard: int) -> int:
@@ -352,7 +358,7 @@ def _engine_memory(run: PlannedRun) -> tuple[dict[str, int], dict[str, int]]:
     if config.engine.accumulation == 1:
         carried = 0
     phases = {
-        REFERENCE_FORWARD: run.reference_peak,  # all micro-batches' pairs come before the first gradient
+        REFERENCE_FORWARD: run.reference.peak,  # all micro-batches' pairs come before the first gradient
         STUDENT_PASSES: backward + carried + run.student.peak,
         GRADIENT_REDUCTION: reduction,
         OPTIMISER_STEP: step,
@@ -419,7 +425,5 @@ def checkpoint_bytes(run: PlannedRun) -> int:
 
 
 def negative_bytes(run: PlannedRun) -> int:
-    """Bytes of the negative model on disk: whole network or LoRA, in the run's precision."""
-    counts = run.parameter_counts
-    elements = counts.trained if run.config.lora.rank else counts.total
-    return elements * DTYPES[run.config.engine.precision].itemsize
+    """Bytes of the negative model on disk: what is trained, in the run's precision."""
+    return run.parameter_counts.trained * DTYPES[run.config.engine.precision].itemsize

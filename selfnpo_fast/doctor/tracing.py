@@ -1,8 +1,8 @@
 """Memory and FLOPs of a network's forward and backward pass, found without the network's weights.
 
 The real module runs on PyTorch's fake tensors: every operation computes the shapes of its results
-and nothing else, so a network of any size is traced in seconds. Two dispatch modes observe the
-operations. torch's FlopCounterMode counts what the operations compute; `LiveBytes` follows which of
+and nothing else, so a network of any size is traced in seconds. A dispatch mode, `Operations`,
+observes the operations: it counts what they compute, by torch's formulas, and follows which of
 their results are alive.
 
 One multiplication and one addition are two FLOPs. Convolutions, matrix products and attention are
@@ -21,12 +21,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from selfnpo_fast.config import LoraConfig
-from selfnpo_fast.models import Adapter
+from selfnpo_fast.models import Adapter, Size
+from selfnpo_fast.models.experts import networks_of
 from selfnpo_fast.models.quantised import plan_quantised, quantised_elements
-from selfnpo_fast.training.lora import add_lora
+from selfnpo_fast.training.lora import make_trainable
 from selfnpo_fast.training.offload import offloadable
 
 PERSISTENT_ELEMENTS = 100_000
@@ -36,16 +37,20 @@ MIN_8BIT_ELEMENTS = 4096
 
 # torch counts only the attention kernels of GPUs. Fake tensors take the kernel of the CPU, which
 # keeps equally little for the backward pass: the output and the logsumexp of the scores.
-_CPU_ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(grad, q, k, v)
+_FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of the tensor storages that operations allocate inside the context.
+class Operations(TorchDispatchMode):
+    """Follows the bytes of the tensor storages that operations allocate inside the context, and
+    counts the operations' FLOPs.
 
     `now` is what lives at present, `peak` the most that has lived. An operation's internal scratch
     memory is not seen. The caller keeps `gradients` up to date; `peak_gradients` is its value at
@@ -54,11 +59,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = self.gradients = self.peak_gradients = 0
+        self.now = self.peak = self.gradients = self.peak_gradients = self.flops = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        flops = _FLOPS.get(getattr(func, "_overloadpacket", None))
+        if flops is not None:
+            self.flops += flops(*args, **kwargs, out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._track(leaf.untyped_storage())
@@ -116,8 +125,18 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForwardTrace:
+    """A forward pass without gradients."""
+
+    peak: int
+    """Most bytes that live at once, in addition to the weights."""
+    flops: float
+    """FLOPs of a sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudentTrace:
-    """Memory of the student's passes over one micro-batch, in addition to its weights."""
+    """The student's passes over one micro-batch. Its weights are not in the bytes."""
 
     kept: int
     """Bytes of activations and inputs that live between the forward and the backward pass."""
@@ -125,6 +144,8 @@ class StudentTrace:
     """Most bytes that live at once, gradients of the parameters included."""
     peak_gradients: int
     """Bytes of the parameters' gradients at the peak."""
+    flops: float
+    """FLOPs of a sample, recomputation included."""
 
 
 class FakeDenoiser:
@@ -148,49 +169,49 @@ class FakeDenoiser:
             self.module = adapter.new_denoiser(dtype)
             if quantization != "none":
                 plan_quantised(self.module, quantization)
-            if lora.rank:
-                add_lora(self.module, lora, seed=0)
-            else:
-                self.module.requires_grad_(True)
+            make_trainable(self.module, adapter.trained_denoisers, lora, seed=0)
         # Fake tensors on the CPU dispatch to the CPU's kernels. Meta tensors do not: their
         # attention would keep the whole matrix of scores.
         with self._fake_mode:
             _replace_tensors(self.module, dtype)
         if checkpointing:
-            self.module.enable_gradient_checkpointing()
+            for network in networks_of(self.module).values():
+                adapter.family.checkpoint_gradients(network)
         self.parameter_counts = ParameterCounts.of(self.module)
 
-    def forward_peak(self, batch: int, *, one_row: bool = False) -> int:
-        """Peak bytes, without the weights, of a forward pass without gradients.
+    def trace_forward(self, batch: int, *, one_row: bool = False, size: Size | None = None) -> ForwardTrace:
+        """Traces a forward pass without gradients of `batch` samples, of the adapter's size by default.
 
-        `batch` is the number of samples. With `one_row` all of them share one row of conditioning,
-        as those with the empty prompt do.
+        With `one_row` all of them share one row of conditioning, as those with the empty prompt do.
         """
         self.module.eval()
-        live = self._live_bytes()
-        with self._fake_mode, torch.no_grad(), live:
-            self._predict(batch, one_row)
-        return live.peak
+        trace = self._operations()
+        with self._fake_mode, torch.no_grad(), trace:
+            self._predict(batch, one_row, size)
+        return ForwardTrace(peak=trace.peak, flops=trace.flops / batch)
 
-    def trace_student(self, batch: int, *, keep_gradients: bool = True) -> StudentTrace:
+    def trace_student(self, batch: int, *, keep_gradients: bool = True, size: Size | None = None) -> StudentTrace:
         """Traces the forward and backward pass of a micro-batch of `batch` samples.
 
         Without `keep_gradients` every gradient is dropped as soon as it is complete.
         """
         self.module.train()
-        live = self._live_bytes()
-        on_gradient = _gradient_counter(live) if keep_gradients else _drop_gradient
+        trace = self._operations()
+        on_gradient = _gradient_counter(trace) if keep_gradients else _drop_gradient
         handles = [
             p.register_post_accumulate_grad_hook(on_gradient) for p in self.module.parameters() if p.requires_grad
         ]
-        with self._fake_mode, live:
-            out = self._predict(batch)
-            kept = live.now
+        with self._fake_mode, trace:
+            out = self._predict(batch, size=size)
+            kept = trace.now
             out.backward(torch.empty_like(out))
         for handle in handles:
             handle.remove()
-        self._clear_gradients()
-        return StudentTrace(kept=kept, peak=live.peak, peak_gradients=live.peak_gradients)
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        # A second expert that is trained computes one sample (`experts.Experts.forward`).
+        flops = trace.flops / (batch + len(self.adapter.trained_denoisers) - 1)
+        return StudentTrace(kept=kept, peak=trace.peak, peak_gradients=trace.peak_gradients, flops=flops)
 
     @functools.cached_property
     def frozen_blocks(self) -> list[int]:
@@ -198,65 +219,35 @@ class FakeDenoiser:
         blocks = offloadable(self.module, self.adapter.family.repeated_blocks)
         return [sum(parameter.nbytes for _, _, parameter in frozen) for frozen in blocks.values()]
 
-    # FLOPs are counted in separate passes: the counter's hooks would keep what checkpointing frees.
-
-    @functools.cached_property
-    def forward_flops(self) -> int:
-        """FLOPs of a forward pass of one sample; those of a batch are proportional to its size."""
-        self.module.eval()
-        with self._fake_mode, torch.no_grad(), _flop_counter() as flops:
-            self._predict(1)
-        return flops.get_total_flops()
-
-    @functools.cached_property
-    def student_flops(self) -> int:
-        """FLOPs of the forward and backward pass of one sample, recomputation included.
-
-        Those of a batch are proportional to its size.
-        """
-        self.module.train()
-        with self._fake_mode, _flop_counter() as flops:
-            out = self._predict(1)
-            out.backward(torch.empty_like(out))
-        self._clear_gradients()
-        return flops.get_total_flops()
-
-    def _predict(self, batch: int, one_row: bool = False) -> torch.Tensor:
+    def _predict(self, batch: int, one_row: bool = False, size: Size | None = None) -> torch.Tensor:
         """The network's output for latents, timesteps and conditioning of the shapes of a run.
 
         With `one_row` the conditioning is one row, expanded to the batch without a copy.
         """
-        x = torch.empty(batch, *self.adapter.latent_shape)
+        shape = self.adapter.latent_shape if size is None else self.adapter.latent_shape_of(size)
+        x = torch.empty(batch, *shape)
         t = torch.empty(batch, dtype=self.adapter.family.time_dtype)
         rows = {
             name: torch.empty(1 if one_row else batch, *shape, dtype=self.dtype).expand(batch, *shape)
             for name, shape in self.adapter.conditioning_shapes.items()
         }
-        return self.adapter.predict(self.module, x, t, rows)
+        return self.adapter.predict(self.module, x, t, rows, size)
 
-    def _clear_gradients(self) -> None:
-        for parameter in self.module.parameters():
-            parameter.grad = None
-
-    def _live_bytes(self) -> LiveBytes:
-        return LiveBytes([*self.module.parameters(), *self.module.buffers()])
+    def _operations(self) -> Operations:
+        return Operations([*self.module.parameters(), *self.module.buffers()])
 
 
-def _gradient_counter(live: LiveBytes) -> Callable[[nn.Parameter], None]:
-    """A hook that adds the bytes of a parameter's gradient to `live.gradients`."""
+def _gradient_counter(trace: Operations) -> Callable[[nn.Parameter], None]:
+    """A hook that adds the bytes of a parameter's gradient to `trace.gradients`."""
 
     def count(parameter: nn.Parameter) -> None:
-        live.gradients += parameter.grad.nbytes
+        trace.gradients += parameter.grad.nbytes
 
     return count
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
-
-
-def _flop_counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION_FLOPS)
 
 
 def _replace_tensors(module: nn.Module, dtype: torch.dtype) -> None:

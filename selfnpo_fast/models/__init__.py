@@ -109,17 +109,15 @@ def load_adapter(
 
 
 def load_adapter_of(model: ModelConfig, *, configs_only: bool = False) -> Adapter:
-    """`load_adapter` of a config's model, to train it. Raises UserError as well for a model that
-    calls itself distilled (`refused.why_turbo`)."""
-    others = ("path", "quantization")  # the latter is how a frozen base is stored, which a run decides
-    options = {
-        field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name not in others
-    }
+    """`load_adapter` of a config's model, to train it; how weights are stored is no matter of an
+    adapter. Raises UserError as well for a model that calls itself distilled (`refused.why_turbo`)."""
+    names = [field.name for field in dataclasses.fields(model) if field.name not in ("path", "quantization")]
+    options = {name: getattr(model, name) for name in names}
     adapter = load_adapter(model.path, **options, configs_only=configs_only)
-    names = [config.get("_name_or_path") for config in (adapter.index, adapter.denoiser_config)]
+    called = [config.get("_name_or_path") for config in (adapter.index, adapter.denoiser_config)]
     if not os.path.exists(os.path.expanduser(model.path)):
-        names.append(model.path)  # a Hub id; folders are named by their owner
-    reason = why_turbo(names)
+        called.append(model.path)  # a Hub id; folders are named by their owner
+    reason = why_turbo(called)
     if reason is not None:
         raise UserError(f"model.path: {reason}; train the model that it was made from")
     return adapter

@@ -14,7 +14,7 @@ from torch import nn
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import load_adapter_of
-from selfnpo_fast.negatives.fingerprint import base_record
+from selfnpo_fast.negatives.fingerprint import base_records
 from selfnpo_fast.negatives.merge import new_folder
 from selfnpo_fast.negatives.weights import WeightReader, module_weights, stored_buffers
 from selfnpo_fast.negatives.write import save_negative
@@ -27,7 +27,7 @@ from selfnpo_fast.runtime.options import parse_with_config
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.runtime.writer import Tensors
 from selfnpo_fast.training.input_record import weights_sha256
-from selfnpo_fast.training.lora import add_lora
+from selfnpo_fast.training.lora import make_trainable
 from selfnpo_fast.training.resumable import STATE, is_checkpoint, newest_good, open_tensors, read_state
 
 STUDENT = "student.safetensors"
@@ -61,16 +61,15 @@ def export(checkpoint: str | Path, output: str | Path, *, model: str | None = No
     network = adapter.load_denoiser(dtype, "model")
     weights = module_weights(network, path)
     _refuse_other_base(folder, state, weights, path)
-    record = base_record(config.model.path, commit, weights, ScheduleFacts.of(adapter.schedule, path))
+    records = base_records(adapter, network, config.model.path, commit, ScheduleFacts.of(adapter.schedule, path))
     # The student's weights in its place.
-    if config.lora.rank:
-        add_lora(network, config.lora, config.seed)
+    make_trainable(network, adapter.trained_denoisers, config.lora, config.seed)
     trained = _trained(folder, network)
     others = ((name, p.detach()) for name, p in network.named_parameters() if name not in trained)
     frozen = chain(others, stored_buffers(network))
     alone = World(0, 1, torch.device("cpu"))
     lora = config.lora.rank > 0
-    return save_negative(target, network, trained.items(), frozen, adapter, dtype, alone, lora=lora, base=record)
+    return save_negative(target, network, trained.items(), frozen, adapter, dtype, alone, lora=lora, base=records)
 
 
 def _whole_checkpoint(path: Path) -> Path:

@@ -48,8 +48,8 @@ from selfnpo_fast.doctor.report import (
     make_tracer,
 )
 from selfnpo_fast.doctor.savings import memory_saving_changes
-from selfnpo_fast.doctor.tracing import FakeDenoiser, LiveBytes, ParameterCounts
-from selfnpo_fast.models import DIGITS, load_adapter
+from selfnpo_fast.doctor.tracing import FakeDenoiser, Operations, ParameterCounts
+from selfnpo_fast.models import DIGITS, Family, load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World, init_world
 from selfnpo_fast.training.inputs import load_inputs
@@ -132,7 +132,7 @@ def test_a_quantised_base_takes_what_its_numbers_and_scales_take(kind, sd):
 def test_a_quantised_base_is_proposed_to_lora_runs(sd):
     def proposed(kind: str, rank: int = 4) -> set[str]:
         config = tiny_config(sd, lora=LoraConfig(rank=rank), model=ModelConfig(path=str(sd), quantization=kind))
-        changes = memory_saving_changes(config, 1)
+        changes = memory_saving_changes(config, 1, Family())
         return {option for option, _ in changes if "quantization" in option}
 
     assert proposed("none") == {"--model.quantization int8", "--model.quantization nf4"}
@@ -159,6 +159,7 @@ class OneLayer:
     """An adapter of a single layer, with latents as its only input."""
 
     latent_shape, conditioning_shapes = (3, 8, 8), {"rows": (5, 7)}
+    family = Family()
 
     def __init__(self, layer) -> None:
         self.layer = layer
@@ -166,7 +167,7 @@ class OneLayer:
     def new_denoiser(self, dtype: torch.dtype) -> nn.Module:
         return self.layer().to(dtype)
 
-    def predict(self, module, x, t, cond):
+    def predict(self, module, x, t, cond, size):
         return module(x.to(next(module.parameters()).dtype))
 
 
@@ -180,9 +181,9 @@ def test_flops_and_bytes_of_one_convolution():
     once = 2 * 64 * 6 * 3 * 9
     x, out, weights = 4 * batch * 3 * 64, 4 * batch * 6 * 64, 4 * 6 * 3 * 9
     inputs = x + 8 * batch + 4 * batch * 35
-    assert denoiser.forward_flops == once
-    assert denoiser.student_flops == 2 * once, "no gradient of the latents is asked for"
-    assert denoiser.forward_peak(batch) == inputs + out
+    assert denoiser.trace_forward(batch).flops == once
+    assert denoiser.trace_student(batch).flops == 2 * once, "no gradient of the latents is asked for"
+    assert denoiser.trace_forward(batch).peak == inputs + out
     student = denoiser.trace_student(batch)
     assert student.kept == x + out, "timesteps and rows are not needed again"
     assert (student.peak, student.peak_gradients) == (x + 2 * out + weights, 0)
@@ -203,13 +204,13 @@ def test_flops_of_attention():
 
     product = 2 * 64 * 64 * 3
     denoiser = FakeDenoiser(OneLayer(Attention), torch.float32, FULL)
-    assert denoiser.forward_flops == 2 * product
-    assert denoiser.student_flops == 6 * product
+    assert denoiser.trace_forward(1).flops == 2 * product
+    assert denoiser.trace_student(1).flops == 6 * product
 
 
 def test_live_bytes_follow_storages():
     known = torch.zeros(100)
-    with LiveBytes([known]) as live:
+    with Operations([known]) as live:
         a = torch.zeros(10)
         known.add_(1)
         view = a[2:]
@@ -250,7 +251,7 @@ def test_digits_parameters_and_checkpointing():
     before, after = plain.trace_student(16), saving.trace_student(16)
     assert after.kept < before.kept / 2
     assert after.peak < before.peak
-    assert 1.2 < saving.student_flops / plain.student_flops < 1.4, "one more forward"
+    assert 1.2 < after.flops / before.flops < 1.4, "one more forward"
     assert plain.trace_student(32).kept == pytest.approx(2 * before.kept, rel=1e-3)
 
 
@@ -304,7 +305,7 @@ def test_full_size_networks_from_their_configs(tmp_path, family, count):
     denoiser = FakeDenoiser(load_adapter(str(tmp_path), configs_only=True), torch.bfloat16, FULL)
     assert denoiser.parameter_counts.total == count
     assert denoiser.parameter_counts.weight_bytes == 2 * count
-    assert denoiser.forward_peak(1) < count, "activations of a forward are small next to such weights"
+    assert denoiser.trace_forward(1).peak < count, "activations of a forward are small next to such weights"
 
 
 # Closed form
@@ -389,14 +390,14 @@ def test_graphs_keep_the_reference_forward_in_a_pool_of_their_own():
     _, plain = costed(graphs=False)
     latent, micro, groups = 4 * 4 * 8 * 8, 4, 6
     pairs = micro * (2 * latent + 36)
-    assert graphs.resident[pool] == run.reference_peak + groups * pairs
+    assert graphs.resident[pool] == run.reference.peak + groups * pairs
     assert pool not in plain.resident
     # One more forward runs for the comparison, beside copies of the slots' state and of its results.
     state = micro * (2 * latent + 8 * 8)
-    assert graphs.phases["capture of a CUDA graph"] == run.reference_peak + 2 * state + pairs
+    assert graphs.phases["capture of a CUDA graph"] == run.reference.peak + 2 * state + pairs
     assert "reference forward" not in graphs.phases
     student = "student forward and backward"
-    assert graphs.phases[student] == plain.phases[student] > run.reference_peak
+    assert graphs.phases[student] == plain.phases[student] > run.reference.peak
     # What a graph returns is not counted twice.
     returned = plain.resident["pairs"]
     assert "pairs" not in graphs.resident
@@ -528,16 +529,16 @@ def test_prompts_on_the_host_take_the_bytes_of_the_next_pairs(world, tmp_path, s
 
 def test_report_says_what_fits_and_what_would(sd, capsys):
     words = ["--config", str(ROOT / "configs" / "digits.yaml"), "--model.path", str(sd), "--engine.batch_size", "8"]
-    words += ["--engine.graphs", "false"]
-    assert main(["doctor", *words, "--memory_gib", "0.0024", "--world_size", "2"]) == 0
+    words += ["--engine.graphs", "false", "--prompts.device_mib", "0"]
+    assert main(["doctor", *words, "--memory_gib", "0.002", "--world_size", "2"]) == 0
     out = capsys.readouterr().out
     for expected in (
         "computed, not measured",
         "8 pairs (ranks x micro-batches x pairs: 2 x 1 x 4)",
-        "cards: 0.0024 GiB does not fit",
+        "cards: 0.002 GiB does not fit",
         "--engine.gradient_checkpointing true",
         "--optimizer.name adamw8bit",
-        "to fit 0.0024 GiB: --engine.gradient_checkpointing true needs",
+        "to fit 0.002 GiB: --engine.gradient_checkpointing true needs",
         "A100 SXM 80 GB",
         "H100 SXM 80 GB",
         "this machine",

@@ -21,7 +21,7 @@ from selfnpo_fast.doctor import costs
 from selfnpo_fast.doctor.fitting import fitting_table
 from selfnpo_fast.doctor.report import examine
 from selfnpo_fast.doctor.savings import memory_saving_changes
-from selfnpo_fast.models import load_adapter
+from selfnpo_fast.models import Family, load_adapter
 from selfnpo_fast.runtime.errors import UserError
 
 DIGITS_PARAMETERS = 1_077_572
@@ -76,13 +76,15 @@ def test_frozen_blocks_leave_the_device(tracer):
 
 
 def test_both_are_proposed():
-    full = [words for words, _ in memory_saving_changes(config(precision="bf16", optimizer="adamw8bit"), 1)]
+    full = [words for words, _ in memory_saving_changes(config(precision="bf16", optimizer="adamw8bit"), 1, Family())]
     assert "--engine.offload optimizer --optimizer.name adamw" in full
-    assert not any("offload" in words for words, _ in memory_saving_changes(config(), 1)), "ZeRO 0 has no masters"
-    lora = dict(memory_saving_changes(config(lora=4), 1))
+    assert not any("offload" in words for words, _ in memory_saving_changes(config(), 1, Family())), (
+        "ZeRO 0 has no masters"
+    )
+    lora = dict(memory_saving_changes(config(lora=4), 1, Family()))
     words = "--engine.graphs false --engine.gradient_checkpointing true --engine.offload blocks"
     assert lora[words].engine.offload == "blocks"
-    again = [words for words, _ in memory_saving_changes(lora[words], 1)]
+    again = [words for words, _ in memory_saving_changes(lora[words], 1, Family())]
     assert again and not any("offload" in words for words in again)
 
 

@@ -13,6 +13,7 @@ from tiny_negatives import merged, moved, save_with_diffusers, with_lora
 from torch import nn
 
 from selfnpo_fast import cli
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.guidance.correlation import ALPHAS, BOUND, Moments, alphas_of, correlation, moments
 from selfnpo_fast.models import load_adapter
 from selfnpo_fast.negatives.load import load_negative
@@ -75,7 +76,14 @@ def synthetic_adapter(plain: float):
             return Synthetic(plain).predict(x, t)
         return network.predict(x, t)
 
-    return SimpleNamespace(scheduler=tiny.scheduler(), latent_shape=SHAPE, predict=predict)
+    return SimpleNamespace(
+        scheduler=tiny.scheduler(),
+        schedule=Levels.of(tiny.scheduler()),
+        set_timesteps=lambda scheduler, steps, _: scheduler.set_timesteps(steps),
+        size=None,
+        latent_shape=SHAPE,
+        predict=predict,
+    )
 
 
 def measure(negative: nn.Module, plain: float = 0.98, **options):

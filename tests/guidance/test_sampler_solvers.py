@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import dataclasses
 
 import diffusers
 import pytest
@@ -21,6 +21,7 @@ from diffusers.schedulers import scheduling_ddim, scheduling_dpmsolver_multistep
 from recording import Recording
 
 from selfnpo_fast import GuidedSampler, attach_negative
+from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.guidance.sampler import start_noise
 from selfnpo_fast.models import Family
 from selfnpo_fast.runtime.errors import UserError
@@ -224,8 +225,8 @@ def test_impossible_scales_of_steps_are_named(pipe, scales, words):
 def test_a_flow_model_is_drawn_by_its_own_scheduler(pipe, monkeypatch, solver, prediction_type):
     """Where the family has the levels of a flow; its network is told the scheduler's timesteps."""
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    levels = SimpleNamespace(prediction_type=prediction_type, num_train_timesteps=1000, check=lambda: None)
-    monkeypatch.setattr(Family, "schedule", lambda *_: levels)
+    levels = dataclasses.replace(Levels.of(pipe.scheduler), prediction=prediction_type)
+    monkeypatch.setattr(Family, "levels", lambda *_: levels)
     drawn = by_us(GuidedSampler.from_pipeline(pipe), solver=solver)
     assert drawn.solver == {"unipc": "unipc, order 2"}.get(solver, "euler")
     scheduler = pipe.scheduler
