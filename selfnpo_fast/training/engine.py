@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from selfnpo_fast.config import OptimizerConfig, TrainConfig
-from selfnpo_fast.negatives.weights import stored_buffers
 from selfnpo_fast.runtime.console import logger, quiet_libraries, say_once
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError, one_line
@@ -309,10 +308,8 @@ class StudentEngine:
             yield name, (param if whole is None else whole).detach().float()
 
     def frozen_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) of every other parameter, and of the buffers that weight files hold;
-        all ranks iterate together."""
+        """(name, whole tensor) of every other parameter; all ranks iterate together."""
         for name, param in self.module.named_parameters():
             if not param.requires_grad:
                 with self.gather([param]):
                     yield name, param.detach()
-        yield from stored_buffers(self.module)

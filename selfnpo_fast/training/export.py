@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import load_adapter_of
 from selfnpo_fast.negatives.fingerprint import base_records
 from selfnpo_fast.negatives.merge import new_folder
-from selfnpo_fast.negatives.weights import WeightReader, module_weights, stored_buffers
+from selfnpo_fast.negatives.weights import WeightReader, module_weights
 from selfnpo_fast.negatives.write import save_negative
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -65,8 +64,7 @@ def export(checkpoint: str | Path, output: str | Path, *, model: str | None = No
     # The student's weights in its place.
     make_trainable(network, adapter.trained_denoisers, config.lora, config.seed)
     trained = _trained(folder, network)
-    others = ((name, p.detach()) for name, p in network.named_parameters() if name not in trained)
-    frozen = chain(others, stored_buffers(network))
+    frozen = ((name, p.detach()) for name, p in network.named_parameters() if name not in trained)
     alone = World(0, 1, torch.device("cpu"))
     lora = config.lora.rank > 0
     return save_negative(target, network, trained.items(), frozen, adapter, dtype, alone, lora=lora, base=records)
