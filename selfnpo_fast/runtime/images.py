@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 CAPTION_SIZE = 13  # pixels
 MARGIN = 8  # pixels around a tile of a grid
 MIN_TILE = 96  # pixels; smaller pictures are enlarged by a whole factor
-FRAMES = 4  # of a clip in a grid
 
 
 def to_pil(images: torch.Tensor, least_side: int = MIN_TILE) -> list[Image.Image]:
@@ -25,16 +24,6 @@ def to_pil(images: torch.Tensor, least_side: int = MIN_TILE) -> list[Image.Image
     return [Image.fromarray(picture).resize(size, Image.Resampling.NEAREST) for picture in pixels]
 
 
-def strips(clips: torch.Tensor) -> torch.Tensor:
-    """Pictures (N, 3, H, n W) of clips (N, F, 3, H, W): n frames side by side, spread from the first
-    to the last, at most FRAMES of them. Pictures (N, 3, H, W) are returned as they are."""
-    if clips.ndim == 4:
-        return clips
-    count = clips.shape[1]
-    shown = torch.linspace(0, count - 1, min(count, FRAMES)).round().long()
-    return torch.cat(clips[:, shown].unbind(1), dim=-1)
-
-
 def image_grid(
     images: torch.Tensor | Sequence[Image.Image],
     columns: int,
@@ -43,10 +32,10 @@ def image_grid(
 ) -> Image.Image:
     """A page of images in rows of `columns`, each with its caption wrapped below it.
 
-    `images` is (N, 3, H, W) float in [-1, 1] (small ones are enlarged without smoothing), clips
-    (N, F, 3, H, W), of which a few frames are shown, or PIL images of one size.
+    `images` is (N, 3, H, W) float in [-1, 1] (small ones are enlarged without smoothing), or PIL
+    images of one size.
     """
-    tiles = to_pil(strips(images)) if isinstance(images, torch.Tensor) else list(images)
+    tiles = to_pil(images) if isinstance(images, torch.Tensor) else list(images)
     if not tiles or columns < 1:
         raise ValueError(f"columns: {columns} for {len(tiles)} images is not possible; give at least one of each")
     if captions is not None and len(captions) != len(tiles):
