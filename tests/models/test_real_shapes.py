@@ -95,11 +95,11 @@ MODELS = {
 NEW = [name for name, model in MODELS.items() if model.folder.parent == HERE]
 
 
-def adapter_of(name: str, **choices):
+def adapter_of(name: str, expert: str | None = None, **size: int):
     model = MODELS[name]
     index = json.loads((model.folder / "model_index.json").read_text())
     folder = open_folder(str(model.folder), name)
-    return model.adapter(name, folder=folder, index=index, asked=AskedSize(**choices))
+    return model.adapter(name, folder=folder, index=index, expert=expert, asked=AskedSize(**size))
 
 
 @functools.cache
