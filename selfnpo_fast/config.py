@@ -69,6 +69,11 @@ class ModelConfig:
     expert: Literal["high", "low", "both"] | None = None
     """Which denoisers of a model with two are trained: that of high noise levels, that of low ones,
     or both. No value for a model with one."""
+    vae_tiling: bool = False
+    """Whether the autoencoder works in tiles whose seams are blended (diffusers' enable_tiling), in
+    sample grids and where data is encoded: less memory at large sizes, and slightly other latents."""
+    vae_slicing: bool = False
+    """Whether the autoencoder takes the pictures of a batch one by one (diffusers' enable_slicing)."""
     quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
     """How the frozen base of a LoRA run is stored: in the run's precision, or the Linear layers of
     its blocks in 8 bits (int8 by bitsandbytes, fp8 by torchao) or in 4 (nf4 by bitsandbytes)."""

@@ -38,6 +38,14 @@ class CorrelateOptions:
     """Number of timesteps to measure at."""
     seed: int = 0
     """Seed of the noise of the first prompt; the next prompts have the next seeds."""
+    resolution: int | None = None
+    """Picture height and width in pixels; by default those that the model was trained for."""
+    height: int | None = None
+    """Height in pixels where it differs from the width."""
+    width: int | None = None
+    """Width in pixels where it differs from the height."""
+    frames: int | None = None
+    """Frames of a video; by default those that the model was trained for."""
 
 
 def run(argv: list[str]) -> None:
@@ -49,10 +57,11 @@ def correlate(options: CorrelateOptions) -> None:
     """Measure the correlation and print it. Raises UserError for bad options."""
     import torch
 
+    from selfnpo_fast.config import ModelConfig
     from selfnpo_fast.data.prompts import read_prompts
     from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
     from selfnpo_fast.guidance.correlation import alphas_of, correlation
-    from selfnpo_fast.models import load_adapter
+    from selfnpo_fast.models import load_adapter_of
     from selfnpo_fast.negatives.experts import is_own_base
     from selfnpo_fast.negatives.load import load_negative
 
@@ -63,7 +72,8 @@ def correlate(options: CorrelateOptions) -> None:
     check_seeds(options.seed, options.limit)
     texts = read_prompts(options.prompts, limit=options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = load_adapter(options.model)
+    size = {name: getattr(options, name) for name in ("resolution", "height", "width", "frames")}
+    adapter = load_adapter_of(ModelConfig(path=options.model, **size))
     adapter.check_steps(options.steps)
     positive = adapter.load_denoiser(torch.float32).to(device)
     shared = {"beta": options.beta}
@@ -71,7 +81,7 @@ def correlate(options: CorrelateOptions) -> None:
     negative = load_negative(
         positive, options.negative, alpha=options.alpha, base=options.base, schedule=schedule, **shared
     )
-    rows, empty = adapter.encode_prompts(texts, device), adapter.encode_empty(device)
+    rows, empty = adapter.encode_branches(texts, device)
     alphas = None
     # A positive that is its own base has no change for alpha to share.
     if options.base is not None and not is_own_base(positive, options.base):

@@ -105,6 +105,8 @@ def _evaluate(options: EvaluateOptions, folder: Path) -> None:
         options.images, options.guidance_scales = FULL_IMAGES, list(FULL_SCALES)
     _check_sampling(options)
     adapter = load_adapter(options.model)
+    if adapter.family.draws_videos:
+        raise UserError(f"model: {options.model} draws videos, and pictures are scored; selfnpo sample draws videos")
     adapter.check_steps(options.steps)
     adapter.check_size()
     # Arms, cases and measures are made and checked before any picture is drawn.
@@ -201,7 +203,7 @@ class _Drawing:
         """The bar of the running sweep; set by the caller."""
         distinct = sorted(set(prompts))
         self.index_of_prompt = {prompt: i for i, prompt in enumerate(distinct)}
-        self.table, self.empty = adapter.encode_prompts(distinct, device), adapter.encode_empty(device)
+        self.table, self.empty = adapter.encode_branches(distinct, device)
         self.model = digest(self.table, self.empty, adapter.schedule.identity(), adapter.vae_sha256)
         """The digest of all parts of the model but the denoiser that the pictures depend on."""
 

@@ -55,12 +55,7 @@ def flow_sigmas(scheduler: Any, tokens: int | None = None) -> torch.Tensor:
     count = config.num_train_timesteps
     sigma = torch.arange(1, count + 1, dtype=torch.float64) / count
     if config.get("use_dynamic_shifting"):
-        if tokens is None:
-            raise UserError(
-                "scheduler: its use_dynamic_shifting makes noise levels depend on the size of the latent, which this "
-                "family does not give"
-            )
-        mu = _mu(config, tokens)
+        mu = shift_mu(config, tokens)
         factor = math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
         sigma = factor / (factor + (1 / sigma - 1))
     else:
@@ -77,8 +72,16 @@ def flow_sigmas(scheduler: Any, tokens: int | None = None) -> torch.Tensor:
     return sigma
 
 
-def _mu(config: Any, tokens: int) -> float:
-    """The logarithm of the shift: linear in the number of tokens, as diffusers' `calculate_shift`."""
+def shift_mu(config: Any, tokens: int | None) -> float:
+    """The logarithm of the shift: linear in the number of tokens, as diffusers' `calculate_shift`.
+
+    Raises UserError where the tokens are not given.
+    """
+    if tokens is None:
+        raise UserError(
+            "scheduler: its use_dynamic_shifting makes noise levels depend on the size of the latent, which this "
+            "family does not give"
+        )
     first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (tokens - first) / (last - first)

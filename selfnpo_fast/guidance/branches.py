@@ -17,6 +17,7 @@ from torch import nn
 from selfnpo_fast.guidance.lora_backbone import LowRankBackbone, install
 from selfnpo_fast.guidance.lora_layers import Rows
 from selfnpo_fast.models.base import Adapter, Conditioning
+from selfnpo_fast.models.size import Size
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.negatives.weights import match_placement
 from selfnpo_fast.runtime.attention import set_attention
@@ -86,8 +87,9 @@ class Branches:
         """The rows that get the low-rank updates within the block, where there are updates."""
         return self.backbone.rows(choice) if self.backbone is not None else nullcontext()
 
-    def single(self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning) -> torch.Tensor:
-        """The positive branch's output, in the network's dtype.
+    def single(self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning, size: Size | None = None) -> torch.Tensor:
+        """The positive branch's output, in the network's dtype; `size` is that of the states, by
+        default the adapter's.
 
         Shapes:
         - x: (B, ...), the states.
@@ -95,12 +97,13 @@ class Branches:
         - rows: (B, ...), the prompts' conditioning rows.
         - result: (B, ...).
         """
-        return self.predict(self.positive, x, t, rows)
+        return self.predict(self.positive, x, t, rows, size)
 
     def both(
-        self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning, batched: bool
+        self, x: torch.Tensor, t: torch.Tensor, rows: Conditioning, batched: bool, size: Size | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(pos, neg)`, the outputs of both branches, as one batch where `batched`.
+        """`(pos, neg)`, the outputs of both branches, as one batch where `batched`; `size` is that of
+        `single`.
 
         Shapes:
         - x: (B, ...), the states.
@@ -110,14 +113,14 @@ class Branches:
         """
         if batched:
             with self._rows(Rows.FIRST_HALF):
-                neg, pos = self.predict(self.positive, torch.cat([x, x]), torch.cat([t, t]), rows).chunk(2)
+                neg, pos = self.predict(self.positive, torch.cat([x, x]), torch.cat([t, t]), rows, size).chunk(2)
             return pos, neg
         negative_rows, prompts = halves(rows)
-        pos = self.single(x, t, prompts)
+        pos = self.single(x, t, prompts, size)
         if self.negative is not None:
-            return pos, self.predict(self.negative, x, t, negative_rows)
+            return pos, self.predict(self.negative, x, t, negative_rows, size)
         with self._rows(Rows.ALL):
-            return pos, self.predict(self.positive, x, t, negative_rows)
+            return pos, self.predict(self.positive, x, t, negative_rows, size)
 
 
 def _share(network: nn.Module, what: str) -> nn.Module:
@@ -182,12 +185,17 @@ def rows_of_part(rows: Conditioning, part: slice) -> Conditioning:
 
 
 def joined(negative_rows: Conditioning, prompts: Conditioning, batch: int, dtype: torch.dtype) -> Conditioning:
-    """(2 B, ...) rows in the network's dtype: the negative branch's, then the prompts'.
+    """(2 B, ...) rows, numbers in the network's dtype and masks as they are: the negative branch's,
+    then the prompts'.
 
     Both are (B, ...) or (1, ...), where B is `batch`.
     """
     pairs = {name: (negative_rows[name], prompts[name]) for name in prompts}
     return {
-        name: torch.cat([value.to(dtype).expand(batch, *value.shape[1:]) for value in pair])
+        name: torch.cat([_in_dtype(value, dtype).expand(batch, *value.shape[1:]) for value in pair])
         for name, pair in pairs.items()
     }
+
+
+def _in_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value

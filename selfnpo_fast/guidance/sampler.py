@@ -1,10 +1,12 @@
 """Guided sampling with a negative model: the fast path.
 
+Pictures here are videos where the model draws those.
+
 p = p_neg + guidance_scale (p_pos - p_neg), where guidance_scale is diffusers', omega + 1. Without a
 negative model this is plain classifier-free guidance. Next to the networks, a step is one fused
 call, which computes guidance, x0 and the solver's step.
 
-Shape letters: B pictures of a batch, N pictures; C, H, W latent channels, height and width.
+Shape letters: B pictures of a batch, N pictures, F frames of a video.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from selfnpo_fast.guidance.branches import Branches, joined, rows_of_part
 from selfnpo_fast.guidance.finite import check_finite
 from selfnpo_fast.guidance.settings import (
     SamplerConfig,
+    check_bool,
     check_choice,
     check_integer,
     checked_prompts,
@@ -38,6 +41,7 @@ from selfnpo_fast.guidance.settings import (
 from selfnpo_fast.guidance.snapshot import Snapshot, check_networks, check_whole
 from selfnpo_fast.guidance.trajectory import Trajectories
 from selfnpo_fast.models import Adapter, Family, Size, adapter_of
+from selfnpo_fast.models.autoencoder import Pieces
 from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.negatives.weights import config_of
@@ -77,9 +81,9 @@ class Drawn:
     images: list | torch.Tensor
     """N pictures in the form that `output` names.
 
-    - pil: a list of PIL images.
-    - pt: (N, 3, height, width) float32 in [-1, 1], on the CPU.
-    - latent: scaled latents (N, C, H, W) float32, on the CPU.
+    - pil: a list of PIL images; of videos a list of lists of them, its frames.
+    - pt: (N, 3, height, width) float32 in [-1, 1], on the CPU; of videos (N, F, 3, height, width).
+    - latent: scaled latents (N, ...) float32, on the CPU.
     """
     seeds: list[int]
     """The seed of each picture; a call with the same seeds draws the same pictures."""
@@ -127,8 +131,7 @@ class GuidedSampler:
         that reaches no layer, and where `solver` is own and no scheduler that the fused step serves.
         """
         check_choice("compile", compile, ("off", "default", "max"))
-        if not isinstance(graphs, bool):
-            raise UserError(f"graphs: {shortened(graphs)} is not possible; expected True or False")
+        check_bool("graphs", graphs)
         check_choice("branches", branches, BRANCHES)
         check_choice("attention", attention, ATTENTION)
         check_integer("max_shapes", max_shapes, 1, MAX_COUNT)
@@ -160,6 +163,8 @@ class GuidedSampler:
         alpha: float = 1.0,
         beta: float = 1.0,
         base: str | Path | None = None,
+        vae_tiling: bool = False,
+        vae_slicing: bool = False,
         **options,
     ) -> GuidedSampler:
         """A sampler over the networks of a diffusers pipeline, which are neither moved nor changed.
@@ -169,18 +174,26 @@ class GuidedSampler:
         where a part has been replaced or changed since, in weights, adapters, precision, device or
         settings. Make a new sampler then.
 
+        vae_tiling and vae_slicing: the autoencoder decodes in tiles, or one picture of a batch after
+        the other, to save memory (diffusers' enable_tiling and enable_slicing); the pipeline stays as
+        it is. An adapter of files has the same options (`load_adapter`).
+
         The default solver is own, the pipeline's scheduler as it is configured: DPM-Solver++ or
         UniPC of order 1 or 2, DDIM, Euler, flow Euler, and PNDM as DPM-Solver++(2M).
 
         Raises UserError where the pipeline is of another family or is offloaded, where a negative
-        is attached to it, where it has another scheduler and no `solver` is given, and for all that
-        `load_negative` refuses.
+        is attached to it, where it has another scheduler and no `solver` is given, where its
+        autoencoder has no tiling or slicing, and for all that `load_negative` refuses.
         """
         if isinstance(getattr(pipe, "components", None), dict):
             check_whole(pipe)
         adapter = adapter_of(pipe)
         denoiser = adapter.denoiser_of(pipe)
         _check_denoiser(pipe, denoiser, adapter.family)
+        check_bool("vae_tiling", vae_tiling)
+        check_bool("vae_slicing", vae_slicing)
+        adapter.pieces = Pieces(tiling=vae_tiling, slicing=vae_slicing)
+        adapter.pieces.check(getattr(pipe, "vae", None))
         options = {"solver": OWN} | options
         loaded = None
         if negative is not None:
@@ -198,19 +211,21 @@ class GuidedSampler:
         negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        batch_size: int = 4,
+        frames: int | None = None,
+        batch_size: int | None = None,
         output: Literal["pil", "pt", "latent"] = "pil",
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
         **settings,
     ) -> Drawn:
-        """One picture per prompt. `settings` are fields of `SamplerConfig`, such as steps.
+        """One picture, or video, per prompt. `settings` are fields of `SamplerConfig`, such as steps.
 
         - seeds: one per picture, or the first of consecutive ones, or None for random ones. A
           picture depends only on its seed and prompt, up to float rounding, and not on others of
           the call.
         - negative_prompt: one, or one per picture; None for the family's unconditional branch.
-        - height, width: in pixels; None for the model's resolution.
+        - height, width, frames: of a picture or video, in pixels; None for the model's own.
+        - batch_size: pictures per forward of one branch; by default 4, and 1 video.
         - progress: called after every step with (steps done, steps in total).
         - cancelled: called before every step; the call ends where it returns true.
 
@@ -231,19 +246,30 @@ class GuidedSampler:
         for name, callback in (("progress", progress), ("cancelled", cancelled)):
             if callback is not None and not callable(callback):
                 raise UserError(f"{name}: {shortened(callback)} is not possible; expected a function")
+        videos = self.adapter.family.draws_videos
+        if batch_size is None:
+            batch_size = 1 if videos else 4
         config = config_of_call({"solver": self.solver} | settings | {"batch_size": batch_size})
         seeds = checked_seeds(seeds, len(prompts))
-        size = checked_size(height, width, self.adapter)
-        shape = self.adapter.latent_shape_of(size)
-        solver, name = self._solver(config, size)
+        size = checked_size(height, width, frames, self.adapter)
+        self.adapter.latent_shape_of(size)
+        config, solver, name = self._solver(config, size)
         with self._turn():
             # Encode the prompts of both branches, draw the latents, decode them.
-            rows = self._encode(prompts, size)
-            negative_rows = self._encode_negative(negative_prompts, size)
-            latents = self._latents(rows, negative_rows, seeds, config, solver, shape, progress, cancelled)
-            images = latents.cpu() if output == "latent" else self.adapter.decode(latents).cpu()
+            both = self.adapter.encode_branches(prompts, self.device, negative_prompts)
+            rows, negative_rows = (self.adapter.sized(branch, size) for branch in both)
+            latents = self._latents(rows, negative_rows, seeds, config, solver, size, progress, cancelled)
+            images = latents.cpu() if output == "latent" else self._decoded(latents)
             self._check(images, latents, seeds, config)
-        return Drawn(images=to_pil(images, least_side=0) if output == "pil" else images, seeds=seeds, solver=name)
+        if output != "pil":
+            return Drawn(images=images, seeds=seeds, solver=name)
+        clips = [to_pil(clip, least_side=0) for clip in images] if videos else to_pil(images, least_side=0)
+        return Drawn(images=clips, seeds=seeds, solver=name)
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, ...) float32 in [-1, 1] on the CPU; the device holds one video at a time."""
+        at_once = 1 if self.adapter.family.draws_videos else len(latents)
+        return torch.cat([self.adapter.decode(part).cpu() for part in latents.split(at_once)])
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -276,7 +302,7 @@ class GuidedSampler:
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """Scaled latents (N, C, H, W) float32 for N seeds, at the adapter's resolution.
+        """Scaled latents (N, ...) float32 for N seeds, at the adapter's size.
 
         Shapes:
         - prompts: (N, ...), conditioning rows.
@@ -284,9 +310,10 @@ class GuidedSampler:
 
         Raises UserError, SamplingCancelled and RunError like a call.
         """
-        shape, (solver, _) = self.adapter.latent_shape, self._solver(config, self.adapter.size)
+        size = self.adapter.size
+        config, solver, _ = self._solver(config, size)
         with self._turn():
-            latents = self._latents(prompts, empty, seeds, config, solver, shape, progress, cancelled)
+            latents = self._latents(prompts, empty, seeds, config, solver, size, progress, cancelled)
             self._check(latents, latents, seeds, config)
         return latents
 
@@ -298,34 +325,27 @@ class GuidedSampler:
         config: SamplerConfig,
         progress: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Pictures (N, 3, height, width) float32 in [-1, 1] on the CPU; arguments as for `latents`.
+        """Pictures (N, 3, height, width), or videos (N, F, 3, height, width), float32 in [-1, 1] on the
+        CPU; arguments as for `latents`.
 
         `progress` is called after every batch with the number of pictures that are done.
         """
-        images, shape, (solver, _) = [], self.adapter.latent_shape, self._solver(config, self.adapter.size)
+        images, size = [], self.adapter.size
+        config, solver, _ = self._solver(config, size)
         for start in range(0, len(seeds), config.batch_size):
             batch = slice(start, start + config.batch_size)
             with self._turn():
-                latents = self._latents(rows_of_part(prompts, batch), empty, seeds[batch], config, solver, shape)
-                pictures = self.adapter.decode(latents).cpu()
+                latents = self._latents(rows_of_part(prompts, batch), empty, seeds[batch], config, solver, size)
+                pictures = self._decoded(latents)
                 self._check(pictures, latents, seeds[batch], config)
             images.append(pictures)
             if progress is not None:
                 progress(min(start + config.batch_size, len(seeds)))
         return torch.cat(images)
 
-    def _encode(self, prompts: list[str], size: Size) -> Conditioning:
-        """Conditioning rows (N, ...) of N prompts for pictures of a size in pixels."""
-        return self.adapter.sized(self.adapter.encode_prompts(prompts, self.device), size)
-
-    def _encode_negative(self, negative_prompts: list[str] | None, size: Size) -> Conditioning:
-        """The negative branch's conditioning rows, (1, ...) or (N, ...)."""
-        if negative_prompts is None:
-            return self.adapter.sized(self.adapter.encode_empty(self.device), size)
-        return self._encode(negative_prompts, size)
-
-    def _solver(self, config: SamplerConfig, size: Size) -> tuple[SolverSteps, str]:
-        """The coefficients of all steps for pictures of a size in pixels, and the solver's name."""
+    def _solver(self, config: SamplerConfig, size: Size) -> tuple[SamplerConfig, SolverSteps, str]:
+        """The config with its guidance_scale at each step, the coefficients of all steps for pictures of
+        a size, and the solver's name."""
         self.adapter.check_steps(config.steps)
         scheduler = new_scheduler(config.solver, self.adapter.scheduler)
         self.adapter.set_timesteps(scheduler, config.steps, size)
@@ -334,9 +354,10 @@ class GuidedSampler:
                 f"steps: {config.steps} lead to {len(scheduler.timesteps)} timesteps of {type(scheduler).__name__} "
                 f"with {scheduler.config.timestep_spacing} spacing; take another number"
             )
+        config = config.at(scheduler.timesteps)
         w, output = [scale - 1 for scale in config.scales], self.adapter.schedule.prediction
         solver = solver_steps(scheduler, w=w, eta=config.eta, prediction_type=output)
-        return solver, described(scheduler)
+        return config, solver, described(scheduler)
 
     def _latents(
         self,
@@ -345,11 +366,12 @@ class GuidedSampler:
         seeds: Sequence[int],
         config: SamplerConfig,
         solver: SolverSteps,
-        shape: tuple[int, ...],
+        size: Size,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
-        """Scaled latents (N, *shape) float32, batch by batch. Needs the turn."""
+        """Scaled latents (N, ...) float32, batch by batch. Needs the turn."""
+        shape = self.adapter.latent_shape_of(size)
         if config.negative_prompt == "same":
             negative_prompts = prompts
         total, done, latents = config.steps * math.ceil(len(seeds) / config.batch_size), 0, []
@@ -362,7 +384,7 @@ class GuidedSampler:
                 x = affine_noise(x, torch.tensor([[solver.init_scale, 0.0]], device=self.device), x)
             # Both branches' rows, and the buffers of this shape.
             rows = joined(rows_of_part(negative_prompts, batch), rows_of_part(prompts, batch), len(x), self.dtype)
-            trajectory = self._trajectories.of(x, rows, solver, config.guidance_rescale)
+            trajectory = self._trajectories.of(x, rows, solver, config.guidance_rescale, size)
             trajectory.begin(x, rows, solver, ids)
             # The steps, between which a call can end.
             for step in range(config.steps):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -30,6 +30,9 @@ class SamplerConfig:
     guidance_scale: float | Sequence[float] = 3.0
     """diffusers' guidance_scale (omega + 1), for all steps or for each of them; at steps with up to
     1 only the positive model runs, as in diffusers."""
+    use_dynamic_cfg: bool = False
+    """diffusers' use_dynamic_cfg: guidance_scale s becomes 1 + s (1 - cos(pi ((n - t) / n)^5)) / 2 at
+    timestep t of n steps."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Shares of the steps, 0 to 1, between which guidance acts; outside, only the positive runs."""
     guidance_rescale: float = 0.0
@@ -48,6 +51,9 @@ class SamplerConfig:
         check_integer("steps", self.steps, 1, MAX_COUNT)
         check_integer("batch_size", self.batch_size, 1, MAX_COUNT)
         object.__setattr__(self, "guidance_scale", _checked_scale(self.guidance_scale, self.steps))
+        check_bool("use_dynamic_cfg", self.use_dynamic_cfg)
+        if self.use_dynamic_cfg and isinstance(self.guidance_scale, Sequence):
+            raise UserError("use_dynamic_cfg: it is not possible with a guidance_scale for each step; give one number")
         check_number("guidance_rescale", self.guidance_rescale, 0, 1)
         check_number("eta", self.eta, 0, 1)
         check_choice("solver", self.solver, SOLVERS)
@@ -64,6 +70,17 @@ class SamplerConfig:
         """The guidance_scale of each step."""
         scale = self.guidance_scale
         return tuple(scale) if isinstance(scale, Sequence) else (float(scale),) * int(self.steps)
+
+    def at(self, timesteps: torch.Tensor) -> SamplerConfig:
+        """The same with the guidance_scale of each step, where the timesteps (steps,) say it."""
+        if not self.use_dynamic_cfg or self.scales[0] <= 1:
+            return self
+        # t counts training timesteps and n solver steps, as in diffusers (its issue 9641): scales
+        # swing from step to step.
+        scale, n = self.scales[0], int(self.steps)
+        waves = [math.cos(math.pi * ((n - t) / n) ** 5.0) for t in timesteps.tolist()]
+        scales = tuple(1 + scale * ((1 - wave) / 2) for wave in waves)
+        return replace(self, guidance_scale=scales, use_dynamic_cfg=False)
 
     @property
     def scale_text(self) -> str:
@@ -133,6 +150,12 @@ def check_integer(field: str, value: object, least: int, most: int) -> int:
     return number
 
 
+def check_bool(field: str, value: object) -> None:
+    """UserError that names `field` where `value` is neither true nor false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{field}: {shortened(value)} is not possible; expected True or False")
+
+
 def check_choice(field: str, value: object, choices: Sequence[str]) -> None:
     """UserError that names `field` where `value` is none of the choices."""
     if not isinstance(value, str) or value not in choices:
@@ -184,9 +207,9 @@ def checked_seeds(seeds: int | Iterable[int] | None, count: int) -> list[int]:
     return [check_integer("seeds", seed, 0, MAX_SEED) for seed in values]
 
 
-def checked_size(height: int | None, width: int | None, adapter: Adapter) -> Size:
-    """The size of a call, whose sides are the adapter's where they are None. Raises UserError for
+def checked_size(height: int | None, width: int | None, frames: int | None, adapter: Adapter) -> Size:
+    """The size of a call, the adapter's where a side or the frames are None. Raises UserError for
     what is no positive integer."""
-    sides = {"height": height, "width": width}
+    sides = {"height": height, "width": width, "frames": frames}
     given = {name: check_integer(name, side, 1, MAX_COUNT) for name, side in sides.items() if side is not None}
     return adapter.size_of(AskedSize(**given))

@@ -12,6 +12,7 @@ import torch
 from selfnpo_fast.diffusion.solvers import SolverSteps
 from selfnpo_fast.guidance.branches import Branches, halves
 from selfnpo_fast.models.base import Conditioning
+from selfnpo_fast.models.size import Size
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.capture import Capture, Step, no_capture
 from selfnpo_kernels import Draw, NoiseKey, draw_id, guidance_rescale, guided_step
@@ -31,17 +32,19 @@ class Trajectory:
         solver: SolverSteps,
         rescale: float,
         most_steps: int,
+        size: Size,
     ) -> None:
         """Allocates buffers like x and rows, without their values.
 
-        `choice` is one of `BRANCHES`, `rescale` is diffusers' guidance_rescale. Of `solver` only
+        `choice` is one of `BRANCHES`, `rescale` is diffusers' guidance_rescale, `size` that of the
+        states. Of `solver` only
         what its steps need besides x and p counts: the x0 of the steps before, and noise.
 
         Shapes:
         - x: (B, ...) float32.
         - rows: (2 B, ...) in the network's dtype.
         """
-        self.branches, self.rescale = branches, rescale
+        self.branches, self.rescale, self.size = branches, rescale, size
         self.adds_noise, self.x = solver.adds_noise, torch.empty_like(x)
         # The x0 of the step before, and of two steps before.
         self.previous = {
@@ -103,11 +106,11 @@ class Trajectory:
         scale: torch.Tensor | None
         t, scale = self.timesteps[self.index], None
         if guided:
-            pos, neg = self.branches.both(self.x, t, self.rows, batched)
+            pos, neg = self.branches.both(self.x, t, self.rows, batched, self.size)
             if self.rescale:
                 scale = guidance_rescale(pos, neg, self.k, self.rescale, index=self.index)
         else:
-            pos, neg = self.branches.single(self.x, t, halves(self.rows)[1]), None
+            pos, neg = self.branches.single(self.x, t, halves(self.rows)[1], self.size), None
         noise = NoiseKey(0, self.seeds, draw_id(Draw.SAMPLE, self.index)) if self.adds_noise else None
         x, x0 = guided_step(pos, neg, self.x, self.k, index=self.index, scale=scale, noise=noise, **self.previous)
         self.x.copy_(x)
@@ -137,18 +140,20 @@ class Trajectories:
             self.clear()
         self._addresses = addresses
 
-    def of(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps, rescale: float) -> Trajectory:
-        """The trajectory for states (B, ...) and rows (2 B, ...) of these shapes.
+    def of(self, x: torch.Tensor, rows: Conditioning, solver: SolverSteps, rescale: float, size: Size) -> Trajectory:
+        """The trajectory for states (B, ...) and rows (2 B, ...) of these shapes, and of a size.
 
         A new one evicts the one that was used longest ago.
         """
         shapes = tuple((name, tuple(value.shape)) for name, value in sorted(rows.items()))
-        key = (tuple(x.shape), shapes, solver.keeps_x0, solver.keeps_two_x0, solver.adds_noise, rescale)
+        key = (tuple(x.shape), shapes, solver.keeps_x0, solver.keeps_two_x0, solver.adds_noise, rescale, size)
         trajectory = self._by_shape.pop(key, None)
         if trajectory is None:
             while len(self._by_shape) >= self.most:
                 self._by_shape.popitem(last=False)[1].release()
-            trajectory = Trajectory(self.branches, self.choice, self.capture, x, rows, solver, rescale, self.most_steps)
+            trajectory = Trajectory(
+                self.branches, self.choice, self.capture, x, rows, solver, rescale, self.most_steps, size
+            )
         self._by_shape[key] = trajectory
         return trajectory
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from selfnpo_fast.config import ModelConfig
+from selfnpo_fast.models.autoencoder import Pieces
 from selfnpo_fast.models.base import Adapter
 from selfnpo_fast.models.cogvideox import CogVideoXAdapter
 from selfnpo_fast.models.family import Family
@@ -72,6 +73,8 @@ def load_adapter(
     width: int | None = None,
     frames: int | None = None,
     expert: str | None = None,
+    vae_tiling: bool = False,
+    vae_slicing: bool = False,
     configs_only: bool = False,
 ) -> Adapter:
     """The adapter of the pipeline at `path` (`digits`, a diffusers folder or a Hub id); loads no
@@ -79,6 +82,7 @@ def load_adapter(
 
     resolution, height, width, frames    what to train on or to draw; by default the model's own
     expert                               `model.expert` of the config
+    vae_tiling, vae_slicing              whether the autoencoder works in tiles, or on single pictures
     configs_only                         the weights and the tokenizers may be missing
 
     Raises UserError where there is no such folder, it is no pipeline, its family is not supported,
@@ -103,7 +107,10 @@ def load_adapter(
         raise UserError(f"model.path: {path} is a {shown}{_why_unserved(name, family)}; supported are {_served()}")
     _check_classes(path, index, family, configs_only)
     asked = AskedSize(resolution, height, width, frames)
-    adapter = family.adapter(source, folder=folder, index=index, variant=variant, asked=asked, expert=expert)
+    pieces = Pieces(tiling=vae_tiling, slicing=vae_slicing)
+    adapter = family.adapter(
+        source, folder=folder, index=index, variant=variant, asked=asked, expert=expert, pieces=pieces
+    )
     adapter.check(configs_only=configs_only)
     return adapter
 

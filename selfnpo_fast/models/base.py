@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from selfnpo_fast.diffusion.flow_levels import shift_mu
 from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import parts, text
+from selfnpo_fast.models.autoencoder import Pieces
 from selfnpo_fast.models.conditioning import Row, joined
 from selfnpo_fast.models.experts import NAMES, Experts
 from selfnpo_fast.models.family import Family
@@ -54,18 +56,21 @@ class Adapter:
         variant: str | None = None,
         asked: AskedSize | None = None,
         expert: str | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         """An adapter of the files in `folder`, whose model_index.json is `index`.
 
         path      names them in messages
         asked     the size to train on or to draw; by default the model's own
         expert    `model.expert` of the config
+        pieces    how the autoencoder saves memory
         """
         self.path = path
         self.index = index or {}
         self._files = folder
         self._variant = variant
         self._asked, self._expert = asked or AskedSize(), expert
+        self.pieces = pieces or Pieces()
         self._at_device: dict[tuple, Any] = {}  # what calls need besides rows, by device
         self._loaded: Any = None  # the pipeline whose parts these are, where there is one
         self.layout_copies = 0  # outputs that `predict` had to copy into row-major order
@@ -137,6 +142,8 @@ class Adapter:
         if reason is not None:
             raise UserError(f"model.path: {self.path}: {reason}")
         self.check_forward()
+        if self.pieces != Pieces():
+            self.pieces.check(self.bare_autoencoder(), "model.")
         if configs_only:
             return
         self.schedule  # noqa: B018
@@ -401,9 +408,9 @@ class Adapter:
         table = self._at_device[key]
         return t if table is None else table[t]
 
-    def tokens(self) -> int | None:
-        """The number of tokens of a latent of the adapter's size in the denoiser, where noise levels
-        depend on it (dynamic shifting)."""
+    def tokens(self, size: Size | None = None) -> int | None:
+        """The number of tokens of a latent in the denoiser, where noise levels depend on it (dynamic
+        shifting); `size` is by default the adapter's."""
         return None
 
     def check_steps(self, steps: int, field: str = "steps") -> None:
@@ -418,9 +425,12 @@ class Adapter:
         """Choose the timesteps of `steps` solver steps, for pictures or videos of a size, as the
         family's pipelines do.
 
-        Families whose schedule depends on the size give the scheduler its mu here.
+        A scheduler whose shift depends on the size (dynamic shifting) is given its mu here, by `tokens`.
         """
-        scheduler.set_timesteps(steps)
+        if scheduler.config.get("use_dynamic_shifting"):
+            scheduler.set_timesteps(steps, mu=shift_mu(scheduler.config, self.tokens(size)))
+        else:
+            scheduler.set_timesteps(steps)
 
     # Sizes
 
@@ -548,6 +558,19 @@ class Adapter:
             return self._whole([rows for rows in encoders.stream(prompts, start=1)])
 
     @torch.no_grad()
+    def encode_branches(
+        self, prompts: list[str], device: torch.device, negative_prompts: list[str] | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """`encode_prompts` of both branches: of the prompts, and of the negative prompts, by default the
+        unconditional row (1, ...). The text encoders are loaded once."""
+        with self.text_encoders(device) as encoders:
+            encoders.say_what_is_cut([*prompts, *(negative_prompts or [])])
+            rows = self._whole([*encoders.stream(prompts, start=1)])
+            if negative_prompts is None:
+                return rows, self._whole([encoders.batch([], 0)])
+            return rows, self._whole([*encoders.stream(negative_prompts, start=1)])
+
+    @torch.no_grad()
     def encode_empty(self, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:
         """The unconditional row (1, ...), as `encode_prompts` gives rows."""
         with self.text_encoders(device, dtype) as encoders:
@@ -591,8 +614,14 @@ class Adapter:
         latents."""
         raise NotImplementedError
 
+    def bare_autoencoder(self) -> nn.Module | None:
+        """The autoencoder without weights, on the meta device, for questions about it; None where
+        there is none that works in pieces."""
+        return None
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, height, width) float32 in [-1, 1] from scaled latents (B, ...)."""
+        """Pictures (B, 3, height, width) float32 in [-1, 1] from scaled latents (B, ...); of a model of
+        videos, clips (B, F, 3, height, width)."""
         raise NotImplementedError
 
     def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:

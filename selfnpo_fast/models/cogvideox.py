@@ -119,6 +119,7 @@ class CogVideoX(Family):
     flat_layers = ("ofs_embedding",)  # given one row for all samples
     not_rows = frozenset({"image_rotary_emb"})  # one row for each token
     draws_videos = True
+    frame_rate = 8
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent, and CogVideoX 1.5, whose latents are padded."""

@@ -87,6 +87,8 @@ class Family:
     what is no whole number."""
     draws_videos: bool = False
     """Whether a size has frames."""
+    frame_rate: int = 8
+    """Frames per second of the videos that the family was made for."""
     inert_options: frozenset[str] = frozenset()
     """Options of the denoiser's config that leave the function it computes unchanged."""
     lora_rate: float = 1e-4

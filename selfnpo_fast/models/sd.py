@@ -129,7 +129,14 @@ class StableDiffusionAdapter(UNetAdapter):
     def vae_sha256(self) -> str:
         """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal
         latents."""
-        return autoencoder.sha256_of(self.vae)
+        return autoencoder.sha256_of(self.vae, self.pieces)
+
+    def bare_autoencoder(self) -> nn.Module:
+        """As in the base."""
+        from diffusers import AutoencoderKL
+
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(self._vae_config)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -146,10 +153,12 @@ class StableDiffusionAdapter(UNetAdapter):
         try:
             if upcast:
                 vae.to(torch.float32)
-            decoded = [vae.decode(part.to(vae.dtype)).sample.float() for part in scaled.split(batch_size)]
+            with self.pieces.of(vae):
+                decoded = [vae.decode(part.to(vae.dtype)).sample.float() for part in scaled.split(batch_size)]
         finally:  # also where memory does not suffice: the autoencoder may be a pipeline's
             if upcast:
                 vae.to(torch.float16)
+        self.pieces.check_shape(decoded[0], *(side * self.vae_scale for side in latents.shape[-2:]))
         return torch.cat([autoencoder.clamped(pictures) for pictures in decoded])
 
     @torch.no_grad()
@@ -164,10 +173,12 @@ class StableDiffusionAdapter(UNetAdapter):
         vae = self.vae.to(images.device)
         size = max(1, 2**20 // images[0, 0].numel())
         latents = []
-        for part, key_ids in zip(images.float().split(size), ids.split(size), strict=True):
-            sample = autoencoder.sampled(vae.encode(part).latent_dist, key_ids, seed)
-            mean, std = self._latent_statistics(sample.device)
-            latents.append((sample - mean) * vae.config.scaling_factor / std)
+        with self.pieces.of(vae):
+            for part, key_ids in zip(images.float().split(size), ids.split(size), strict=True):
+                sample = autoencoder.sampled(vae.encode(part).latent_dist, key_ids, seed)
+                mean, std = self._latent_statistics(sample.device)
+                latents.append((sample - mean) * vae.config.scaling_factor / std)
+        self.pieces.check_shape(latents[0], *(side // self.vae_scale for side in images.shape[-2:]))
         return torch.cat(latents)
 
     def _latent_statistics(self, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:

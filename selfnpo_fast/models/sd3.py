@@ -15,8 +15,7 @@ from selfnpo_fast.models.base import Conditioning
 from selfnpo_fast.models.call_rules import OneCall
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.sd import StableDiffusion, StableDiffusionAdapter
-from selfnpo_fast.models.size import Size, side_field
-from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.models.size import Size
 
 T5_TOKENS = 256
 """Tokens of a prompt that T5 is given: `max_sequence_length` of the pipeline's call."""
@@ -33,16 +32,16 @@ class StableDiffusion3Adapter(StableDiffusionAdapter):
 
     def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, int, int]:
         """As in the base: (C, H, W)."""
+        size.refuse_frames(field, self.path)
         cell = self.vae_scale * self.patch
         most = cell * int(self.denoiser_config["pos_embed_max_size"])
-        for side, pixels in size.sides:
-            if pixels % cell or not cell <= pixels <= most:
-                raise UserError(f"{side_field(field, side)}: {pixels} is no multiple of {cell} from {cell} to {most}")
+        size.check_sides(cell, most, field)
         return super().latent_shape_of(size, field)
 
-    def tokens(self) -> int:
+    def tokens(self, size: Size | None = None) -> int:
         """The patches of a latent."""
-        return self.latent_shape[1] * self.latent_shape[2] // self.patch**2
+        _, rows, columns = self.latent_shape if size is None else self.latent_shape_of(size)
+        return (rows // self.patch) * (columns // self.patch)
 
     def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, fixed: dict) -> tuple[tuple, dict]:
         """As in the base, with the time by its name."""

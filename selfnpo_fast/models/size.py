@@ -23,6 +23,18 @@ class Size:
         """(name, pixels) of both sides, for checks and messages."""
         return ("height", self.height), ("width", self.width)
 
+    def check_sides(self, cell: int, most: int, field: str) -> None:
+        """UserError where a side is no multiple of `cell` pixels, or more than `most`; it names the next
+        possible one. `field` is that of `side_field`."""
+        most = most // cell * cell
+        for side, pixels in self.sides:
+            if pixels % cell or not cell <= pixels <= most:
+                following = min(max(cell, -(-pixels // cell) * cell), most)
+                raise UserError(
+                    f"{side_field(field, side)}: {pixels} is no multiple of {cell} from {cell} to {most}; the next is "
+                    f"{following}"
+                )
+
     def refuse_frames(self, field: str, model: str) -> None:
         """UserError where more than one frame is asked of a model that draws pictures; `field` is
         that of `side_field`."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from selfnpo_fast.models.base import Adapter
 from selfnpo_fast.models.family import Family, SharedParts
-from selfnpo_fast.models.size import Size, side_field
+from selfnpo_fast.models.size import Size
 from selfnpo_fast.models.unet_names import original_paths
 from selfnpo_fast.runtime.errors import UserError, shortened
 
@@ -190,12 +190,7 @@ class UNetAdapter(Adapter):
     def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, int, int]:
         """(C, H, W) of the latent of a picture; errors name `field` as in the base."""
         size.refuse_frames(field, self.path)
-        for side, pixels in size.sides:
-            if pixels % self.vae_scale or not 1 <= pixels <= MAX_RESOLUTION:
-                raise UserError(
-                    f"{side_field(field, side)}: {pixels} is no multiple of {self.vae_scale} from {self.vae_scale} to "
-                    f"{MAX_RESOLUTION}"
-                )
+        size.check_sides(self.vae_scale, MAX_RESOLUTION, field)
         return (self.denoiser_config["in_channels"], size.height // self.vae_scale, size.width // self.vae_scale)
 
 

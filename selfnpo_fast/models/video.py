@@ -66,17 +66,15 @@ class VideoAdapter(Adapter):
         """
         cell, step, frames = self.vae_scale * self.patch, self.frame_step, size.frames
         most_cells, most_frames = self.most
-        for side, pixels in size.sides:
-            if pixels % cell or not cell <= pixels <= cell * most_cells:
-                raise UserError(
-                    f"{side_field(field, side)}: {pixels} is no multiple of {cell} from {cell} to {cell * most_cells}"
-                )
+        size.check_sides(cell, cell * most_cells, field)
         asked = side_field(field, "frames")
-        if isinstance(frames, bool) or not isinstance(frames, int) or frames % step != 1 or frames < 1:
-            near = max(1, int(frames) // step * step + 1)
-            raise UserError(f"{asked}: {frames} is not possible; expected 1 and a multiple of {step}, such as {near}")
-        if frames > most_frames:
+        if isinstance(frames, int) and frames > most_frames:
             raise UserError(f"{asked}: {frames:,} is not possible; expected at most {most_frames:,}")
+        if isinstance(frames, bool) or not isinstance(frames, int) or frames % step != 1 or frames < 1:
+            following = max(1, -(-(int(frames) - 1) // step) * step + 1)
+            raise UserError(
+                f"{asked}: {frames} is not possible; expected 1 and a multiple of {step}; the next is {following}"
+            )
         return (frames - 1) // self._frames_per_latent + 1, size.height // self.vae_scale, size.width // self.vae_scale
 
     def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, fixed: dict) -> tuple[tuple, dict]:
@@ -168,7 +166,12 @@ class VideoAdapter(Adapter):
     def vae_sha256(self) -> str:
         """A hash of the autoencoder's weights and config, 64 hex digits: equal ones give equal
         latents."""
-        return autoencoder.sha256_of(self.vae)
+        return autoencoder.sha256_of(self.vae, self.pieces)
+
+    def bare_autoencoder(self) -> nn.Module:
+        """As in the base."""
+        with torch.device("meta"):
+            return self._vae_class.from_config(self._vae_config)
 
     def check_pictures(self) -> None:
         """UserError where the autoencoder's shapes do not take a clip to latents and back."""
@@ -190,7 +193,9 @@ class VideoAdapter(Adapter):
         """Clips (B, F, 3, H, W) float32 in [-1, 1] from latents (B, ...); one clip at a time."""
         vae = self.vae.to(latents.device)
         # Each is made row-major: the autoencoder may give channels_last, which cat would keep.
-        clips = [vae.decode(self._unscaled(one).to(vae.dtype)).sample.float() for one in latents.float().split(1)]
+        with self.pieces.of(vae):
+            clips = [vae.decode(self._unscaled(one).to(vae.dtype)).sample.float() for one in latents.float().split(1)]
+        self.pieces.check_shape(clips[0], *(side * self.vae_scale for side in latents.shape[-2:]))
         return autoencoder.clamped(torch.cat(clips).transpose(1, 2).contiguous())
 
     @torch.no_grad()
@@ -202,7 +207,9 @@ class VideoAdapter(Adapter):
         """
         vae = self.vae.to(images.device)
         latents = []
-        for clip, key in zip(images.split(1), ids.split(1), strict=True):
-            posterior = vae.encode(clip.transpose(1, 2).to(vae.dtype).contiguous()).latent_dist
-            latents.append(self._scaled(autoencoder.sampled(posterior, key, seed).float()).contiguous())
+        with self.pieces.of(vae):
+            for clip, key in zip(images.split(1), ids.split(1), strict=True):
+                posterior = vae.encode(clip.transpose(1, 2).to(vae.dtype).contiguous()).latent_dist
+                latents.append(self._scaled(autoencoder.sampled(posterior, key, seed).float()).contiguous())
+        self.pieces.check_shape(latents[0], *(side // self.vae_scale for side in images.shape[-2:]))
         return torch.cat(latents)

@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 CAPTION_SIZE = 13  # pixels
 MARGIN = 8  # pixels around a tile of a grid
 MIN_TILE = 96  # pixels; smaller pictures are enlarged by a whole factor
+SHOWN_FRAMES = 6
+"""Frames of a video in a grid."""
 
 
 def to_pil(images: torch.Tensor, least_side: int = MIN_TILE) -> list[Image.Image]:
@@ -69,6 +71,25 @@ def image_grid(
         ImageDraw.Draw(titled).text((MARGIN, MARGIN + i * line_height), line, fill="black", font=font)
     titled.paste(page, (0, titled.height - page.height))
     return titled
+
+
+def shown_frames(frames: int) -> list[int]:
+    """The indices of the frames of a video that a grid shows: the first, the last, and some evenly
+    spaced between them."""
+    most = min(frames, SHOWN_FRAMES)
+    return [round(i * (frames - 1) / max(1, most - 1)) for i in range(most)]
+
+
+def frame_grid(frames: torch.Tensor, indices: Sequence[int], captions: Sequence[str]) -> Image.Image:
+    """A page of videos, a row for each.
+
+    frames      (N, K, 3, H, W) float in [-1, 1]
+    indices     the K frames' places in the videos, from 0
+    captions    N, below the rows' first frames
+    """
+    later = [f"frame {index + 1}" for index in indices[1:]]
+    texts = [text for caption in captions for text in (caption, *later)]
+    return image_grid(frames.flatten(0, 1), frames.shape[1], texts)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

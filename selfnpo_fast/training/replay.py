@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from selfnpo_fast.models import Adapter
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.folders import begin_aside, finish_aside, writing
 from selfnpo_fast.runtime.images import image_grid
@@ -31,7 +32,7 @@ def replay(trainer: Trainer, recorder: Recorder, step: int) -> None:
 
     pairs.safetensors    the fields of the pairs, by name, worst loss first
     pairs.jsonl          one line per pair, worst loss first
-    grid.png             the worst pairs, decoded
+    grid.png             the worst pairs, decoded; of a video its middle frame
 
     Nothing else in the folder changes. All ranks take part; rank 0 writes. Raises RunError where it
     cannot.
@@ -85,6 +86,14 @@ def _rows(pairs: dict[str, torch.Tensor], prompts: list[str]) -> list[dict]:
     ]
 
 
+def _pictures(adapter: Adapter, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, 3, H, W) of latents (N, ...); of a video the frame in its middle."""
+    if not adapter.family.draws_videos:
+        return adapter.decode(latents).cpu()
+    middle = adapter.size.frames // 2
+    return torch.cat([adapter.decode(one)[:, middle].cpu() for one in latents.split(1)])
+
+
 def _grid(trainer: Trainer, pairs: dict[str, torch.Tensor], rows: list[dict]) -> Image.Image:
     """The worst pairs, decoded: the student's input, its x0 if the method gives it, the target."""
     columns = min(COLUMNS, len(rows))
@@ -95,6 +104,6 @@ def _grid(trainer: Trainer, pairs: dict[str, torch.Tensor], rows: list[dict]) ->
     shown = [name for name in captions if name in pairs]
     stacks = [pairs[name][:columns].to(trainer.world.device) for name in shown]
     finite = [stack.nan_to_num(nan=0, posinf=0, neginf=0) for stack in stacks]
-    pictures = torch.cat([trainer.adapter.decode(stack).cpu() for stack in finite])
+    pictures = torch.cat([_pictures(trainer.adapter, stack) for stack in finite])
     texts = [text for name in shown for text in captions[name]]
     return image_grid(pictures, columns, texts, title="The highest losses: input x_s, student's x0, target")

@@ -1,4 +1,7 @@
-"""Sample grids of a run: pictures of the base above pictures of base + negative."""
+"""Sample grids of a run: pictures of the base above pictures of base + negative.
+
+Of videos a row is a video, and shows some of its frames.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.negatives.load import Negative
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import RunError, one_line
-from selfnpo_fast.runtime.images import image_grid
+from selfnpo_fast.runtime.images import frame_grid, image_grid, shown_frames
 from selfnpo_fast.runtime.stopping import asked_to_stop
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.engine import StudentEngine
@@ -55,7 +58,10 @@ class SampleGrids:
         self.indices = [i * (table.prompts // self.count) + 1 for i in range(self.count)]
         self.texts = [prompts[i - 1] for i in self.indices]
         self.settings = SamplerConfig(
-            steps=log.sample_steps, guidance_scale=log.sample_guidance_scale, negative_prompt=log.negative_prompt
+            steps=log.sample_steps,
+            guidance_scale=log.sample_guidance_scale,
+            negative_prompt=log.negative_prompt,
+            batch_size=1 if adapter.family.draws_videos else SamplerConfig.batch_size,
         )
         self._of_base: torch.Tensor | None = None
         """The latents of the base's pictures, which stay the same: they are drawn once."""
@@ -105,7 +111,13 @@ class SampleGrids:
     def _grid(self, latents: torch.Tensor) -> Image.Image:
         """The page of pictures with their captions."""
         captions = [f"{name}: {text}" for name in ("base", "base + negative") for text in self.texts]
-        return image_grid(self.adapter.decode(latents).cpu(), self.count, captions)
+        if not self.adapter.family.draws_videos:
+            return image_grid(self.adapter.decode(latents).cpu(), self.count, captions)
+        # A prompt's video of the base above its video of base + negative; one is decoded at a time.
+        indices = shown_frames(self.adapter.size.frames)
+        order = [row for i in range(self.count) for row in (i, self.count + i)]
+        frames = [self.adapter.decode(latents[i : i + 1])[:, indices].cpu() for i in order]
+        return frame_grid(torch.cat(frames), indices, [captions[i] for i in order])
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ IMPOSSIBLE = {
     "guidance_rescale": [-0.1, 1.5, NAN, "0", None, False],
     "eta": [-1, 2, NAN, "0", None],
     "solver": ["heun", "", None, 1, ["ddim"], "DDIM"],
-    "batch_size": [0, -1, 1.5, "2", True, None, NAN, 2**70],
+    "batch_size": [0, -1, 1.5, "2", True, NAN, 2**70],
+    "use_dynamic_cfg": [None, 1, "yes"],
     "seeds": [
         -1, 2**63, 2**63 - 1, 1.5, "7", True, NAN, [1], [1, 2, 3], [1.5, 2], [True, 2], [1, None], ["1", "2"], {1: 2},
         [1, 2**63], [-1, 2], torch.tensor([1.0, 2.0]), torch.Generator(), np.array([1.5, 2.5]), b"12",
@@ -54,6 +55,7 @@ IMPOSSIBLE = {
     ],
     "height": [0, -64, 33, 32.5, 32.0, "32", True, NAN, 2**40, [32]],
     "width": [0, -64, 33, 32.5, "32", True, 2**40],
+    "frames": [0, -1, 2, 1.5, "1", True, 2**40],
     "output": ["np", "", None, 1, ["pil"], np.array(["pil", "pt"])],
     "negative_prompt": [1, [], ["a", "b", "c"], [None, "b"], b"a", {"a": 1}, [["a"], "b"], "x" * 10_001, "\ud800"],
     "prompts": [None, 1, [], [1], b"cat", {"a": 1}, [["a"]], ["a", None], "x" * 10_001, ["a", "x" * 10_001], "\udc00"],

@@ -77,8 +77,8 @@ class FlowTokenPipeline(TokenPipeline):
 class FlowTokenAdapter(TokenAdapter):
     made = 0
 
-    def tokens(self) -> int:
-        return self.latent_shape[0]
+    def tokens(self, size: Size | None = None) -> int:
+        return self.latent_shape_of(size or self.size)[0]
 
     def fixed_arguments(self, size: Size, device: torch.device, dtype: torch.dtype) -> dict:
         type(self).made += 1
