@@ -40,10 +40,15 @@ class Case:
     """Whether the model is a flow, here with a shift of 3."""
     two_calls: bool = False
     """Whether the stock pipeline calls its denoiser once for each branch, the positive first."""
+    boundary: float | None = None
+    """The time from which on the first of two denoisers predicts."""
 
     @property
-    def denoiser(self) -> str:
-        return "unet" if self.pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else "transformer"
+    def denoisers(self) -> tuple[str, ...]:
+        """The pipeline's attributes that hold them."""
+        if self.pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+            return ("unet",)
+        return ("transformer",) if self.boundary is None else ("transformer", "transformer_2")
 
     @property
     def videos(self) -> bool:
@@ -67,6 +72,10 @@ CASES = {
         "CogVideoXPipeline", functools.partial(tiny_transformers.write_cogvideox, rotary=True), CLIP
     ),
     "wan": Case("WanPipeline", tiny_transformers.write_wan, CLIP, flow=True, two_calls=True),
+    "wan_two": Case(
+        "WanPipeline", functools.partial(tiny_transformers.write_wan, experts=2, boundary=0.875), CLIP,
+        flow=True, two_calls=True, boundary=875,
+    ),
 }  # fmt: skip
 
 
@@ -146,9 +155,9 @@ class Truth:
     A level is a number from 0 to 999, where 999 is the noisiest.
     """
 
-    def __init__(self, case: Case, folder: Path) -> None:
-        self.case, self.pipe = case, case.open(folder)
-        self.network = getattr(self.pipe, case.denoiser)
+    def __init__(self, case: Case, folder: Path, grid: int = GRID) -> None:
+        self.case, self.pipe, self.grid = case, case.open(folder), grid
+        self.networks = [getattr(self.pipe, name) for name in case.denoisers]
         if case.flow:
             self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
             self.sigmas = self.scheduler.sigmas.flip(0)  # of the levels, the cleanest first
@@ -163,9 +172,9 @@ class Truth:
     def restart(self) -> None:
         """Before a trajectory: schedulers of flows count their steps."""
         if self.case.flow:
-            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / GRID, GRID))
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / self.grid, self.grid))
         else:
-            self.scheduler.set_timesteps(GRID)
+            self.scheduler.set_timesteps(self.grid)
 
     def sigma(self, level: int) -> float:
         """A flow's share of noise; level 0 is clean."""
@@ -186,8 +195,9 @@ class Truth:
     def predict(self, x: torch.Tensor, level: int, text: str) -> torch.Tensor:
         """The network's output for one state (1, ...)."""
         time = torch.tensor([1000 * self.sigma(level)]) if self.case.flow else torch.tensor([level])
-        first = "sample" if self.case.denoiser == "unet" else "hidden_states"
-        return self.network(**{first: x, "timestep": time}, **self._rows(text), return_dict=False)[0]
+        first = "sample" if self.case.denoisers == ("unet",) else "hidden_states"
+        network = self.networks[self.case.boundary is not None and float(time) < self.case.boundary]
+        return network(**{first: x, "timestep": time}, **self._rows(text), return_dict=False)[0]
 
     def x0(self, x: torch.Tensor, p: torch.Tensor, level: int) -> torch.Tensor:
         """The estimate of the clean latent."""
@@ -195,15 +205,20 @@ class Truth:
             return x - self.sigma(level) * p
         return self.scheduler.step(p, level, x).pred_original_sample
 
-    def trajectory(self, x: torch.Tensor, text: str) -> dict[int, torch.Tensor]:
-        """The states of a DDIM or Euler trajectory from noise, by level; the last one is at 0."""
+    def levels(self) -> list[int]:
+        """Those of the grid, the noisiest first."""
+        return [1000 * (i + 1) // self.grid - 1 for i in range(self.grid - 1, -1, -1)]
+
+    def trajectory(self, x: torch.Tensor, predict: Callable[..., torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The states of a DDIM or Euler trajectory from noise, by level; the last one is at 0.
+
+        `predict` is called with a state and its level.
+        """
         states = {}
         self.restart()
-        for i in range(GRID - 1, -1, -1):
-            level = 1000 * (i + 1) // GRID - 1
+        for level, t in zip(self.levels(), self.scheduler.timesteps, strict=True):
             states[level] = x
-            t = self.scheduler.timesteps[GRID - 1 - i]
-            x = self.scheduler.step(self.predict(x, level, text), t, x).prev_sample
+            x = self.scheduler.step(predict(x, level), t, x).prev_sample
         return states | {0: x}
 
     def renoised(self, x: torch.Tensor, noise: torch.Tensor, t: int, s: int) -> torch.Tensor:
