@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfnpo_fast.models import Family, guided_family_of
 from selfnpo_fast.models.call_rules import READ_RELEASES
-from selfnpo_fast.models.unguided import why_unlisted
+from selfnpo_fast.models.refused import why_unlisted
 from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.errors import UserError
 

@@ -18,6 +18,7 @@ from selfnpo_fast.models.flux import Flux
 from selfnpo_fast.models.folder import open_folder, open_repository
 from selfnpo_fast.models.ltx import LTXVideo
 from selfnpo_fast.models.qwen_image import QwenImage
+from selfnpo_fast.models.refused import why_turbo, why_untrained
 from selfnpo_fast.models.sd import StableDiffusionAdapter
 from selfnpo_fast.models.sd3 import StableDiffusion3Adapter
 from selfnpo_fast.models.sdxl import StableDiffusionXLAdapter
@@ -103,7 +104,7 @@ def load_adapter(
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None or family.adapter is None:
         shown = one_line(name, 80)
-        raise UserError(f"model.path: {path} is a {shown}{_attached_only(family)}; supported are {_served()}")
+        raise UserError(f"model.path: {path} is a {shown}{_why_unserved(name, family)}; supported are {_served()}")
     _check_classes(path, index, family, configs_only)
     asked = AskedSize(resolution, height, width, frames)
     pieces = Pieces(tiling=vae_tiling, slicing=vae_slicing)
@@ -115,10 +116,18 @@ def load_adapter(
 
 
 def load_adapter_of(model: ModelConfig, *, configs_only: bool = False) -> Adapter:
-    """`load_adapter` of a config's model; how weights are stored is no matter of an adapter."""
+    """`load_adapter` of a config's model, to train it; how weights are stored is no matter of an
+    adapter. Raises UserError as well for a model that calls itself distilled (`refused.why_turbo`)."""
     names = [field.name for field in dataclasses.fields(model) if field.name not in ("path", "quantization")]
     options = {name: getattr(model, name) for name in names}
-    return load_adapter(model.path, **options, configs_only=configs_only)
+    adapter = load_adapter(model.path, **options, configs_only=configs_only)
+    called = [config.get("_name_or_path") for config in (adapter.index, adapter.denoiser_config)]
+    if not os.path.exists(os.path.expanduser(model.path)):
+        called.append(model.path)  # a Hub id; folders are named by their owner
+    reason = why_turbo(called)
+    if reason is not None:
+        raise UserError(f"model.path: {reason}; train the model that it was made from")
+    return adapter
 
 
 def adapter_of(pipe: Any) -> Adapter:
@@ -127,7 +136,7 @@ def adapter_of(pipe: Any) -> Adapter:
     name = type(pipe).__name__
     family = FAMILIES.get(name)  # by name: a subclass may call its denoiser in another way
     if family is None or family.adapter is None:
-        raise UserError(f"pipe: a {name} is not supported{_attached_only(family)}; expected one of {_served()}")
+        raise UserError(f"pipe: a {name} is not supported{_why_unserved(name, family)}; expected one of {_served()}")
     return family.adapter.from_pipeline(pipe)  # type: ignore[attr-defined]
 
 
@@ -136,9 +145,19 @@ def _served() -> str:
     return ", ".join(name for name, family in FAMILIES.items() if family.adapter is not None)
 
 
-def _attached_only(family: Family | None) -> str:
-    """What else can be done with a pipeline that is not served, for messages."""
-    return "" if family is None else ", which takes a negative by attach_negative and is neither trained nor sampled"
+def _why_unserved(name: object, family: Family | None) -> str:
+    """Why a pipeline class is neither trained nor sampled from, and what can be done with it, for
+    messages; nothing where that is not known."""
+    reason = why_untrained(name) if isinstance(name, str) else None
+    refused = "" if reason is None else f", which is refused: {reason}"
+    if family is not None:
+        return f"{refused}, which takes a negative by attach_negative and is neither trained nor sampled"
+    wider = guided_family_of(name) if isinstance(name, str) else None
+    if wider is None or reason is not None:
+        return refused
+    return (
+        f", which takes a negative by attach_negative; a {wider.pipeline_class} is what such a negative is trained of"
+    )
 
 
 def denoiser_names() -> tuple[str, ...]:

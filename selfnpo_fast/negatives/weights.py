@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,13 @@ def plain_state(module: nn.Module) -> dict[str, torch.Tensor]:
     if not has_adapters(module):
         return state
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+
+
+def stored_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all that a module's weight files hold besides its parameters, such as the
+    table of positions of a Stable Diffusion 3."""
+    parameters = {name for name, _ in module.named_parameters()}
+    return ((name, value) for name, value in module.state_dict().items() if name not in parameters)
 
 
 def module_weights(module: nn.Module, source: str) -> WeightReader:

@@ -17,7 +17,7 @@ from selfnpo_fast.models import Adapter
 from selfnpo_fast.models.experts import Experts
 from selfnpo_fast.negatives.lora_files import RECORD_KEY
 from selfnpo_fast.negatives.sources import LORA_FILE, RECORD, WEIGHTS
-from selfnpo_fast.negatives.weights import WeightReader
+from selfnpo_fast.negatives.weights import WeightReader, stored_buffers
 from selfnpo_fast.runtime.dtypes import DTYPES, SAFETENSORS_NAMES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.runtime.writer import NamedTensors, Tensors, Writer
@@ -74,7 +74,9 @@ def save_negative(
 def _save_full(
     writer: Writer, inside: str, name: str, network: nn.Module, tensors: NamedTensors, dtype: torch.dtype, base: dict
 ) -> None:
-    """Write a denoiser's folder `name`, and the record of its base, in the folder `inside`."""
+    """Write a denoiser's folder `name`, and the record of its base, in the folder `inside`; to its
+    parameters `tensors` come the buffers that weight files hold."""
+    tensors = chain(tensors, stored_buffers(network))
     file = f"{name}/{WEIGHTS}.safetensors"
     writer.save(file, tensors, write=writer.world.is_main, finite=True, dtype=dtype, metadata={"format": "pt"})
     writer.run("config.json", lambda: network.save_config(writer.folder / name))  # type: ignore[operator]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
-from selfnpo_fast.models import load_adapter
+from selfnpo_fast.models import load_adapter_of
 from selfnpo_fast.negatives.fingerprint import base_records
 from selfnpo_fast.negatives.merge import new_folder
 from selfnpo_fast.negatives.weights import WeightReader, module_weights
@@ -55,12 +55,7 @@ def export(checkpoint: str | Path, output: str | Path, *, model: str | None = No
     # The base, as the run has read it.
     commit = _recorded_base(state).get("commit") or config.model.revision
     path = config.model.path if model is None else model
-    adapter = load_adapter(
-        path,
-        revision=commit if model is None else None,
-        variant=config.model.variant,
-        expert=config.model.expert,
-    )
+    adapter = load_adapter_of(replace(config.model, path=path, revision=commit if model is None else None))
     dtype = DTYPES[config.engine.precision]
     network = adapter.load_denoiser(dtype, "model")
     weights = module_weights(network, path)
