@@ -22,7 +22,7 @@ from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import parts, text
 from selfnpo_fast.models.autoencoder import Pieces
 from selfnpo_fast.models.conditioning import Row, joined
-from selfnpo_fast.models.experts import NAMES, Experts
+from selfnpo_fast.models.experts import NAMES, Experts, check_alike
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
 from selfnpo_fast.models.size import AskedSize, Size
@@ -88,7 +88,7 @@ class Adapter:
             if getattr(pipe, part, None) is None:
                 raise UserError(f"pipe: its {part} is None; load the pipeline with all of its parts")
         configs = {name: dict(getattr(pipe, name).config) for name in adapter.denoiser_names}
-        adapter._check_alike(configs, "pipe")
+        check_alike(configs, "pipe")
         adapter.denoiser_config = adapter._served(configs[adapter.denoiser_name], "pipe: its")
         adapter._scheduler = pipe.scheduler
         return adapter
@@ -166,19 +166,6 @@ class Adapter:
         if self._expert not in (None, "both", *NAMES):
             raise UserError(f"model.expert: {shortened(self._expert)} is not possible; expected high, low or both")
 
-    def _check_alike(self, configs: Mapping[str, dict], where: str) -> None:
-        """UserError that begins with `where` for two denoisers of other configs than each other."""
-        first, *others = configs
-        for name in others:
-            for key in sorted({*configs[first], *configs[name]}):
-                values = (configs[part].get(key) for part in (first, name))
-                one, other = (list(value) if isinstance(value, tuple) else value for value in values)
-                if not key.startswith("_") and one != other:
-                    raise UserError(
-                        f"{where}: the {key} of its {first} is {shortened(one)} and that of its {name} "
-                        f"{shortened(other)}; give two experts of one model"
-                    )
-
     def check_forward(self) -> None:
         """UserError where a forward of the denoiser fails in its shapes: one is tried without
         weights and without numbers."""
@@ -219,7 +206,7 @@ class Adapter:
     def denoiser_config(self) -> dict:
         """The denoiser's config.json; that of both experts, but for notes of diffusers."""
         configs = {name: self._read_config(name) for name in self.denoiser_names}
-        self._check_alike(configs, f"model.path: {self.path}")
+        check_alike(configs, f"model.path: {self.path}")
         with loading(self.path, f"{self.denoiser_name}/config.json"):
             return self._served(configs[self.denoiser_name], f"model.path: {self.path}: its")
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from selfnpo_fast.models.batch_rows import take_rows
 from selfnpo_fast.models.family import Family
+from selfnpo_fast.runtime.errors import UserError, shortened
 from selfnpo_fast.runtime.upload import upload
 
 NAMES = ("high", "low")
@@ -136,6 +137,20 @@ class Experts(nn.Module):
     @property
     def _no_split_modules(self) -> Any:
         return getattr(self.first, "_no_split_modules", None)
+
+
+def check_alike(configs: Mapping[str, dict], where: str) -> None:
+    """UserError that begins with `where` for denoisers, by name, whose configs are not the same."""
+    first, *others = configs
+    for name in others:
+        for key in sorted({*configs[first], *configs[name]}):
+            values = (configs[part].get(key) for part in (first, name))
+            one, other = (list(value) if isinstance(value, tuple) else value for value in values)
+            if not key.startswith("_") and one != other:
+                raise UserError(
+                    f"{where}: the {key} of its {first} is {shortened(one)} and that of its {name} "
+                    f"{shortened(other)}; give two experts of one model"
+                )
 
 
 def networks_of(denoiser: nn.Module) -> dict[str, nn.Module]:

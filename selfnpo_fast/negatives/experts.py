@@ -70,7 +70,8 @@ def bases_by_expert(
 def is_own_base(positive: nn.Module, base: str | Path) -> bool:
     """Whether a positive has the weights of its base. Raises UserError where the base cannot be
     read."""
-    networks, bases = {"": positive}, {"": base}
+    networks: dict[str, nn.Module] = {"": positive}
+    bases: dict[str, Any] = {"": base}
     if isinstance(positive, Experts):
         networks, bases = positive.networks, bases_by_expert(base, positive.names, positive.names)
     readers = {name: module_weights(network, "the positive model") for name, network in networks.items()}
@@ -97,7 +98,7 @@ def load_experts(
     if isinstance(source, Negative):
         return source
     sources = by_expert(source, positive.names, revision=revision)
-    bases = {} if base is None else bases_by_expert(base, positive.names, sources)
+    bases: dict[str, Any] = {} if base is None else bases_by_expert(base, positive.names, sources)
     loaded = {
         name: load_negative(positive.networks[name], each, base=bases.get(name), revision=revision, **options)
         for name, each in sources.items()

@@ -172,7 +172,7 @@ def is_unmixed(alpha: float, beta: float, theta: WeightReader | None) -> bool:
 
 
 def _load(
-    positive: nn.Module, source: str | Path | nn.Module | Negative, revision: str | None, variant: str | None
+    positive: nn.Module, source: str | Path | nn.Module | Negative | Mapping, revision: str | None, variant: str | None
 ) -> LoadedModel:
     """The negative, checked against the positive, before it is mixed. Raises UserError."""
     if isinstance(source, Negative) and source.deltas is not None:
