@@ -119,6 +119,8 @@ class CogVideoX(Family):
     flat_layers = ("ofs_embedding",)  # given one row for all samples
     not_rows = frozenset({"image_rotary_emb"})  # one row for each token
     draws_videos = True
+    lora_rate = 5e-5  # that of finetrainers
+    lora_targets = (*Family.lora_targets, "ff.net.0.proj", "ff.net.2")
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent, and CogVideoX 1.5, whose latents are padded."""

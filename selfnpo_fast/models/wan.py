@@ -194,6 +194,7 @@ class Wan(Family):
     row_names = frozenset({"timestep", "encoder_hidden_states", "encoder_hidden_states_image"})
     time_dtype = torch.float32
     draws_videos = True
+    lora_targets = (*Family.lora_targets, "ffn.net.0.proj", "ffn.net.2")
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent."""
