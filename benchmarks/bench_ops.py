@@ -80,6 +80,7 @@ OPS: dict[str, type[Op]] = {
     "affine_noise": op_arms.AffineNoise,
     "guided_step": op_arms.GuidedStep,
     "guided_step_single": op_arms.GuidedStepSingle,
+    "guided_step_unipc": op_arms.GuidedStepUniPC,
     "guidance_rescale": op_arms.GuidanceRescale,
     "tdft_step": TdftStep,
     "x0_loss": op_arms.X0Loss,

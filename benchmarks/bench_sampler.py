@@ -58,7 +58,7 @@ from benchmarks.environment import (  # noqa: E402
     write_json,
     write_result,
 )
-from benchmarks.nets import NETS, BenchNet, chosen  # noqa: E402
+from benchmarks.nets import NETS, UNETS, BenchNet, chosen  # noqa: E402
 from benchmarks.sampler_gate import TRUTHS, Gate, free, gate, settle  # noqa: E402
 from benchmarks.sampler_report import chart, new_record, summarise, table  # noqa: E402
 from selfnpo_fast.runtime.console import quiet_libraries  # noqa: E402
@@ -227,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(arm.name for arm in ARMS)
-    parser.add_argument("--net", choices=[*NETS, "all"], help="all (two small ones) by default, digits with --quick")
+    parser.add_argument("--net", choices=[*UNETS, "all"], help="all (two small ones) by default, digits with --quick")
     parser.add_argument("--arm", action="append", metavar="NAME", help=f"repeatable; all by default: {names}")
     parser.add_argument("--batch", type=int, action="append", help="pictures per call; repeatable")
     parser.add_argument("--steps", type=int, help="solver steps (DDIM)")

@@ -132,6 +132,14 @@ PARTS = (
         tiny="benchmarks.profile_step --net digits --updates 1 --warm_up 1 -- --engine.batch_size 8 "
         "--rollout.grid_steps 5 --optimizer.name adamw",
     ),
+    Part(
+        name="step_sd35",
+        what="seconds a pair of Stable Diffusion 3.5 medium, a transformer, and its step as a CUDA graph",
+        limit=70,
+        real=f"benchmarks.bench_step --net sd35_medium --rounds 3 "
+        f"{_arms('continuous continuous_graphs floor_forward floor')}",
+        tiny="",
+    ),
 )
 
 

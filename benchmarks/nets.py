@@ -1,4 +1,4 @@
-"""The networks that benchmarks run: the digits UNet, and Stable Diffusion 1.5 and XL without weights.
+"""The networks that benchmarks run: the digits UNet, and others without weights.
 
 Conditioning, latents and the weights of all but the digits UNet are seeded random numbers: their
 values do not change what a forward costs.
@@ -105,12 +105,35 @@ def sd15_small() -> BenchNet:
     return BenchNet(name="sd15_small", adapter=load_adapter(str(SD15_SMALL), configs_only=True))
 
 
+def _without_weights(name: str, **size: int) -> BenchNet:
+    """The network of the configs in `CONFIGS`; `size` is for `load_adapter`."""
+    return BenchNet(name=name, adapter=load_adapter(str(CONFIGS / name), configs_only=True, **size))
+
+
+def cogvideox_small() -> BenchNet:
+    """A narrow CogVideoX: 7 blocks of width 640, 66,000,064 parameters.
+
+    Rotary positions and noise levels are those of 5B. Latents are 3x16x16x24, of 9 frames; a prompt
+    has 226 tokens of width 4,096.
+    """
+    return _without_weights("cogvideox_small")
+
+
+def sd35_small() -> BenchNet:
+    """A narrow Stable Diffusion 3.5 medium: 6 blocks of width 640, 97,696,064 parameters.
+
+    As in the published model the first half of the blocks has a second attention. Latents are
+    16x32x32; a prompt has 333 tokens of width 4,096 and 2,048 numbers of pooled text.
+    """
+    return _without_weights("sd35_small")
+
+
 def sd15() -> BenchNet:
     """Stable Diffusion 1.5's UNet: 859,520,964 parameters.
 
     Latents are 64x64, a prompt has 77 tokens of width 768.
     """
-    return BenchNet(name="sd15", adapter=load_adapter(str(CONFIGS / "sd15"), configs_only=True))
+    return _without_weights("sd15")
 
 
 def sdxl() -> BenchNet:
@@ -119,12 +142,52 @@ def sdxl() -> BenchNet:
     Latents are 128x128. A prompt has 77 tokens of width 2,048, 1,280 numbers of pooled text and six
     of sizes.
     """
-    return BenchNet(name="sdxl", adapter=load_adapter(str(CONFIGS / "sdxl"), configs_only=True))
+    return _without_weights("sdxl")
 
 
-NETS = {"digits": digits, "sd15_small": sd15_small, "sd15": sd15, "sdxl": sdxl}
+def sd35_medium() -> BenchNet:
+    """Stable Diffusion 3.5 medium's transformer: 2,243,171,520 parameters.
+
+    Latents are 16x128x128; a prompt is as in `sd35_small`.
+    """
+    return _without_weights("sd35_medium")
+
+
+def cogvideox_5b() -> BenchNet:
+    """CogVideoX-5B's transformer: 5,570,283,072 parameters.
+
+    Latents are 3x16x60x90, of 9 frames instead of 49: without checkpointing the activations of one
+    whole clip fill a card. A prompt is as in `cogvideox_small`.
+    """
+    return _without_weights("cogvideox_5b", frames=9)
+
+
+def wan21_1_3b() -> BenchNet:
+    """Wan 2.1's smaller transformer: 1,418,996,800 parameters.
+
+    Latents are 16x5x60x104, of 17 frames instead of 81, for the same reason as in `cogvideox_5b`. A
+    prompt has 512 tokens of width 4,096.
+    """
+    return _without_weights("wan21_1_3b", frames=17)
+
+
+NETS = {
+    "digits": digits,
+    "sd15_small": sd15_small,
+    "cogvideox_small": cogvideox_small,
+    "sd35_small": sd35_small,
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "sd35_medium": sd35_medium,
+    "cogvideox_5b": cogvideox_5b,
+    "wan21_1_3b": wan21_1_3b,
+}
+UNETS = ("digits", "sd15_small", "sd15", "sdxl")
+"""The networks that `bench_sampler.py` puts into stock pipelines."""
 SMALL = ("digits", "sd15_small")
-"""The networks that a CPU can run, which are all that `--net all` means."""
+"""The UNets that a CPU can run, which are all that `--net all` means."""
+TRANSFORMERS = ("cogvideox_small", "sd35_small")
+"""The transformers that a CPU can run, which `--net transformers` means."""
 
 
 def chosen(net: str | None, quick: bool = False) -> tuple[str, ...]:
@@ -134,4 +197,4 @@ def chosen(net: str | None, quick: bool = False) -> tuple[str, ...]:
     """
     if net is None:
         net = SMALL[0] if quick else "all"
-    return SMALL if net == "all" else (net,)
+    return {"all": SMALL, "transformers": TRANSFORMERS}.get(net, (net,))

@@ -68,6 +68,8 @@ def title(name: str, result: Mapping, environment: Mapping) -> str:
     """Network, settings and machine in one line."""
     size = f"{result['parameters'] / 1e6:.1f} M parameters, batch {result['batch']}, {result['precision']}"
     machine = f"{environment['device']}, {environment['threads']} CPU threads"
+    if result.get("clock") == "cpu":
+        machine += ", in CPU time"
     return f"{name} ({size}), {result['rounds']} rounds on {machine}"
 
 

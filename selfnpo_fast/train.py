@@ -164,12 +164,13 @@ def describe(config: TrainConfig, world, trainer, kernels: str) -> None:
     """Log one line about what is trained and how."""
     trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in trainer.engine.trainable)
     logger.info(
-        "%s: %d prompts, %.2f M trained parameters (%s), %s on %d x %s, ZeRO %d, %s rollouts from %s with omega = %g, "
-        "%s reference, kernels: %s",
+        "%s: %d prompts, %.2f M trained parameters (%s%s), %s on %d x %s, ZeRO %d, %s rollouts from %s with "
+        "omega = %g, %s reference, kernels: %s",
         config.model.path,
         trainer.table.prompts,
         trained / 1e6,
         f"LoRA rank {config.lora.rank}" if config.lora.rank else "full weights",
+        "" if trainer.adapter.boundary is None else f" of {' and '.join(trainer.adapter.trained_denoisers)}",
         config.engine.precision,
         world.size,
         world.device.type,

@@ -94,3 +94,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
         )
         for report in skipped:
             terminalreporter.write_line(f"  {report.nodeid}")
+
+
+@pytest.fixture
+def plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F.linear as torch has it: a ZeRO 3 run puts DeepSpeed's in its place for the rest of the
+    process, and torchao's tensors are not made for that."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)

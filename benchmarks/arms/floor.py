@@ -31,6 +31,8 @@ TRAFFIC = {
     "affine_noise": {"fp32": Traffic(4, (4,)), "bf16": Traffic(2, (2,))},
     "guided_step": {"fp32": Traffic(12, (4, 4)), "bf16": Traffic(6, (2, 2))},
     "guided_step_single": {"fp32": Traffic(8, (4, 4)), "bf16": Traffic(4, (2, 2))},
+    # pos, neg, x and the x0 of two steps before -> x_next, x0.
+    "guided_step_unipc": {"fp32": Traffic(20, (4, 4)), "bf16": Traffic(10, (2, 2))},
     # pos and neg are read twice: once for their standard deviations.
     "guidance_rescale": {"fp32": Traffic(12, (4, 4), again=8), "bf16": Traffic(6, (2, 2), again=4)},
     # pos, neg, x -> target, x_s, x. `final` is left out: one slot in 25 reads or writes it.

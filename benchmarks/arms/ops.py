@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from selfnpo_fast.diffusion.levels import Levels, ddim_coefficients, forward_coefficients, x0_coefficients
+from selfnpo_fast.diffusion.solvers import solver_steps
 from selfnpo_kernels import (
     Draw,
     NoiseKey,
@@ -294,6 +295,44 @@ class GuidedStepSingle(GuidedStep):
 
     def combine(self, pos, neg):
         return neg
+
+
+class GuidedStepUniPC(GuidedStep):
+    """`guided_step` in the middle of UniPC's trajectory, whose corrector needs the x0 of two steps
+    before, against eager guidance and the scheduler's `step`."""
+
+    reads_back = ("eager",)  # it solves for the corrector's coefficients at every step
+
+    def build(self) -> None:
+        # The states have the size of those of a trajectory, and x is what diffusers predicts from
+        # `last`, to which its corrector goes back.
+        self.at = GRID_STEPS // 2
+        self.unipc = UniPCMultistepScheduler.from_config(self.scheduler.config)
+        self.unipc.set_timesteps(GRID_STEPS)
+        self.k = solver_steps(self.unipc, w=GUIDANCE_SCALE - 1).k[self.at : self.at + 1].float().to(self.device)
+        pos, neg, self.last, m1, m2 = (self.random(self.torch_dtype) for _ in range(5))
+        self.set_state(self.at - 1, m1.float(), m2.float())
+        x = self.unipc.multistep_uni_p_bh_update(model_output=None, sample=self.last.float(), order=2)
+        self.inputs = (pos, neg, x.to(self.torch_dtype), m1, m2)
+
+    def set_state(self, step: int, m1: torch.Tensor, m2: torch.Tensor) -> None:
+        """Put the scheduler before a step of second order, after the x0 of two steps, m2 and m1."""
+        self.unipc._step_index, self.unipc.model_outputs = step, [m2, m1]
+        self.unipc.last_sample = self.last.to(m1.dtype)
+        self.unipc.this_order = self.unipc.lower_order_nums = 2
+
+    def ours(self, pos, neg, x, m1, m2):
+        return guided_step(pos, neg, x, self.k, x0_prev=m1, x0_prev2=m2)
+
+    def eager(self, pos, neg, x, m1, m2):
+        self.set_state(self.at, m1, m2)
+        (x_next,) = self.unipc.step(self.combine(pos, neg), self.unipc.timesteps[self.at], x, return_dict=False)
+        return x_next, self.unipc.model_outputs[-1]
+
+    def plain(self, pos, neg, x, m1, m2):
+        """With the corrector in the coefficients, as ours."""
+        k, p = self.k[0], self.combine(pos, neg)
+        return k[2] * x + k[3] * p + k[4] * m1 + k[7] * m2, k[0] * x + k[1] * p
 
 
 class GuidanceRescale(GuidedStep):

@@ -53,9 +53,8 @@ def correlate(options: CorrelateOptions) -> None:
     from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
     from selfnpo_fast.guidance.correlation import alphas_of, correlation
     from selfnpo_fast.models import load_adapter
-    from selfnpo_fast.negatives.fingerprint import fingerprint, matches
-    from selfnpo_fast.negatives.load import load_base, load_negative
-    from selfnpo_fast.negatives.weights import module_weights
+    from selfnpo_fast.negatives.experts import is_own_base
+    from selfnpo_fast.negatives.load import load_negative
 
     if options.negative is None:
         raise UserError("negative: none given; expected --negative")
@@ -73,9 +72,9 @@ def correlate(options: CorrelateOptions) -> None:
         positive, options.negative, alpha=options.alpha, base=options.base, schedule=schedule, **shared
     )
     rows, empty = adapter.encode_prompts(texts, device), adapter.encode_empty(device)
-    alphas, weights = None, module_weights(positive, "the positive model")
+    alphas = None
     # A positive that is its own base has no change for alpha to share.
-    if options.base is not None and not matches(fingerprint(load_base(positive, options.base)), weights):
+    if options.base is not None and not is_own_base(positive, options.base):
         alphas = alphas_of(positive, options.negative, options.base, **shared)
     scale, steps = options.guidance_scale, options.steps
     report = correlation(

@@ -99,12 +99,11 @@ def stored_latents(
 
 
 def clip_of(adapter, stride: int) -> ClipShape | None:
-    """What is taken of a video; None for a model of pictures, whose adapter has no `frames`."""
-    frames = getattr(adapter, "frames", None)
-    if frames is None:
+    """What is taken of a video; None for a model of pictures."""
+    if not adapter.family.draws_videos:
         return None
-    height, width = adapter.size
-    return ClipShape(frames, height, width, stride)
+    size = adapter.size
+    return ClipShape(size.frames, size.height, size.width, stride)
 
 
 def _look(

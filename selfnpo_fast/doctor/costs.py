@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass, field
 
 from selfnpo_fast.config import RolloutConfig, TrainConfig
+from selfnpo_fast.doctor.expert_rows import rows_per_pair
 from selfnpo_fast.doctor.host_memory import move_to_host
 from selfnpo_fast.doctor.tracing import FakeDenoiser, ForwardTrace, ParameterCounts, StudentTrace
 from selfnpo_fast.models import Adapter, Size
@@ -193,9 +194,10 @@ def update_flops(run: PlannedRun) -> UpdateFlops:
 
     The fused operations between the networks are left out: they take less than a thousandth of it.
     """
-    batch = run.config.engine.batch_size
-    forwards = batch * forwards_per_pair(run.config.rollout)
-    return UpdateFlops(reference=forwards * run.reference.flops, student=batch * run.student.flops)
+    batch, rollout = run.config.engine.batch_size, run.config.rollout
+    forwards = batch * forwards_per_pair(rollout)
+    rows = batch * rows_per_pair(run.denoiser.adapter, rollout, run.micro_batch)
+    return UpdateFlops(reference=forwards * run.reference.flops, student=rows * run.student.flops)
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,9 @@ def keeps_gradients(config: TrainConfig) -> bool:
 
 
 def uses_graphs(run: PlannedRun) -> bool:
-    """Whether the rollout's steps are captured as CUDA graphs."""
-    config = run.config
-    return run.device == "cuda" and config.engine.graphs and config.rollout.mode == "continuous"
+    """Whether the rollout's steps are captured as CUDA graphs; those of two experts are not."""
+    config, one = run.config, run.denoiser.adapter.boundary is None
+    return run.device == "cuda" and config.engine.graphs and config.rollout.mode == "continuous" and one
 
 
 def memory(run: PlannedRun) -> Memory:
@@ -423,7 +425,5 @@ def checkpoint_bytes(run: PlannedRun) -> int:
 
 
 def negative_bytes(run: PlannedRun) -> int:
-    """Bytes of the negative model on disk: whole network or LoRA, in the run's precision."""
-    counts = run.parameter_counts
-    elements = counts.trained if run.config.lora.rank else counts.total
-    return elements * DTYPES[run.config.engine.precision].itemsize
+    """Bytes of the negative model on disk: what is trained, in the run's precision."""
+    return run.parameter_counts.trained * DTYPES[run.config.engine.precision].itemsize

@@ -9,6 +9,7 @@ from selfnpo_fast.config import EngineConfig, ModelConfig, PromptConfig, Rollout
 from selfnpo_fast.data.prompts import read_prompts
 from selfnpo_fast.doctor import costs
 from selfnpo_fast.doctor.costs import GIB, Memory, PlannedRun, Tracer
+from selfnpo_fast.doctor.expert_rows import rows_per_pair
 from selfnpo_fast.doctor.machines import GPUS, Machine, measure_this_machine, update_seconds
 from selfnpo_fast.doctor.memory_check import TOLERANCE, Comparison, compare, measure
 from selfnpo_fast.doctor.savings import memory_saving_changes
@@ -110,6 +111,7 @@ def _run_section(run: PlannedRun) -> str:
         "computed, not measured; nothing was loaded but config files",
         f"model     {config.model.path}: {_format_si(counts.total)} parameters, {_format_si(counts.trained)} trained "
         f"({f'LoRA rank {config.lora.rank}' if config.lora.rank else 'full weights'}"
+        + _experts_text(run)
         + ("" if config.model.quantization == "none" else f", base in {config.model.quantization}")
         + ")",
         f"update    {engine.batch_size} pairs (ranks x micro-batches x pairs: {run.world_size} x "
@@ -119,6 +121,7 @@ def _run_section(run: PlannedRun) -> str:
         f"forwards  {costs.forwards_per_pair(config.rollout):.3g} of the reference per pair "
         f"({config.rollout.mode} from {config.rollout.start}, omega = {config.rollout.omega:g})"
         + (f"; at most {startup:,} once, to fill the slots" if startup else ""),
+        *_lost_lines(run),
         f"FLOPs     {_format_si(flops.total)} per update: reference {_format_si(flops.reference)}, "
         f"student {_format_si(flops.student)}",
         f"files     checkpoint {format_bytes(checkpoint)}, negative model {format_bytes(negative)}",
@@ -130,6 +133,23 @@ def _run_section(run: PlannedRun) -> str:
             f"(prompts.device_mib {config.prompts.device_mib}); every host maps them into memory"
         )
     return "\n".join(lines)
+
+
+def _lost_lines(run: PlannedRun) -> list[str]:
+    """A line on the pairs that one of two experts cannot learn from, where there are any."""
+    adapter = run.denoiser.adapter
+    if adapter.boundary is None or len(adapter.trained_denoisers) > 1:
+        return []
+    rows = rows_per_pair(adapter, run.config.rollout, run.micro_batch)
+    if rows == 1:
+        return []
+    return [f"pairs     the student computes {rows:.0%} of them: above the others there is no level of the expert"]
+
+
+def _experts_text(run: PlannedRun) -> str:
+    """Which of two experts is trained; nothing of a model with one denoiser."""
+    adapter = run.denoiser.adapter
+    return "" if adapter.boundary is None else f", of {' and '.join(adapter.trained_denoisers)}"
 
 
 def _memory_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Iterable[float]) -> str:

@@ -25,8 +25,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.models import Adapter, Size
+from selfnpo_fast.models.experts import networks_of
 from selfnpo_fast.models.quantised import plan_quantised, quantised_elements
-from selfnpo_fast.training.lora import add_lora
+from selfnpo_fast.training.lora import make_trainable
 from selfnpo_fast.training.offload import offloadable
 
 PERSISTENT_ELEMENTS = 100_000
@@ -168,16 +169,14 @@ class FakeDenoiser:
             self.module = adapter.new_denoiser(dtype)
             if quantization != "none":
                 plan_quantised(self.module, quantization)
-            if lora.rank:
-                add_lora(self.module, lora, seed=0)
-            else:
-                self.module.requires_grad_(True)
+            make_trainable(self.module, adapter.trained_denoisers, lora, seed=0)
         # Fake tensors on the CPU dispatch to the CPU's kernels. Meta tensors do not: their
         # attention would keep the whole matrix of scores.
         with self._fake_mode:
             _replace_tensors(self.module, dtype)
         if checkpointing:
-            self.module.enable_gradient_checkpointing()
+            for network in networks_of(self.module).values():
+                adapter.family.checkpoint_gradients(network)
         self.parameter_counts = ParameterCounts.of(self.module)
 
     def trace_forward(self, batch: int, *, one_row: bool = False, size: Size | None = None) -> ForwardTrace:
@@ -210,7 +209,8 @@ class FakeDenoiser:
             handle.remove()
         for parameter in self.module.parameters():
             parameter.grad = None
-        flops = trace.flops / batch
+        # A second expert that is trained computes one sample (`experts.Experts.forward`).
+        flops = trace.flops / (batch + len(self.adapter.trained_denoisers) - 1)
         return StudentTrace(kept=kept, peak=trace.peak, peak_gradients=trace.peak_gradients, flops=flops)
 
     @functools.cached_property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,16 +20,15 @@ from selfnpo_fast.guidance.pipelines import guided_family, say_unread_release
 from selfnpo_fast.guidance.two_networks import TwoNetworks
 from selfnpo_fast.guidance.watch import CallWatch
 from selfnpo_fast.models import Family, denoiser_names
+from selfnpo_fast.negatives.experts import Source, bases_by_expert, by_expert
 from selfnpo_fast.negatives.load import Negative, load_negative
 from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.console import logger
-from selfnpo_fast.runtime.errors import UserError, shortened
+from selfnpo_fast.runtime.errors import UserError
 
 if TYPE_CHECKING:  # diffusers' models import bitsandbytes where it is installed
     from diffusers import DiffusionPipeline
 
-Source = str | Path | nn.Module | Negative
-"""What a negative is loaded from."""
 _ATTACHING = threading.Lock()
 """Held while a denoiser gets its negative, so that it gets one only."""
 
@@ -50,8 +49,9 @@ def attach_negative(
     (`from_pipe`) share the negative.
 
     `negative`, `alpha`, `beta` and `base` are those of `load_negative` (Eq. 7). For a pipeline of
-    two denoisers `negative` names which one each is for, by the pipeline's attribute; a denoiser
-    without one guides as in the stock pipeline.
+    two denoisers `negative` is a mapping by the pipeline's attributes, or says itself which one it
+    is for, as the output of a run does (`negatives.experts.by_expert`); a denoiser without one
+    guides as in the stock pipeline.
 
     Raises UserError where the pipeline's class is not known, the negative does not fit, or a
     denoiser has a negative already. Nothing is attached then.
@@ -59,14 +59,18 @@ def attach_negative(
     # Find the denoisers, perhaps in torch.compile's wrappers.
     family = guided_family(pipe)
     say_unread_release()
-    sources = _by_denoiser(pipe, negative, family)
+    present = _present(pipe, family)
+    sources = by_expert(negative, present)
+    bases: dict[str, Any] = {} if base is None else bases_by_expert(base, present, sources)
     called = {name: getattr(pipe, name) for name in sources}
     for name, each in called.items():
         _check_denoiser(unwrapped(each), name, family)
     # Load the negatives, give each denoiser its updates or a second network, and register the hooks.
     schedule = ScheduleFacts.of_scheduler(getattr(pipe, "scheduler", None), "the pipeline")
     loaded = {
-        name: load_negative(unwrapped(called[name]), source, alpha=alpha, beta=beta, base=base, schedule=schedule)
+        name: load_negative(
+            unwrapped(called[name]), source, alpha=alpha, beta=beta, base=bases.get(name), schedule=schedule
+        )
         for name, source in sources.items()
     }
     for each in loaded.values():
@@ -85,7 +89,7 @@ def attach_negative(
         parts = [Part(name, called[name], branch, family) for name, branch in branches.items()]
         handle = AttachedNegative(pipe, parts, family)
     for name, model in loaded.items():
-        kind, of = type(pipe).__name__, f" ({name})" if len(loaded) > 1 else ""
+        kind, of = type(pipe).__name__, f" ({name})" if len(present) > 1 else ""
         logger.info(
             "negative %s (alpha %g, beta %g) on %s%s: %s", model.source, alpha, beta, kind, of, branches[name]
         )  # fmt: skip
@@ -99,24 +103,12 @@ def _branch(denoiser: nn.Module, model: Negative, family: Family) -> LowRankBack
     return install(denoiser, model.deltas or {})
 
 
-def _by_denoiser(pipe: DiffusionPipeline, negative: Source | Mapping[str, Source], family: Family) -> dict[str, Source]:
-    """The source of each denoiser's negative, by the pipeline's attribute. Raises UserError where
-    that is not clear."""
+def _present(pipe: DiffusionPipeline, family: Family) -> list[str]:
+    """The pipeline's attributes that hold denoisers. Raises UserError where none does."""
     present = [name for name in family.denoiser_names if getattr(pipe, name, None) is not None]
     if not present:
         raise UserError(f"pipe: it has no {family.denoiser_name}; load it with its denoiser")
-    if not isinstance(negative, Mapping):
-        if len(present) > 1:
-            example = ", ".join(f"{name!r}: ..." for name in present)
-            raise UserError(
-                f"negative: the pipeline has {' and '.join(present)}; say which one each negative is for: {{{example}}}"
-            )
-        return {present[0]: negative}
-    unknown = [name for name in negative if name not in present]
-    if unknown or not negative:
-        named = shortened(unknown[0]) if unknown else "nothing"
-        raise UserError(f"negative: {named} is no denoiser of the pipeline; it has {' and '.join(present)}")
-    return dict(negative)
+    return present
 
 
 def _check_layers(model: Negative, family: Family) -> None:

@@ -16,9 +16,10 @@ from selfnpo_fast.guidance.cache_context import ContextReader
 from selfnpo_fast.guidance.lora_backbone import LowRankBackbone
 from selfnpo_fast.guidance.lora_layers import NO_COPY
 from selfnpo_fast.guidance.pipelines import PipelineCall, guided_family, stacks, this_call, this_stack
-from selfnpo_fast.guidance.two_networks import TwoNetworks, rows_of
+from selfnpo_fast.guidance.two_networks import TwoNetworks
 from selfnpo_fast.guidance.watch import CallWatch, Substitute, contains
 from selfnpo_fast.models import Family
+from selfnpo_fast.models.batch_rows import rows_of
 from selfnpo_fast.models.call_rules import Branch, DenoiserCall, TwoCalls
 from selfnpo_fast.runtime.console import logger, say_once
 from selfnpo_fast.runtime.errors import UserError

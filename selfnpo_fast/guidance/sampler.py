@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from selfnpo_fast.negatives.weights import config_of
 from selfnpo_fast.runtime.attention import ATTENTION
 from selfnpo_fast.runtime.batch_or_split import BRANCHES
 from selfnpo_fast.runtime.capture import capture_of, own_modes
-from selfnpo_fast.runtime.console import logger
+from selfnpo_fast.runtime.console import logger, say_once
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import RunError, UserError, shortened
 from selfnpo_fast.runtime.images import to_pil
@@ -144,6 +144,9 @@ class GuidedSampler:
         """The thread whose turn it is."""
         self._snapshot: Snapshot | None = None
         self._branches = Branches(adapter, denoiser, negative, compile, attention)
+        if adapter.boundary is not None and graphs and self.device.type == "cuda":
+            say_once("graphs: a model of two experts is not captured, since the host routes samples by their times")
+            graphs = False
         capture = capture_of(self.device, graphs, "the sampler's steps", self.dtype)
         longest = adapter.schedule.num_train_timesteps
         self._trajectories = Trajectories(self._branches, branches, capture, most=max_shapes, most_steps=longest)
@@ -152,7 +155,7 @@ class GuidedSampler:
     def from_pipeline(
         cls,
         pipe,
-        negative: str | Path | nn.Module | Negative | None = None,
+        negative: str | Path | nn.Module | Negative | Mapping | None = None,
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -176,8 +179,7 @@ class GuidedSampler:
         if isinstance(getattr(pipe, "components", None), dict):
             check_whole(pipe)
         adapter = adapter_of(pipe)
-        denoiser = getattr(pipe, adapter.denoiser_name)
-        denoiser = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile's wrapper
+        denoiser = adapter.denoiser_of(pipe)
         _check_denoiser(pipe, denoiser, adapter.family)
         options = {"solver": OWN} | options
         loaded = None

@@ -11,48 +11,11 @@ from torch import nn
 
 from selfnpo_fast.guidance.following import Follows
 from selfnpo_fast.models import Family
+from selfnpo_fast.models.batch_rows import rows_of, take_rows
 from selfnpo_fast.models.call_rules import Branch
 from selfnpo_fast.negatives.weights import match_placement
 from selfnpo_fast.runtime.dtypes import not_below_16_bits
 from selfnpo_fast.runtime.errors import UserError
-
-
-def rows_of(args: tuple, kwargs: dict, family: Family) -> int:
-    """The number of rows in a call of the denoiser, which is that of its first argument."""
-    return len(args[0] if args else kwargs[family.input_name])
-
-
-def take_rows(value: Any, rows: slice, batch: int, name: str, family: Family) -> Any:
-    """The argument `name` of a call on `batch` samples, for those of the samples in `rows`.
-
-    Tensors that the family says to have one row for each sample are cut, as views. Tensors of one
-    row, 0-d tensors and other values are not. Lists that the family says to have one entry for each
-    sample are cut; other lists, and dicts, whose entries are named `name.entry`, are copied, since
-    denoisers pop from them.
-
-    Raises UserError for a tensor of `batch` rows of which it is not known whether they are samples.
-    """
-    if isinstance(value, list) and name in family.list_rows:
-        if len(value) != batch:
-            raise UserError(f"negative: {name} has {len(value)} entries in a batch of {batch}; give {batch}")
-        return value[rows]
-    if isinstance(value, dict):
-        return {key: take_rows(part, rows, batch, f"{name}.{key}", family) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        parts = [take_rows(part, rows, batch, name, family) for part in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in family.not_rows:
-        return value
-    if name == family.input_name or name in family.row_names:
-        if len(value) not in (1, batch):
-            raise UserError(f"negative: {name} has {len(value)} rows in a batch of {batch}; give 1 or {batch}")
-        return value[rows] if len(value) == batch else value
-    if len(value) == batch:
-        raise UserError(
-            f"negative: {name} has as many rows as the batch, {batch}, and it is not known whether they belong to the "
-            "samples, which two networks share; use a LoRA as the negative"
-        )
-    return value
 
 
 def join_rows(first: Any, second: Any) -> Any:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from selfnpo_fast.diffusion.levels import Levels
 from selfnpo_fast.models import parts, text
 from selfnpo_fast.models.conditioning import Row, joined
+from selfnpo_fast.models.experts import NAMES, Experts
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
 from selfnpo_fast.models.size import AskedSize, Size
@@ -77,17 +78,43 @@ class Adapter:
         """
         adapter = cls(str(pipe.config.get("_name_or_path") or type(pipe).__name__))
         adapter._loaded = pipe
-        for part in (adapter.denoiser_name, *adapter.family.part_classes):
+        adapter.index = {name: value for name, value in pipe.config.items() if not name.startswith("_")}
+        for part in (*adapter.denoiser_names, *adapter.family.part_classes):
             if getattr(pipe, part, None) is None:
                 raise UserError(f"pipe: its {part} is None; load the pipeline with all of its parts")
-        adapter.denoiser_config = adapter._served(dict(getattr(pipe, adapter.denoiser_name).config), "pipe: its")
+        configs = {name: dict(getattr(pipe, name).config) for name in adapter.denoiser_names}
+        adapter._check_alike(configs, "pipe")
+        adapter.denoiser_config = adapter._served(configs[adapter.denoiser_name], "pipe: its")
         adapter._scheduler = pipe.scheduler
         return adapter
 
     @property
     def denoiser_name(self) -> str:
-        """The pipeline's attribute that holds the denoiser, and the folder of its weights."""
+        """The pipeline's attribute that holds the denoiser, and the folder of its weights; of two
+        denoisers that of high noise levels."""
         return self.family.denoiser_name
+
+    @property
+    def denoiser_names(self) -> tuple[str, ...]:
+        """The attributes of all denoisers that the model has."""
+        return (self.denoiser_name, *(name for name in self.family.experts if self._has(name)))
+
+    @property
+    def trained_denoisers(self) -> tuple[str, ...]:
+        """Those of `denoiser_names` that `model.expert` says to train; all of them by default."""
+        names = self.denoiser_names
+        return names if self._expert not in NAMES or len(names) == 1 else (names[NAMES.index(self._expert)],)
+
+    @property
+    def boundary(self) -> float | None:
+        """The time from which on the first of two denoisers predicts, and below which the second
+        does; None of a model with one."""
+        return None
+
+    def _has(self, part: str) -> bool:
+        """Whether model_index.json names a part."""
+        entry = self.index.get(part)
+        return isinstance(entry, list | tuple) and len(entry) == 2 and entry[1] is not None
 
     @property
     def folder(self) -> ModelFolder:
@@ -102,10 +129,7 @@ class Adapter:
         Reads config files, and what there is of others. With `configs_only` the scheduler, the
         tokenizers and all weights may be missing, and no picture can be made.
         """
-        if self._expert is not None and not self.family.experts:
-            raise UserError(
-                f"model.expert: {shortened(self._expert)} is not possible; {self.path} has one denoiser; leave it out"
-            )
+        self._check_expert()
         with loading(self.path, "the model"):
             self.denoiser_config  # noqa: B018
             self.check_size()
@@ -117,13 +141,36 @@ class Adapter:
             return
         self.schedule  # noqa: B018
         self.check_pictures()
-        self.folder.check_weights(self.denoiser_name, DIFFUSERS_WEIGHTS, self._variant)
+        for name in self.denoiser_names:
+            self.folder.check_weights(name, DIFFUSERS_WEIGHTS, self._variant)
         for part in self.family.part_classes:
             if part.startswith("tokenizer"):
                 self.folder.texts(part)
             else:
                 stem = TRANSFORMERS_WEIGHTS if part.startswith("text_encoder") else DIFFUSERS_WEIGHTS
                 self.folder.check_weights(part, stem, self._variant)
+
+    def _check_expert(self) -> None:
+        """UserError for a `model.expert` that the model has not."""
+        if self._expert is not None and len(self.denoiser_names) == 1:
+            raise UserError(
+                f"model.expert: {shortened(self._expert)} is not possible; {self.path} has one denoiser; leave it out"
+            )
+        if self._expert not in (None, "both", *NAMES):
+            raise UserError(f"model.expert: {shortened(self._expert)} is not possible; expected high, low or both")
+
+    def _check_alike(self, configs: Mapping[str, dict], where: str) -> None:
+        """UserError that begins with `where` for two denoisers of other configs than each other."""
+        first, *others = configs
+        for name in others:
+            for key in sorted({*configs[first], *configs[name]}):
+                values = (configs[part].get(key) for part in (first, name))
+                one, other = (list(value) if isinstance(value, tuple) else value for value in values)
+                if not key.startswith("_") and one != other:
+                    raise UserError(
+                        f"{where}: the {key} of its {first} is {shortened(one)} and that of its {name} "
+                        f"{shortened(other)}; give two experts of one model"
+                    )
 
     def check_forward(self) -> None:
         """UserError where a forward of the denoiser fails in its shapes: one is tried without
@@ -163,12 +210,17 @@ class Adapter:
 
     @functools.cached_property
     def denoiser_config(self) -> dict:
-        """The denoiser's config.json."""
-        config = self.folder.json(f"{self.denoiser_name}/config.json")
+        """The denoiser's config.json; that of both experts, but for notes of diffusers."""
+        configs = {name: self._read_config(name) for name in self.denoiser_names}
+        self._check_alike(configs, f"model.path: {self.path}")
         with loading(self.path, f"{self.denoiser_name}/config.json"):
+            return self._served(configs[self.denoiser_name], f"model.path: {self.path}: its")
+
+    def _read_config(self, name: str) -> dict:
+        config = self.folder.json(f"{name}/config.json")
+        with loading(self.path, f"{name}/config.json"):
             cls = self.family.load_class(self.family.denoiser_class)
-            config = parts.full_config(cls, config, (self.family.denoiser_class,))
-            return self._served(config, f"model.path: {self.path}: its")
+            return parts.full_config(cls, config, (self.family.denoiser_class,))
 
     def checked_config(self, config: dict) -> dict:
         """The denoiser's config with the types that this adapter relies on. Raises any error where
@@ -177,16 +229,37 @@ class Adapter:
 
     def new_denoiser(self, dtype: torch.dtype) -> nn.Module:
         """The denoising network with random weights in `dtype`, in evaluation mode; reads
-        config.json only."""
-        with loading(self.path, self.denoiser_name):
-            return self.family.new_denoiser(self.denoiser_config).to(dtype).eval()
+        config.json only. Two denoisers are one network, `Experts`."""
+
+        def new(name: str) -> nn.Module:
+            with loading(self.path, name):
+                return self.family.new_denoiser(self.denoiser_config).to(dtype).eval()
+
+        return self._as_one({name: new(name) for name in self.denoiser_names})
 
     def load_denoiser(self, dtype: torch.dtype, field: str = "model.path") -> nn.Module:
         """The denoising network with its weights in `dtype`, in evaluation mode; errors name
-        `field`."""
-        with loading(self.path, self.denoiser_name, field):
-            cls = self.family.load_class(self.family.denoiser_class)
-            return parts.load_network(cls, self.folder, self.denoiser_name, self._variant, dtype)
+        `field`. Two denoisers are one network, `Experts`."""
+
+        def load(name: str) -> nn.Module:
+            with loading(self.path, name, field):
+                cls = self.family.load_class(self.family.denoiser_class)
+                return parts.load_network(cls, self.folder, name, self._variant, dtype)
+
+        return self._as_one({name: load(name) for name in self.denoiser_names})
+
+    def denoiser_of(self, pipe: Any) -> nn.Module:
+        """The denoising network of a pipeline that is loaded, without torch.compile's wrapper; two
+        denoisers as one, `Experts`, of which nothing is copied."""
+        networks = {name: getattr(pipe, name) for name in self.denoiser_names}
+        return self._as_one({name: getattr(each, "_orig_mod", each) for name, each in networks.items()})
+
+    def _as_one(self, networks: dict[str, nn.Module]) -> nn.Module:
+        """One network as it is, two as `Experts`."""
+        if len(networks) == 1:
+            return networks[self.denoiser_name]
+        assert self.boundary is not None, "where there are two denoisers, there is a boundary"
+        return Experts(networks, self.boundary, self.family).eval()
 
     def predict_level(self, denoiser: Callable, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """`predict` at noise levels t (B,) int64 of `schedule`, in the adapter's size."""
@@ -248,9 +321,24 @@ class Adapter:
         return self._at_device[key]
 
     def expert(self, t: torch.Tensor) -> torch.Tensor:
-        """Which denoiser of `family.experts` owns each noise level, int64 like the levels t; 0 of a
-        model with one."""
-        return torch.zeros_like(t)
+        """Which of `denoiser_names` owns each noise level, by its place there: int64 like the levels
+        t, which are of any shape."""
+        if self.boundary is None:
+            return torch.zeros_like(t)
+        return (self.time_of(t) < self.boundary).long()
+
+    @property
+    def trained_levels(self) -> range:
+        """The noise levels of the denoisers that are trained. Raises UserError where there is none."""
+        levels = torch.arange(self.schedule.num_train_timesteps)
+        owners = [self.denoiser_names.index(name) for name in self.trained_denoisers]
+        own = levels[torch.isin(self.expert(levels), torch.tensor(owners))]
+        if not len(own):
+            raise UserError(
+                f"model.expert: {self._expert} has no noise level: the boundary of {self.path} is {self.boundary:g} of "
+                f"{len(levels)} timesteps"
+            )
+        return range(int(own[0]), int(own[-1]) + 1)
 
     def _row_major(self, out: torch.Tensor) -> torch.Tensor:
         """A channels_last network output made row-major: one copy, counted and said once.
@@ -281,7 +369,8 @@ class Adapter:
         entry = self.index.get("scheduler")
         # The class that the index names goes before that of the config, as in diffusers.
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name")
-        with loading(self.path, "scheduler"):
+        # On the CPU also where networks are being made on another device.
+        with loading(self.path, "scheduler"), torch.device("cpu"):
             return parts.load_scheduler(name, config)
 
     @functools.cached_property
@@ -302,7 +391,7 @@ class Adapter:
             return schedule
 
     def time_of(self, t: torch.Tensor) -> torch.Tensor:
-        """What the network is given as time at noise levels t (B,) int64, in `family.time_dtype`."""
+        """What the network is given as time at noise levels t int64, in `family.time_dtype`."""
         key = ("time", t.device)
         if key not in self._at_device:
             time = self.schedule.time

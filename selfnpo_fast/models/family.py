@@ -54,7 +54,8 @@ class Family:
     The scheduler may be any of diffusers."""
     experts: tuple[str, ...] = ()
     """The pipeline's attributes that hold further denoisers of the same class, each for some of the
-    steps. Any of them may be None, and so may the first."""
+    steps. Any of them may be None, and so may the first. Of a model that is trained there is at most
+    one, for the times below `base.Adapter.boundary`."""
     guided_pipelines: tuple[str, ...] = ()
     """Pipeline classes that a negative can be attached to. Each has been read: it calls its
     denoisers as `call_rule` says."""
@@ -71,6 +72,8 @@ class Family:
     own list (`_repeated_blocks`) is added."""
     input_name: str = "hidden_states"
     """The denoiser's first argument, whose rows are samples."""
+    time_name: str = "timestep"
+    """The denoiser's argument that is the time, (B,)."""
     row_names: frozenset[str] = frozenset({"timestep", "encoder_hidden_states"})
     """The other arguments whose leading dimension counts samples, where it is not 1; a list's
     tensors have the list's name, and those of a dict are named `argument.entry`."""

@@ -14,7 +14,6 @@ from selfnpo_fast.models import autoencoder
 from selfnpo_fast.models.base import Adapter
 from selfnpo_fast.models.call_rules import TwoCalls
 from selfnpo_fast.models.family import Family
-from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS
 from selfnpo_fast.models.size import Size
 from selfnpo_fast.models.video import VideoAdapter
 from selfnpo_fast.runtime.errors import UserError, shortened
@@ -23,82 +22,51 @@ DEFAULT_SIZE = Size(480, 832, 81)
 """What the pipeline's call draws."""
 TOKENS = 512
 """Tokens of a prompt: `max_sequence_length` of the pipeline's call."""
-EXPERTS = {"high": "transformer", "low": "transformer_2"}
-"""The pipeline's part that predicts at high and at low noise, where there are two."""
 
 
 class WanAdapter(VideoAdapter):
     """Latents (C, F, H, W); rows `encoder_hidden_states` (L, D), zeros behind a prompt's last token.
 
-    Of a model with two experts an adapter loads and calls one.
+    A model of two experts is one network (`experts.Experts`).
     """
 
     t5_class = "UMT5EncoderModel"
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> Adapter:
-        """As in the base; the model's facts are those of the pipeline's config."""
+        """As in the base."""
         adapter = super().from_pipeline(pipe)
-        adapter.index = dict(pipe.config)
         adapter._check_index("pipe")
         return adapter
 
     # Experts
 
     @property
-    def experts(self) -> tuple[str, ...]:
-        """The names of the model's experts; empty for a model of one transformer."""
-        return tuple(EXPERTS) if self._has("transformer_2") else ()
-
-    @property
     def boundary(self) -> float | None:
-        """The timestep from which on the expert for high noise predicts, below it the other; None
-        where there is one transformer."""
+        """As in the base, from the pipeline's boundary_ratio."""
         ratio = self.index.get("boundary_ratio")
         return None if ratio is None else ratio * self.scheduler_config["num_train_timesteps"]
 
-    def expert_at(self, timestep: float) -> str | None:
-        """Which expert the pipeline asks at a timestep; None where there is one transformer."""
-        if self.boundary is None:
-            return None
-        return "high" if timestep >= self.boundary else "low"
-
-    @property
-    def denoiser_name(self) -> str:
-        """The pipeline's attribute that holds the expert, and the folder of its weights."""
-        return EXPERTS[self._expert or "high"]
-
-    def _has(self, part: str) -> bool:
-        entry = self.index.get(part)
-        return isinstance(entry, list | tuple) and len(entry) == 2 and entry[1] is not None
-
     def _check_index(self, where: str) -> None:
-        """UserError that begins with `where` for a model that is not served, or an expert that it
-        has not."""
-        ratio = self.index.get("boundary_ratio")
-        if self._expert not in (None, *self.experts):
-            possible = " or ".join(self.experts) or "none: the model has one transformer"
-            raise UserError(f"model.expert: {shortened(self._expert)} is not possible; expected {possible}")
+        """UserError that begins with `where` for a model that is not served."""
+        ratio, count = self.index.get("boundary_ratio"), len(self.denoiser_names)
         if self.index.get("expand_timesteps"):
             raise UserError(
                 f"{where}: it has a timestep for each token (expand_timesteps), as Wan2.2-TI2V-5B has, which is not "
                 "served; give a text-to-video model of Wan 2.1 or 2.2"
             )
-        if bool(self.experts) != (ratio is not None):
+        if (count > 1) != (ratio is not None):
             raise UserError(
-                f"{where}: its boundary_ratio is {shortened(ratio)} and it has {len(self.experts) or 1} transformers; "
-                "two of them need a boundary, and one has none"
+                f"{where}: its boundary_ratio is {shortened(ratio)} and it has {count} transformers; two of them need "
+                "a boundary, and one has none"
             )
         if ratio is not None and not (autoencoder.are_numbers([ratio]) and 0 < ratio < 1):
             raise UserError(f"{where}: its boundary_ratio is {shortened(ratio)}; expected a number between 0 and 1")
 
     def check(self, *, configs_only: bool = False) -> None:
-        """As in the base; and that both experts' weights are there."""
+        """As in the base; and that there is a boundary where there are two experts."""
         self._check_index(f"model.path: {self.path}")
         super().check(configs_only=configs_only)
-        if not configs_only:
-            for name in [EXPERTS[name] for name in self.experts if EXPERTS[name] != self.denoiser_name]:
-                self.folder.check_weights(name, DIFFUSERS_WEIGHTS, self._variant)
 
     # Sizes
 

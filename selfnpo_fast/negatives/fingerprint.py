@@ -8,10 +8,15 @@ fine-tune moves weights by more.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
-from selfnpo_fast.negatives.weights import WeightReader
+from selfnpo_fast.models import Adapter
+from selfnpo_fast.models.experts import networks_of
+from selfnpo_fast.negatives.weights import WeightReader, module_weights
 
+DENOISER = "denoiser"
+"""The key of a record that names one of two experts."""
 TOLERANCE = 2**-7
 """Largest ratio |a - b| / |a| over a tensor's values: two casts to bfloat16 stay below 2^-8."""
 _TENSORS, _VALUES = 32, 16
@@ -56,6 +61,17 @@ def matches(saved: dict[str, dict], weights: WeightReader, tolerance: float = TO
     except (TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"no fingerprint: {error}") from error
     return True
+
+
+def base_records(
+    adapter: Adapter, denoiser: nn.Module, path: str, revision: str | None, schedule: ScheduleFacts
+) -> dict[str, dict]:
+    """`base_record` of each denoiser of a model by its name; of two experts each says which it is."""
+    parts = dict(zip(adapter.denoiser_names, networks_of(denoiser).values(), strict=True))
+    records = {
+        name: base_record(path, revision, module_weights(network, path), schedule) for name, network in parts.items()
+    }
+    return records if len(records) == 1 else {name: record | {DENOISER: name} for name, record in records.items()}
 
 
 def base_record(path: str, revision: str | None, weights: WeightReader, schedule: ScheduleFacts | None = None) -> dict:

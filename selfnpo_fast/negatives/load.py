@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule
 from selfnpo_fast.models import family_of
+from selfnpo_fast.models.experts import Experts
 from selfnpo_fast.negatives import formats
 from selfnpo_fast.negatives.fingerprint import matches
 from selfnpo_fast.negatives.formats import quantisation_of_module, refuse_mixing, served_quantisation
@@ -83,7 +85,7 @@ class LoadedModel:
 
 def load_negative(
     positive: nn.Module,
-    source: str | Path | nn.Module | Negative,
+    source: str | Path | nn.Module | Negative | Mapping,
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
@@ -101,7 +103,8 @@ def load_negative(
       `variant` are the Hub's and diffusers',
     - a safetensors file with full weights or a LoRA,
     - a module, which becomes the negative's network without a copy where nothing is mixed,
-    - a Negative; its network is returned unchanged unless alpha, beta or base change it.
+    - a Negative; its network is returned unchanged unless alpha, beta or base change it,
+    - for a model of two experts, what `experts.by_expert` takes, such as a mapping of such sources.
 
     `base` is theta: a folder, a Hub id or a file. It is needed for alpha other than 1, and where
     the positive is a fine-tune of the model that the negative was trained from. alpha = 0 takes
@@ -120,6 +123,11 @@ def load_negative(
     """
     check_strengths(alpha, beta)
     positive = getattr(positive, "_orig_mod", positive)  # torch.compile's wrapper
+    if isinstance(positive, Experts):
+        from selfnpo_fast.negatives.experts import load_experts  # which loads each of them by this function
+
+        options = {"alpha": alpha, "beta": beta, "variant": variant, "schedule": schedule}
+        return load_experts(positive, source, base=base, revision=revision, **options)
     form = served_quantisation(positive, mixed=alpha != 1 or base is not None)
     as_it_is = form is None and alpha == beta == 1 and base is None
     if as_it_is and isinstance(source, Negative) and source.network is not None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from selfnpo_fast.diffusion.schedule_facts import check_same_schedule, combined
+from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts, check_same_schedule, combined
 from selfnpo_fast.models import denoiser_names, family_of
-from selfnpo_fast.negatives.fingerprint import base_record
+from selfnpo_fast.negatives.experts import Source, bases_by_expert, by_expert
+from selfnpo_fast.negatives.fingerprint import DENOISER, base_record
 from selfnpo_fast.negatives.load import check_base, check_strengths, mixed, read_files
-from selfnpo_fast.negatives.sources import RECORD, locate
+from selfnpo_fast.negatives.sources import RECORD, locate, parts_of_source
 from selfnpo_fast.negatives.weights import WeightReader, mixture
 from selfnpo_fast.negatives.write import write_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
@@ -34,6 +36,8 @@ def merge(
 ) -> Path:
     """Write theta + alpha eta + beta delta to `output` in diffusers' format; returns that folder.
 
+    Of a model of two experts, those that the negative has are written, each to a folder of its name.
+
     `base`, `negative` and `positive` (the fine-tune, theta + eta) are sources as for
     `load_negative`, but no modules. `dtype` is fp32, bf16 or fp16. The mixture is computed in
     float32 and rounded once. Only one tensor of each source is in memory at a time, and the folder
@@ -49,6 +53,69 @@ def merge(
     if dtype not in DTYPES:
         raise UserError(f"dtype: {shortened(dtype)} is not possible; expected one of {', '.join(DTYPES)}")
     folder = new_folder(output)
+    # What to mix: one denoiser, or those of two experts that the negative has.
+    names = denoiser_names()
+    bases = parts_of_source(str(base), names, "base")
+    if len(bases) < 2:
+        mixtures = [_mixture(None, base, negative, positive, alpha, beta)]
+    else:
+        own = tuple(bases)
+        negatives = by_expert(negative, own)
+        positives = {} if positive is None else bases_by_expert(positive, own, negatives, "positive")
+        mixtures = [
+            _mixture(name, bases[name], each, positives.get(name), alpha, beta) for name, each in negatives.items()
+        ]
+    # Write next to the folder, and rename at the end.
+    aside = None
+    try:
+        aside = begin_aside(folder)
+        for mixed_model in mixtures:
+            mixed_model.write(aside, dtype)
+        finish_aside(aside, folder)
+    except OSError as error:
+        raise RunError(f"{folder} could not be written: {one_line(error)}") from error
+    finally:
+        with suppress(OSError):  # a folder that is left is removed by the next merge
+            if aside is not None:
+                remove(aside)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """A network to write, of which nothing is computed before it is written."""
+
+    expert: str | None
+    """Which of two experts it is; None of a model with one denoiser."""
+    model: nn.Module
+    """Its class and config; the weights take no memory."""
+    result: WeightReader
+    """The mixture."""
+    tuned: WeightReader
+    """The positive."""
+    tuned_name: str
+    """Where the positive comes from."""
+    schedule: ScheduleFacts | None
+    """What the sources say of the schedule."""
+
+    def write(self, folder: Path, dtype: str) -> None:
+        """Write the denoiser's folder, and the record of its base next to it or, of an expert, in
+        it."""
+        inside = folder / (self.expert or family_of(self.model).denoiser_name)
+        inside.mkdir()
+        self.model.save_config(inside)  # type: ignore[operator]
+        write_weights(inside, _checked(self.result, self.tuned, dtype), dtype)
+        record = base_record(self.tuned_name, None, self.tuned, self.schedule)
+        if self.expert is not None:
+            record |= {DENOISER: self.expert}
+        place = folder if self.expert is None else inside
+        (place / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _mixture(
+    expert: str | None, base: str | Path, negative: Source, positive: Source | None, alpha: float, beta: float
+) -> _Mixture:
+    """What to write of one denoiser. Raises UserError as `merge` does."""
     # The base gives the architecture, theta its weights.
     base_files = locate(base, denoiser_names(), "base")
     if base_files.is_lora or base_files.config is None:
@@ -61,37 +128,19 @@ def merge(
     # The positive: theta, or a fine-tune, or theta plus the updates of a LoRA.
     tuned, tuned_name, schedules = theta, str(base), [loaded_base.schedule]
     if positive is not None:
-        loaded_positive = read_files(locate(positive, [denoiser], "positive"), model, "positive")
+        loaded_positive = read_files(locate(str(positive), [denoiser], "positive"), model, "positive")
         check_same_schedule(loaded_positive.schedule, loaded_base.schedule, "positive")
         content = loaded_positive.content
         if not isinstance(content, WeightReader):
             content = mixture(theta, theta, content, 0.0, 1.0, str(positive))
         tuned, tuned_name, schedules = content, str(positive), [loaded_positive.schedule, *schedules]
-    # The negative, and the mixture, of which nothing is computed before it is written.
-    loaded = read_files(locate(negative, [denoiser], "negative"), model, "negative")
+    # The negative, and the mixture.
+    loaded = read_files(locate(str(negative), [denoiser], "negative"), model, "negative")
     for schedule in schedules:
         check_same_schedule(loaded.schedule, schedule)
     check_base(loaded, theta, alpha, beta, str(base))
     result = mixed(loaded, tuned, None if positive is None else theta, alpha, beta)
-
-    # Write next to the folder, and rename at the end.
-    aside = None
-    try:
-        aside = begin_aside(folder)
-        (aside / denoiser).mkdir()
-        model.save_config(aside / denoiser)  # type: ignore[operator]
-        write_weights(aside / denoiser, _checked(result, tuned, dtype), dtype)
-        known = combined(tuned_name, [*schedules, loaded.schedule])
-        record = json.dumps(base_record(tuned_name, None, tuned, known), indent=1)
-        (aside / RECORD).write_text(record, encoding="utf-8")
-        finish_aside(aside, folder)
-    except OSError as error:
-        raise RunError(f"{folder} could not be written: {one_line(error)}") from error
-    finally:
-        with suppress(OSError):  # a folder that is left is removed by the next merge
-            if aside is not None:
-                remove(aside)
-    return folder
+    return _Mixture(expert, model, result, tuned, tuned_name, combined(tuned_name, [*schedules, loaded.schedule]))
 
 
 def new_folder(output: str | Path) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfnpo_fast.models import denoiser_names as known_denoisers
 from selfnpo_fast.models import resolve_path
 from selfnpo_fast.negatives.formats import is_adapter
 from selfnpo_fast.runtime.console import logger
@@ -28,7 +29,8 @@ PEFT_CONFIG = "adapter_config.json"
 """PEFT writes this file next to PEFT_FILE; it holds alpha."""
 WEIGHTS = "diffusion_pytorch_model"
 RECORD = "selfnpo.json"
-"""A file next to a negative of full weights: the record of its base (`fingerprint.base_record`)."""
+"""A file next to the folder of a negative of full weights, or in it where it is one of two experts:
+the record of its base (`fingerprint.base_record`)."""
 SCHEDULER = "scheduler/scheduler_config.json"
 """A pipeline's file that says which noise levels and which prediction type its denoiser is for."""
 PICKLED = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
@@ -127,6 +129,31 @@ def locate(
     return _choose(_repository(repository, subfolder, field, revision), denoiser_names, variant)
 
 
+def parts_of_source(source: str, names: Sequence[str], field: str, revision: str | None = None) -> dict[str, str]:
+    """The sub-folders `names` of a folder or a Hub id that hold a model each, by their names, at the
+    top or in the folder `negative`; nothing for a file.
+
+    Raises UserError that begins with `field` where a folder or a repository cannot be read.
+    """
+    path = os.path.expanduser(source)
+    hub_id = None if os.path.exists(path) or source.startswith((".", "~")) else _HUB_ID.fullmatch(source)
+    if os.path.isdir(path):
+        listing = _folder(source, Path(path), names, field)
+    elif hub_id and not hub_id[2].endswith(".safetensors"):
+        listing = _repository(hub_id[1], hub_id[2].strip("/"), field, revision)
+    else:
+        return {}
+    for part in ("", "negative/"):
+        found = {
+            name: f"{source.rstrip('/')}/{part}{name}"
+            for name in names
+            if any(f"{part}{name}/{file}" in listing.files for file in ("config.json", LORA_FILE, PEFT_FILE))
+        }
+        if found:
+            return found
+    return {}
+
+
 def refuse_pickle(path: str | Path, field: str) -> None:
     """Raise UserError where the file's name is that of a pickle or of quantised weights; reads
     nothing."""
@@ -146,7 +173,7 @@ def _folder(name: str, folder: Path, denoiser_names: Sequence[str], field: str) 
     parts = ["", "negative", "scheduler", "negative/scheduler"]
     parts += [f"{part}{denoiser}" for part in ("", "negative/") for denoiser in denoiser_names]
     files = {file for part in parts for file in _entries(folder, part, name, field)}
-    if folder.name in denoiser_names:  # the files next to a pipeline's denoiser
+    if folder.name in (*denoiser_names, *known_denoisers()):  # the files next to a pipeline's denoiser
         for file in (RECORD, SCHEDULER):
             if os.path.isfile(folder.parent / file):
                 files.add(f"../{file}")
@@ -258,7 +285,9 @@ def _full(listing: _Listing, part: str, variant: str | None, beside: str) -> Mod
             f"(there is: {shown})"
         )
     config = listing.json(f"{part}config.json")
-    facts = {"record": listing.object(beside + RECORD), "scheduler": listing.object(beside + SCHEDULER)}
+    # One of two experts has a record of its own.
+    record = listing.object(part + RECORD) or listing.object(beside + RECORD)
+    facts = {"record": record, "scheduler": listing.object(beside + SCHEDULER)}
     entry = file_of_variant[variant]
     if not entry.endswith(".json"):
         return ModelFiles(listing.name, (listing.fetch(entry),), False, config, **facts)
@@ -279,8 +308,11 @@ def _file(name: str, path: Path, field: str, denoiser_names: Sequence[str]) -> M
     The record and the scheduler's config count where the file lies in a pipeline's denoiser.
     """
     is_lora = any(is_adapter(key) for key in open_tensors(path, field).shapes)
-    beside = [path.parent.parent / file for file in (RECORD, SCHEDULER)]
-    if is_lora or path.parent.name not in denoiser_names:
+    if is_lora or path.parent.name not in (*denoiser_names, *known_denoisers()):
         return ModelFiles(name, (path,), is_lora)
-    record, scheduler = (read_object(file, name, field) if os.path.isfile(file) else None for file in beside)
-    return ModelFiles(name, (path,), is_lora, record=record, scheduler=scheduler)
+    beside = path.parent.parent
+    own, record, scheduler = (
+        read_object(file, name, field) if os.path.isfile(file) else None
+        for file in (path.parent / RECORD, beside / RECORD, beside / SCHEDULER)
+    )
+    return ModelFiles(name, (path,), is_lora, record=own or record, scheduler=scheduler)

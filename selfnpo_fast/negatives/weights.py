@@ -11,6 +11,7 @@ from torch import nn
 
 from selfnpo_fast.diffusion.schedule_facts import SCHEDULE_MARKS
 from selfnpo_fast.models import family_of
+from selfnpo_fast.models.experts import new_like
 from selfnpo_fast.negatives.formats import quantisation_of
 from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.names import WHOLE_MODEL, unwrapped, weight_names
@@ -221,7 +222,7 @@ def materialise(weights: WeightReader, model: nn.Module, field: str) -> nn.Modul
     if not differs:
         raise UserError(f"{field}: {weights.source} equals the positive model: guidance would have no effect")
     with init_empty_weights():
-        network = type(model).from_config(model.config)  # type: ignore[attr-defined]
+        network = new_like(model)
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 

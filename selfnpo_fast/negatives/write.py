@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from selfnpo_fast.models import Adapter
+from selfnpo_fast.models.experts import Experts
 from selfnpo_fast.negatives.lora_files import RECORD_KEY
 from selfnpo_fast.negatives.sources import LORA_FILE, RECORD, WEIGHTS
 from selfnpo_fast.negatives.weights import WeightReader
@@ -33,40 +36,58 @@ def save_negative(
     world: World,
     *,
     lora: bool,
-    base: dict,
+    base: Mapping[str, dict],
 ) -> Path:
     """Write a run's negative: a denoiser in diffusers format, or a LoRA file that diffusers loads.
 
-    `trained` and `frozen` are the weights of `network`; a LoRA consists of the trained ones.
-    Weights are stored in `dtype`. The record of the base, `base` (`fingerprint.base_record`), is
-    written next to full weights, or into a LoRA file's metadata. All ranks take part; rank 0
-    writes.
+    `trained` and `frozen` are the weights of `network`; a LoRA consists of the trained ones. Of two
+    experts each one that is trained has a folder of its name, which is a negative of it. Weights are
+    stored in `dtype`. The record of the base, which `base` has by the denoiser's name
+    (`fingerprint.base_records`), is written next to full weights, or into a LoRA file's metadata.
+    All ranks take part; rank 0 writes.
 
     Raises RunError on all ranks where the folder cannot be written, and NotFiniteError where a
     weight is not finite in `dtype`.
     """
     writer = Writer(folder, world)
-    if lora:
-        weights = {name: value.to("cpu", dtype, copy=True) for name, value in trained if world.is_main}
-        writer.look(LORA_FILE, weights)
-        writer.run("LoRA", lambda: write_lora(writer.folder, network, weights, adapter, base))
+    if isinstance(network, Experts):
+        parts = [(f"{name}.", network.get_submodule(name), name) for name in adapter.trained_denoisers]
     else:
-        name = f"{adapter.denoiser_name}/{WEIGHTS}.safetensors"
-        tensors = chain(trained, frozen)
-        writer.save(name, tensors, write=world.is_main, finite=True, dtype=dtype, metadata={"format": "pt"})
-        writer.run(
-            "config.json",
-            lambda: network.save_config(writer.folder / adapter.denoiser_name),  # type: ignore[operator]
-        )
-        writer.run(RECORD, lambda: (writer.folder / RECORD).write_text(json.dumps(base, indent=1), encoding="utf-8"))
+        parts = [("", network, adapter.denoiser_name)]
+    # One pass over the weights, in which all ranks gather; those of each denoiser follow each other.
+    tensors = iter(trained) if lora else chain(trained, frozen)
+    tensors = (pair for pair in tensors if pair[0].startswith(tuple(prefix for prefix, *_ in parts)))
+    place = {prefix: i for i, (prefix, *_) in enumerate(parts)}
+    grouped = groupby(tensors, lambda pair: next(p for p in place if pair[0].startswith(p)))
+    for (prefix, own), (_, part, name) in zip(grouped, parts, strict=True):
+        named = ((key.removeprefix(prefix), value) for key, value in own)
+        inside = f"{name}/" if prefix else ""
+        if lora:
+            weights = {key: value.to("cpu", dtype, copy=True) for key, value in named if world.is_main}
+            writer.look(inside + LORA_FILE, weights)
+            writer.run("LoRA", partial(write_lora, writer.folder / inside, part, weights, adapter, base[name]))
+        else:
+            _save_full(writer, inside, name, part, named, dtype, base[name])
     return writer.finish()
+
+
+def _save_full(
+    writer: Writer, inside: str, name: str, network: nn.Module, tensors: NamedTensors, dtype: torch.dtype, base: dict
+) -> None:
+    """Write a denoiser's folder `name`, and the record of its base, in the folder `inside`."""
+    file = f"{name}/{WEIGHTS}.safetensors"
+    writer.save(file, tensors, write=writer.world.is_main, finite=True, dtype=dtype, metadata={"format": "pt"})
+    writer.run("config.json", lambda: network.save_config(writer.folder / name))  # type: ignore[operator]
+    record = writer.folder / inside / RECORD
+    writer.run(RECORD, lambda: record.write_text(json.dumps(base, indent=1), encoding="utf-8"))
 
 
 def write_lora(folder: Path, network: nn.Module, weights: Tensors, adapter: Adapter, base: dict) -> None:
     """Write the LoRA file that `pipe.load_lora_weights(folder)` expects, from weights on the CPU.
 
-    Keys are PEFT's, after the denoiser's name. PEFT's config and the record of the base, `base`,
-    are in the metadata. Raises OSError or SafetensorError where the file cannot be written.
+    Keys are PEFT's, after the denoiser's name; of the second of two experts, too, as diffusers
+    expects them (`load_into_transformer_2`). PEFT's config and the record of the base, `base`, are in
+    the metadata. Raises OSError or SafetensorError where the file cannot be written.
     """
     from peft.utils import get_peft_model_state_dict
 
@@ -81,6 +102,7 @@ def write_lora(folder: Path, network: nn.Module, weights: Tensors, adapter: Adap
     }
     layers = get_peft_model_state_dict(network, state_dict=weights)
     named = {f"{adapter.denoiser_name}.{key}": value.contiguous() for key, value in layers.items()}
+    folder.mkdir(exist_ok=True)
     # The pipeline's save_lora_weights would write no metadata but PEFT's config.
     save_file(named, folder / LORA_FILE, metadata=metadata)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from selfnpo_fast.rollout.grid import continuous_frequencies, life_states, lockstep_frequencies
+from selfnpo_fast.rollout.grid import life_states
 from selfnpo_fast.rollout.lockstep import walk
 from selfnpo_fast.rollout.pairs import PairMaker, Pairs
 from selfnpo_fast.rollout.slots_ahead import SlotsAhead
@@ -88,19 +88,14 @@ class ContinuousRollout:
         self._ahead = SlotsAhead(self) if maker.predictor.table.on_host else None
 
     def _tables(self) -> TdftTables:
-        """The grid's tables, and the weight of a pair at each grid index."""
-        config, grid = self.maker.config, self.maker.grid
-        weight = torch.ones(config.grid_steps + 1, dtype=torch.float64)
-        if config.pair_weight == "lockstep":
-            frequencies = continuous_frequencies(config)
-            ratio = lockstep_frequencies(config) / frequencies.clamp(min=1e-12)
-            weight = torch.where(frequencies > 0, ratio, 0)
+        """The grid's tables, and the weights of pairs."""
+        grid = self.maker.grid
         return TdftTables(
             step=grid.step,
             start=grid.start,
             renoise=grid.drawn_renoise(),
-            timesteps=grid.timesteps,
-            weight=weight.float().to(self.maker.device),
+            timesteps=grid.draws_above,  # the op says t by it, and draws s above it
+            weight=self.maker.weights,
         )
 
     @property
@@ -213,10 +208,13 @@ class ContinuousRollout:
         maker = self.maker
         pos, neg = maker.predictor.outputs(x, maker.grid.timestep(slots[0]), slots[3])
         out = tdft_step(pos, neg, x, final, slots, self._next_slots, self.tables, self.rules, self.latents)
+        pairs, grid = out[2], maker.grid
+        if grid.moved is not None:  # the op draws uniformly, and its tables are by the drawn s
+            index = slots[0]
+            if final is not None:
+                index = torch.where(index == grid.steps - 1, -1, index)
+            pairs[0], pairs[1] = grid.timestep(index), grid.level_of(index, pairs[1])
         slots.copy_(self._next_slots)
-        pairs = out[2]
-        if maker.grid.moved is not None:  # the op draws uniformly, and its table is by the drawn s
-            pairs[1] = maker.grid.level_of(pairs[0], pairs[1])
         return out
 
     def state_dict(self) -> dict[str, torch.Tensor]:

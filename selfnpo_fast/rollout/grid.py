@@ -19,6 +19,7 @@ from selfnpo_fast.diffusion.levels import (
     forward_coefficients,
     renoise_coefficients,
 )
+from selfnpo_fast.runtime.errors import UserError
 from selfnpo_kernels import NoiseKey, affine_noise
 
 
@@ -44,6 +45,11 @@ class Grid:
     moved: torch.Tensor | None = None
     """(N + 1, T) int64: the s that each uniformly drawn s stands for (`moved_levels`); None where a
     drawn s is what it says."""
+    drawn_above: torch.Tensor | None = None
+    """(N + 1,) int64: s is drawn from {drawn_above + 1, ..., T - 1}; None where that is above t."""
+    without_s: torch.Tensor | None = None
+    """(N + 1,) bool: states with no s above them that a pair may have, whose pairs weigh 0; None
+    where a pair may have any s."""
 
     @staticmethod
     def check(schedule: Levels, grid_steps: int) -> None:
@@ -60,12 +66,13 @@ class Grid:
         omega: float,
         noising: str = "from_x_t",
         s_shift: float = 1.0,
+        levels: range | None = None,
     ) -> Grid:
         """The DDIM grid of `grid_steps` steps under guidance `omega`, with its tables on `device`.
 
         The step from grid index 0 ends at timestep 0. `noising` is from_x_t (Eq. 16) or naive
-        (Eq. 15); `s_shift` is the config's. Raises UserError where `grid_steps` does not divide the
-        model's timesteps.
+        (Eq. 15); `s_shift` is the config's. `levels` are the s that pairs may have, by default all.
+        Raises UserError where `grid_steps` does not divide the model's timesteps.
         """
         zero = torch.zeros(1, dtype=torch.int64)
         timesteps = torch.cat([zero, schedule.grid(grid_steps)])
@@ -81,10 +88,15 @@ class Grid:
             forward_coefficients(schedule, timesteps),
             renoise,
         )
-        moved = None
-        if s_shift != 1:
-            moved = moved_levels(timesteps, schedule.num_train_timesteps, s_shift).to(device)
-        return cls(schedule, timesteps.to(device), *(k.float().contiguous().to(device) for k in tables), naive, moved)
+        count = schedule.num_train_timesteps
+        extra: dict[str, torch.Tensor] = {}
+        if levels not in (None, range(count)):
+            extra = {"drawn_above": drawn_above(timesteps, count, levels), "without_s": timesteps + 1 >= levels.stop}
+        if extra or s_shift != 1:
+            extra["moved"] = moved_levels(timesteps, count, s_shift, levels)
+        tables = tuple(k.float().contiguous().to(device) for k in tables)
+        extra = {name: table.to(device) for name, table in extra.items()}
+        return cls(schedule, timesteps.to(device), *tables, naive, **extra)
 
     @property
     def steps(self) -> int:
@@ -95,12 +107,15 @@ class Grid:
         """Timesteps (B,) int64 of grid indices (B,)."""
         return self.timesteps[index + 1]
 
-    def level_of(self, t: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """s (B,) int64 of pairs whose states are at timesteps t (B,) of the grid, where `drawn` (B,)
-        is uniform in {t + 1, ..., T - 1}."""
-        if self.moved is None:
-            return drawn
-        return self.moved[torch.searchsorted(self.timesteps, t), drawn]
+    @property
+    def draws_above(self) -> torch.Tensor:
+        """(N + 1,) int64: s is drawn uniformly from what is above these, for a state of each row."""
+        return self.timesteps if self.drawn_above is None else self.drawn_above
+
+    def level_of(self, index: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """s (B,) int64 of pairs whose states are at grid indices `index` (B,), where `drawn` (B,) is
+        uniform in {draws_above + 1, ..., T - 1}."""
+        return drawn if self.moved is None else self.moved[index + 1, drawn]
 
     def drawn_renoise(self) -> torch.Tensor:
         """`renoise` by the drawn s instead of the s that it stands for."""
@@ -127,26 +142,74 @@ class Grid:
         return affine_noise(target if self.naive else x_t, self.renoise.flatten(0, 1), noise, index=flat_index)
 
 
-def moved_levels(timesteps: torch.Tensor, count: int, shift: float) -> torch.Tensor:
+def _ranges(timesteps: torch.Tensor, count: int, levels: range | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest s (N + 1,) of a state at each of the timesteps (N + 1,): those of
+    `levels` above it, or where there is none all that are above it."""
+    first, last = timesteps + 1, torch.full_like(timesteps, count - 1)
+    if levels is None:
+        return first, last
+    some = first < levels.stop
+    return torch.where(some, first.clamp(min=levels.start), first), torch.where(some, levels.stop - 1, last)
+
+
+def drawn_above(timesteps: torch.Tensor, count: int, levels: range) -> torch.Tensor:
+    """`Grid.drawn_above` for the s in `levels`, of the `count` levels: as many are drawn from as
+    there are s above a state."""
+    first, last = _ranges(timesteps, count, levels)
+    return count - 1 - (last - first + 1)
+
+
+def moved_levels(timesteps: torch.Tensor, count: int, shift: float, levels: range | None = None) -> torch.Tensor:
     """The s that each uniformly drawn s stands for under `rollout.s_shift`, (N + 1, T) int64.
 
     A share u of the T = `count` levels becomes f(u) = shift u / (1 + (shift - 1) u), which is how flow
     schedulers shift sigma. From the state at level t, s has the distribution of f(u) above the share
     of t, for a uniform u: the levels t + 1, ..., T - 1 stay the range, and a shift of 1 changes
-    nothing. Entries of s <= t, which are never drawn, stay as they are.
+    nothing. With `levels`, s is one of those of them that are above t, if there are any; with a shift
+    of 1 each is as likely as the others. Entries of what is never drawn stay as they are.
 
     timesteps    (N + 1,) int64, those of the grid
     """
     drawn = torch.arange(count).expand(len(timesteps), -1)
-    t = timesteps[:, None].double()
-    lowest = (t + 1) / count
-    lowest = lowest / (shift - (shift - 1) * lowest)  # the inverse of f
-    # The middle of each of the equal parts of (t, T - 1].
-    part = (drawn - t - 0.5) / (count - 1 - t).clamp(min=1)
-    u = lowest + (1 - lowest) * part
+    first, last = (bound[:, None] for bound in _ranges(timesteps, count, levels))
+    above = count - 1 - (last - first + 1)
+
+    def inverse(share: torch.Tensor) -> torch.Tensor:
+        return share / (shift - (shift - 1) * share)
+
+    lowest, highest = inverse(first.double() / count), inverse((last.double() + 1) / count)
+    # The middle of each of the equal parts of the range.
+    part = (drawn - above - 0.5) / (last - first + 1).clamp(min=1)
+    u = lowest + (highest - lowest) * part
     s = (count * shift * u / (1 + (shift - 1) * u)).ceil().long() - 1
-    s = torch.minimum(torch.maximum(s, timesteps[:, None] + 1), torch.tensor(count - 1))
-    return torch.where(drawn > timesteps[:, None], s, drawn)
+    s = torch.minimum(torch.maximum(s, first), last)
+    return torch.where(drawn > above, s, drawn)
+
+
+def pair_weights(config: RolloutConfig, grid: Grid) -> tuple[torch.Tensor, float]:
+    """The weight of a pair at each grid index, and the share of pairs that weigh 0 since no s is
+    above their states.
+
+    (N + 1,) float64: entry 0 is t = 0, and entry i + 1 is grid index i. The mean over all pairs is 1.
+    Raises UserError where all of them weigh 0.
+    """
+    lockstep = config.mode == "lockstep"
+    frequencies = lockstep_frequencies(config) if lockstep else continuous_frequencies(config)
+    weight = torch.ones(config.grid_steps + 1, dtype=torch.float64)
+    if config.pair_weight == "lockstep":
+        ratio = lockstep_frequencies(config) / frequencies.clamp(min=1e-12)
+        weight = torch.where(frequencies > 0, ratio, 0)
+    if grid.without_s is None:
+        return weight, 0.0
+    without = grid.without_s.cpu()
+    weight = torch.where(without, 0, weight)
+    mean = (frequencies * weight).sum()
+    if not mean > 0:
+        raise UserError(
+            "model.expert: low learns nothing of these rollouts: all their pairs are at noise levels of the other "
+            "expert; give a larger rollout.k, or rollout.mode continuous"
+        )
+    return weight / mean, (frequencies * without).sum().item()
 
 
 def lockstep_frequencies(config: RolloutConfig) -> torch.Tensor:

@@ -233,7 +233,7 @@ class LockstepRollout:
             target=out.target,
             t=out.t,
             rows=student_rows,
-            weight=torch.ones(self.batch, device=maker.device),
+            weight=maker.weights[upload(draws.stop_index(), maker.device) + 1],
             sample_ids=upload(ids, maker.device),
         )
 

@@ -12,7 +12,7 @@ import torch
 from selfnpo_fast.config import RolloutConfig
 from selfnpo_fast.models.base import Predict
 from selfnpo_fast.models.conditioning import EMPTY_ROW, ConditioningTable
-from selfnpo_fast.rollout.grid import Grid
+from selfnpo_fast.rollout.grid import Grid, pair_weights
 from selfnpo_fast.runtime.batch_or_split import BatchOrSplit
 from selfnpo_fast.runtime.layout import check_layout, check_range, layout_of
 from selfnpo_fast.runtime.limits import MAX_SAMPLE_ID
@@ -169,6 +169,8 @@ class PairMaker:
         self.predictor, self.grid, self.config = predictor, grid, config
         self.latent_shape, self.num_prompts, self.latents = latent_shape, num_prompts, latents
         self.seed, self.dropout, self.device, self.shuffled = seed, dropout, device, shuffled
+        weights, self.share_without_s = pair_weights(config, grid)
+        self.weights = weights.float().to(device)  # (N + 1,), by grid index + 1
 
     def prompt_index(self, sample_ids: torch.Tensor, order: int = 0) -> torch.Tensor:
         """Prompt (or image) index (B,) of sample ids (B,).
@@ -188,11 +190,11 @@ class PairMaker:
         return NoiseKey(self.seed, sample_ids, draw_id(kind, index))
 
     def draw_s(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """s (B,) in {t + 1, ..., T - 1}, for samples (B,) at grid indices (B,): uniform, unless
-        `rollout.s_shift` moves it."""
-        t = self.grid.timestep(index)
-        choices = self.grid.schedule.num_train_timesteps - 1 - t
-        return self.grid.level_of(t, t + 1 + randint(self.key(Draw.RENOISE_TIME, sample_ids, index), choices))
+        """s (B,) in {t + 1, ..., T - 1}, for samples (B,) at grid indices (B,): uniform, in the levels
+        that pairs may have, unless `rollout.s_shift` moves it."""
+        above = self.grid.draws_above[index + 1]
+        choices = self.grid.schedule.num_train_timesteps - 1 - above
+        return self.grid.level_of(index, above + 1 + randint(self.key(Draw.RENOISE_TIME, sample_ids, index), choices))
 
     def student_rows(self, sample_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """The prompts' table rows (B,), with a share `dropout` replaced by the empty row."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selfnpo_fast.config import OptimizerConfig, TrainConfig
-from selfnpo_fast.runtime.console import logger, quiet_libraries
+from selfnpo_fast.runtime.console import logger, quiet_libraries, say_once
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError, one_line
 from selfnpo_fast.runtime.world import World
@@ -196,18 +196,20 @@ def allow_tf32(config: TrainConfig, device: torch.device) -> None:
 class _EngineModule(nn.Module):
     """What DeepSpeed takes for its network: it calls the real one, and gets the hooks and timers.
 
-    With full weights the network is a child. With LoRA the trained parameters are, and nothing
-    else: what DeepSpeed does to all parameters of its network (it casts them to the run's precision,
-    moves them, broadcasts them from rank 0, and shares them out with ZeRO 3) does not reach the
-    frozen base, which every rank has read for itself and which may be quantised or offloaded. The
-    reference calls the network directly, perhaps in another thread, and runs no hook of DeepSpeed.
+    With full weights the network is a child, or of two experts the trained one. With LoRA the
+    trained parameters are, and nothing else: what DeepSpeed does to all parameters of its network
+    (it casts them to the run's precision, moves them, broadcasts them from rank 0, and shares them
+    out with ZeRO 3) does not reach what is frozen, which every rank has read for itself and which
+    may be quantised or offloaded. The reference calls the network directly, perhaps in another
+    thread, and runs no hook of DeepSpeed.
     """
 
     def __init__(self, network: nn.Module, trained: list[nn.Parameter]) -> None:
         super().__init__()
         self.call: Callable = network.__call__  # bound to the network, which becomes no child by it
-        if all(p.requires_grad for p in network.parameters()):
-            self.network = network
+        whole = [part for part in (network, *network.children()) if all(p.requires_grad for p in part.parameters())]
+        if whole and sum(1 for _ in whole[0].parameters()) == len(trained):
+            self.network = whole[0]
         else:
             self.trained = nn.ParameterList(trained)
         self.train(network.training)
@@ -229,6 +231,7 @@ class StudentEngine:
             logger.info("ZeRO: stage 1 instead of 0, since %s keeps fp32 masters", config.engine.precision)
         deepspeed = self._deepspeed = start_deepspeed(world)
         self.trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+        wide = [p for _, p in self.trainable if p.dtype == torch.float32]
         # DeepSpeed's bf16 optimiser prints memory figures to standard output at any log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine, _, _, self.lr_scheduler = deepspeed.initialize(
@@ -240,6 +243,12 @@ class StudentEngine:
                 dist_init_required=False,
             )
         self.module = student
+        cast = sum(p.dtype != torch.float32 for p in wide)
+        if cast and len(wide) < len(self.trainable):
+            say_once(
+                f"engine.precision: {cast} of {len(self.trainable)} trained tensors, which the model keeps in float32, "
+                f"are {config.engine.precision} in the student, as DeepSpeed casts them; their masters are float32"
+            )
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)

@@ -13,7 +13,7 @@ from torch import nn
 from selfnpo_fast.config import TrainConfig
 from selfnpo_fast.diffusion.schedule_facts import ScheduleFacts
 from selfnpo_fast.models import load_adapter
-from selfnpo_fast.negatives.fingerprint import base_record
+from selfnpo_fast.negatives.fingerprint import base_records
 from selfnpo_fast.negatives.merge import new_folder
 from selfnpo_fast.negatives.weights import WeightReader, module_weights
 from selfnpo_fast.negatives.write import save_negative
@@ -26,7 +26,7 @@ from selfnpo_fast.runtime.options import parse_with_config
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.runtime.writer import Tensors
 from selfnpo_fast.training.input_record import weights_sha256
-from selfnpo_fast.training.lora import add_lora
+from selfnpo_fast.training.lora import make_trainable
 from selfnpo_fast.training.resumable import STATE, is_checkpoint, newest_good, open_tensors, read_state
 
 STUDENT = "student.safetensors"
@@ -55,20 +55,24 @@ def export(checkpoint: str | Path, output: str | Path, *, model: str | None = No
     # The base, as the run has read it.
     commit = _recorded_base(state).get("commit") or config.model.revision
     path = config.model.path if model is None else model
-    adapter = load_adapter(path, revision=commit if model is None else None, variant=config.model.variant)
+    adapter = load_adapter(
+        path,
+        revision=commit if model is None else None,
+        variant=config.model.variant,
+        expert=config.model.expert,
+    )
     dtype = DTYPES[config.engine.precision]
     network = adapter.load_denoiser(dtype, "model")
     weights = module_weights(network, path)
     _refuse_other_base(folder, state, weights, path)
-    record = base_record(config.model.path, commit, weights, ScheduleFacts.of(adapter.schedule, path))
+    records = base_records(adapter, network, config.model.path, commit, ScheduleFacts.of(adapter.schedule, path))
     # The student's weights in its place.
-    if config.lora.rank:
-        add_lora(network, config.lora, config.seed)
+    make_trainable(network, adapter.trained_denoisers, config.lora, config.seed)
     trained = _trained(folder, network)
     frozen = ((name, p.detach()) for name, p in network.named_parameters() if name not in trained)
     alone = World(0, 1, torch.device("cpu"))
     lora = config.lora.rank > 0
-    return save_negative(target, network, trained.items(), frozen, adapter, dtype, alone, lora=lora, base=record)
+    return save_negative(target, network, trained.items(), frozen, adapter, dtype, alone, lora=lora, base=records)
 
 
 def _whole_checkpoint(path: Path) -> Path:

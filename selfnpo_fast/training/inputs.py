@@ -21,7 +21,7 @@ from selfnpo_fast.models.conditioning import ConditioningTable, table_bytes, uni
 from selfnpo_fast.models.host_table import HostRows, HostTable
 from selfnpo_fast.models.quantised import quantise
 from selfnpo_fast.models.text import encoder_dtype
-from selfnpo_fast.negatives.fingerprint import base_record
+from selfnpo_fast.negatives.fingerprint import base_records
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.errors import UserError
@@ -46,8 +46,9 @@ class Inputs:
     student: nn.Module
     """The base model's denoiser on this rank's device, in the precision of training or, as
     `model.quantization` says, quantised."""
-    base: dict
-    """The record of the base for the negative model's files (`negatives.fingerprint`)."""
+    base: Mapping[str, dict]
+    """The record of the base for the negative model's files (`negatives.fingerprint`), of each
+    denoiser by its name."""
     record: InputRecord | None = None
     """What checkpoints record of all this; on rank 0 alone, which writes it."""
 
@@ -81,7 +82,7 @@ def load_inputs(config: TrainConfig, world: World) -> Inputs:
     weights = module_weights(student, model.path)
     schedule = ScheduleFacts.of(adapter.schedule, model.path)
     commit = adapter.folder.commit
-    base = base_record(model.path, commit or model.revision, weights, schedule)
+    base = base_records(adapter, student, model.path, commit or model.revision, schedule)
     record = None
     if world.is_main:
         named = ((name, weights.read(name)) for name in weights.shapes)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import enum
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from selfnpo_fast.config import LoraConfig
 from selfnpo_fast.models import Family
+from selfnpo_fast.models.experts import Experts, networks_of, trained_networks
 from selfnpo_fast.models.quantised import QuantisedLinear
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError
@@ -115,8 +116,24 @@ _LAYER_CLASSES = {peft_layers.Linear: LoraLinear, peft_layers.Conv2d: LoraConv2d
 """The class here by the class of PEFT's layer."""
 
 
+def make_trainable(denoiser: nn.Module, names: Iterable[str], config: LoraConfig, seed: int) -> None:
+    """Choose what of a denoiser is trained: low-rank weights, or with rank 0 all of its weights.
+
+    `names` are `Adapter.trained_denoisers`: of two experts, the others are frozen. Raises like
+    `add_lora`.
+    """
+    if isinstance(denoiser, Experts):
+        denoiser.train_only(names)
+    if config.rank:
+        add_lora(denoiser, config, seed)
+        return
+    for network in trained_networks(denoiser):
+        network.requires_grad_(True)
+
+
 def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Freeze a diffusers denoiser, and give its target layers low-rank weights with B = 0.
+    """Freeze a diffusers denoiser, and give its target layers low-rank weights with B = 0; of two
+    experts those that are trained.
 
     A quantised layer gets them in the dtype that the network computes in.
 
@@ -134,7 +151,8 @@ def add_lora(denoiser: nn.Module, config: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            denoiser.add_adapter(peft_config, adapter_name=LIVE)
+            for network in trained_networks(denoiser):
+                network.add_adapter(peft_config, adapter_name=LIVE)
         except ValueError as error:
             raise UserError(f"lora.targets: {config.targets} match no layer of the model: {error}") from error
     call, dtype = LoraCall(), network_dtype(denoiser)
@@ -186,7 +204,8 @@ def add_average(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 def checkpoint_gradients(denoiser: nn.Module, family: Family) -> None:
     """Gradient checkpointing for a denoiser of the family, with low-rank weights or without."""
     call = next((layer.call for _, layer in _layers(denoiser)), None)
-    family.checkpoint_gradients(denoiser, None if call is None else call.checkpointing)
+    for network in networks_of(denoiser).values():
+        family.checkpoint_gradients(network, None if call is None else call.checkpointing)
 
 
 class Variant:

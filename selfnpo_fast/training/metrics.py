@@ -54,7 +54,7 @@ class Totals:
 class Metrics:
     """Sums on the device. The host reads them only in `totals`, which all ranks call together.
 
-    A pair whose loss is not finite enters no sum.
+    A pair that weighs 0, or whose loss is not finite, enters no sum.
     """
 
     def __init__(self, config: TrainConfig, world: World, timesteps: int) -> None:
@@ -76,7 +76,7 @@ class Metrics:
     def add(self, pairs: Pairs, per_pair: torch.Tensor) -> None:
         """Add the losses `per_pair` (B,) of one micro-batch of the present update."""
         level = pairs.s * NOISE_BINS // self.timesteps
-        finite = per_pair.isfinite()
+        finite = per_pair.isfinite() & (pairs.weight > 0)
         loss, one = torch.where(finite, per_pair.float(), 0), finite.float()
         self.loss.index_add_(0, level, loss)
         self.count.index_add_(0, level, one)

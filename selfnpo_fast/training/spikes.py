@@ -56,10 +56,12 @@ class Spikes:
     def add(self, position: int, pairs: Pairs, per_pair: torch.Tensor) -> None:
         """Add the losses `per_pair` (B,) of a micro-batch.
 
-        `position` is the update's since the last flush, from 0 to U - 1.
+        `position` is the update's since the last flush, from 0 to U - 1. A pair that weighs 0 does not
+        count.
         """
+        per_pair = torch.where(pairs.weight > 0, per_pair, -math.inf)
         # A loss that is not finite counts as the worst of all; NaN would not sort among numbers.
-        losses = torch.cat([self.worst[position], torch.where(per_pair.isfinite(), per_pair.float(), math.inf)])
+        losses = torch.cat([self.worst[position], torch.where(per_pair < math.inf, per_pair.float(), math.inf)])
         names = torch.cat([self.worst_pairs[position], torch.stack([pairs.sample_ids, pairs.t, pairs.s], dim=1)])
         top = losses.topk(WORST)
         self.worst[position], self.worst_pairs[position] = top.values, names[top.indices]

@@ -32,7 +32,7 @@ from selfnpo_fast.training.engine_state import (
     moment_names,
 )
 from selfnpo_fast.training.inputs import Inputs
-from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, add_lora, checkpoint_gradients
+from selfnpo_fast.training.lora import LoraWeights, Variant, add_average, checkpoint_gradients, make_trainable
 from selfnpo_fast.training.methods import find_method
 from selfnpo_fast.training.moving_reference import MovingReference, Reference
 from selfnpo_fast.training.offload import offload_blocks
@@ -41,21 +41,24 @@ from selfnpo_fast.training.resumable import MOMENTS, newest_good, update_of
 from selfnpo_fast.training.samples import SampleGrids
 
 
-def _split(student: nn.Module, config: TrainConfig) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
-    """Make `student` trainable, and make the reference.
+def _split(
+    student: nn.Module, names: Iterable[str], config: TrainConfig
+) -> tuple[nn.Module | Variant, dict[str, nn.Parameter] | None]:
+    """Make `student` trainable, of two experts those with `names`, and make the reference.
 
-    With full weights the reference is a copy of the student. With LoRA it is the same network,
-    called with other low-rank weights or with none. Dropout would act on the reference too, and
-    stays off.
+    With full weights the reference is a copy of the student, and shares with it what is not trained.
+    With LoRA it is the same network, called with other low-rank weights or with none. Dropout would
+    act on the reference too, and stays off.
 
     Returns the reference, and the parameters that follow the student's, by the names of those; None
     where both have the same names.
     """
+    make_trainable(student.eval(), names, config.lora, config.seed)
     if not config.lora.rank:
-        reference = copy.deepcopy(student).requires_grad_(False).eval()
-        student.requires_grad_(True).train()
+        shared = {id(p): p for p in student.parameters() if not p.requires_grad}
+        reference = copy.deepcopy(student, shared).requires_grad_(False).eval()
+        student.train()
         return reference, None
-    add_lora(student.eval(), config.lora, config.seed)
     if config.reference.kind == "frozen":
         return Variant(student, LoraWeights.OFF), {}
     return Variant(student, LoraWeights.AVERAGE), add_average(student)
@@ -102,7 +105,7 @@ class Trainer:
         # Before the reference becomes a copy of it.
         set_attention(student, config.engine.attention, threads=config.rollout.overlap)
         # Split off the reference before DeepSpeed touches the student.
-        reference, average = _split(student, config)
+        reference, average = _split(student, self.adapter.trained_denoisers, config)
         # Prepare the student's blocks, and hand the student to DeepSpeed.
         if config.engine.gradient_checkpointing:
             checkpoint_gradients(student, family)

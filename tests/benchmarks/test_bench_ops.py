@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,7 @@ WRONG = {
     "affine_noise": ("affine_noise", a_little(0), "noise given differs"),
     "guided_step": ("guided_step", a_little(0), "x_next differs"),
     "single": ("guided_step_single", a_little(1), "x0 differs"),
+    "unipc": ("guided_step_unipc", a_little(0), "x_next differs"),
     "rescale": ("guidance_rescale", a_little(0), "x_next differs"),
     "target": ("tdft_step", a_little(0), "target of step 0 differs"),
     "x_s": ("tdft_step", a_little(1), "x_s of step 0 differs"),
@@ -72,7 +75,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_gate_stops_a_wrong_kernel(monkeypatch, wrong):
     op, damage, message = WRONG[wrong]
-    break_kernel(monkeypatch, {"guided_step_single": "guided_step"}.get(op, op), damage)
+    break_kernel(monkeypatch, re.sub("_(single|unipc)$", "", op), damage)
     gate = Gate()
     gate.compare(op, "fp32", case(op).build(CPU).check())
     assert any(message in failure for failure in gate.failures), gate.failures
@@ -214,6 +217,8 @@ def test_losses_of_the_benchmark_are_the_authors(monkeypatch):
         ("affine_noise", "bf16", "cogvideox", 4_492_800),  # 13 x 16 x 60 x 90 = 1,123,200 elements, 2 + 2 bytes
         ("guided_step", "fp32", "uncached", 419_430_400),  # 20,971,520 elements: pos, neg, x, x_next, x0
         ("guided_step_single", "fp32", "sdxl", 10_485_760),  # 655,360 elements: neg, x, x_next, x0
+        ("guided_step_unipc", "fp32", "sdxl", 18_350_080),  # pos, neg, x, x0_prev, x0_prev2, x_next, x0
+        ("guided_step_unipc", "bf16", "cogvideox", 15_724_800),  # 2 bytes each
         ("guidance_rescale", "bf16", "sd15", 18_350_080),  # 2 bytes: pos and neg twice, x, x_next, x0
         ("tdft_step", "fp32", "sd15", 31_457_280),  # pos, neg, x, target, x_s, x
         ("tdft_step", "bf16", "sd15", 26_214_400),  # 2 + 2 + 4 x 4 bytes

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+import time
 import weakref
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from recording import Recording
+from tiny_transformers import write_cogvideox, write_sd3
 
 from benchmarks import bench_step, environment, step_gate
 from benchmarks.arms import step as arms_step
@@ -20,6 +24,7 @@ from benchmarks.arms.step import ARMS, FULL, K5, ReleasedRollout, UnbatchedPredi
 from benchmarks.nets import BenchNet, digits
 from benchmarks.step_gate import check_arms, gate_of
 from benchmarks.step_report import Timing, summarise
+from selfnpo_fast.models import load_adapter
 from selfnpo_fast.rollout import ContinuousRollout, GuidedPredictor, LockstepRollout, Pairs
 from selfnpo_fast.runtime.capture import CudaGraphs, no_capture
 
@@ -49,6 +54,19 @@ def test_gate_passes_and_counts_the_forwards(bench):
         "floor_forward": 1,
         "floor": 0,
     }
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "sd3"])
+def test_gate_passes_on_transformers(tmp_path, family):
+    """Rotary positions, v_prediction from zero SNR and latents (F, C, H, W); a flow that is given
+    sigma as time."""
+    write = {"cogvideox": lambda: write_cogvideox(tmp_path, rotary=True), "sd3": lambda: write_sd3(tmp_path)}[family]
+    net = BenchNet(name=family, adapter=load_adapter(str(write())), trained=True)
+    gate = check_arms(Workbench(net, batch=step_gate.GATE_BATCH, device=CPU, dtype=torch.float32))
+    assert gate.failures == {}
+    assert gate.largest_error < 2e-5
+    expected = {"released": 12, "full": 52, "full_live": 26, "continuous": 1, "continuous_w5": 2}
+    assert gate.forwards == gate.forwards | expected
 
 
 class Conditional(GuidedPredictor):
@@ -205,6 +223,23 @@ def test_run_writes_what_it_printed(tmp_path, capsys):
         line = next(line for line in printed.splitlines() if line.startswith(arm["label"]))
         assert f"{arm['seconds_per_pair']['median']:.3g} [" in line
         assert f"{arm['ratio_to_continuous']['median']:.2f} [" in line
+
+
+def test_a_busy_machine_is_timed_by_the_process_s_own_time(tmp_path, monkeypatch, capsys):
+    """`--clock cpu` on one thread: all is timed by that clock, here one that counts its calls."""
+    assert bench_step.CLOCKS["cpu"] is time.process_time
+    monkeypatch.setitem(bench_step.CLOCKS, "cpu", functools.partial(next, itertools.count()))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    argv = ["--quick", "--device", "cpu", "--clock", "cpu", "--output", str(tmp_path / "step.json")]
+    assert bench_step.main(argv, [ARM["continuous"], ARM["floor"]]) == 0
+    net = json.loads((tmp_path / "step.json").read_text())["nets"]["digits"]
+    assert net["clock"] == "cpu"
+    assert [arm["rounds_seconds_per_pair"] for arm in net["arms"]] == [[0.5, 0.5]] * 2, "a minibatch has two pairs"
+    assert net["seconds_per_update"]["ema"] == {"median": 1, "low": 1, "high": 1}
+    assert ", in CPU time" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit, match="--clock cpu counts the work of one thread"):
+        bench_step.main(argv)
 
 
 class Raising(GuidedPredictor):

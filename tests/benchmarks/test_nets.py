@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.nets import NETS, SMALL, BenchNet, chosen, sd15_small
+from benchmarks.nets import CONFIGS, NETS, SMALL, TRANSFORMERS, UNETS, BenchNet, chosen, sd15_small
 from selfnpo_fast.models import load_adapter
 from tests.helpers import tiny
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SDXL_ROWS = {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)}
+COGVIDEOX_ROWS = {"encoder_hidden_states": (226, 4096)}
+SD35_ROWS = {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,11 @@ SDXL_ROWS = {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_
         ("sd15_small", 79_865_604, (4, 32, 32), {"encoder_hidden_states": (77, 768)}),
         ("sd15", 859_520_964, (4, 64, 64), {"encoder_hidden_states": (77, 768)}),
         ("sdxl", 2_567_463_684, (4, 128, 128), SDXL_ROWS),
+        ("cogvideox_small", 66_000_064, (3, 16, 16, 24), COGVIDEOX_ROWS),
+        ("cogvideox_5b", 5_570_283_072, (3, 16, 60, 90), COGVIDEOX_ROWS),
+        ("sd35_small", 97_696_064, (16, 32, 32), SD35_ROWS),
+        ("sd35_medium", 2_243_171_520, (16, 128, 128), SD35_ROWS),
+        ("wan21_1_3b", 1_418_996_800, (16, 5, 60, 104), {"encoder_hidden_states": (512, 4096)}),
     ],
 )
 def test_networks_have_the_stated_size_and_can_be_called(name, parameters, latent, rows):
@@ -58,6 +65,26 @@ def test_sd15_small_has_the_widths_and_the_noise_levels_of_sd15():
     observed = net.schedule.alphas_cumprod.numpy()
     np.testing.assert_allclose(observed, np.cumprod(1 - betas), rtol=5e-6)  # 9e-7 seen: diffusers multiplies in float32
     assert net.schedule.prediction == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "prediction"),
+    [("cogvideox_small", "cogvideox_5b", "v_prediction"), ("sd35_small", "sd35_medium", "flow")],
+)
+def test_narrow_transformers_have_the_blocks_and_the_noise_levels_of_published_ones(name, published, prediction):
+    """All layers of a block are there; a vector of one head and a row of text are as wide."""
+    small, large = NETS[name](), NETS[published]()
+    ours, theirs = (net.network(device=META).state_dict() for net in (small, large))
+    assert ours.keys() < theirs.keys()
+    assert {key.partition(".")[0] for key in ours} == {key.partition(".")[0] for key in theirs}
+    heads = [key for key in ours if "attn" in key and "norm_" in key and ours[key].ndim == 1]
+    assert heads
+    assert all(ours[key].shape == theirs[key].shape == (64,) for key in heads)
+    assert small.adapter.conditioning_shapes == large.adapter.conditioning_shapes
+    for levels in (small.schedule, large.schedule):
+        assert levels.prediction == prediction
+        assert levels.alpha[-1] == 0
+    assert torch.equal(small.schedule.sigma, large.schedule.sigma)
 
 
 def random_net(folder) -> BenchNet:
@@ -117,6 +144,9 @@ def test_random_networks_give_finite_bf16(tmp_path, name):
 
 def test_all_networks_are_those_that_a_cpu_can_run():
     assert chosen("all") == chosen(None) == SMALL == ("digits", "sd15_small")
+    assert chosen("transformers") == TRANSFORMERS == ("cogvideox_small", "sd35_small")
+    folders = {path.parent.name for path in CONFIGS.glob("*/unet")}
+    assert folders | {"digits", "sd15_small"} == set(UNETS)
     assert chosen(None, quick=True) == ("digits",)
     for name in NETS:
         assert chosen(name, quick=True) == (name,)

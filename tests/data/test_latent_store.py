@@ -23,6 +23,7 @@ from PIL import Image
 from selfnpo_fast.data import store_files
 from selfnpo_fast.data.latent_store import stored_latents
 from selfnpo_fast.data.store_files import fingerprint
+from selfnpo_fast.models import Family
 from selfnpo_fast.runtime import console
 from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.errors import RunError, UserError
@@ -37,7 +38,7 @@ SPAWN = multiprocessing.get_context("spawn")
 class Encoder:
     """An adapter whose latents depend on picture, id and seed, as those of an autoencoder do."""
 
-    path, latent_shape = "tiny", (3, 8, 8)
+    path, latent_shape, family = "tiny", (3, 8, 8), Family()
 
     def __init__(self, resolution: int = 8, vae: str = "0" * 64, pause: float = 0.0, fail_at: int = -1) -> None:
         self.resolution, self.vae_sha256, self.pause, self.fail_at = resolution, vae, pause, fail_at

@@ -38,8 +38,8 @@ class Encoder:
         "tone": Row(shape=(2,), dtype=torch.float32),
     }
 
-    def __init__(self, text: str = "0" * 64, fail_at: str | None = None, pause: float = 0.0) -> None:
-        self.text_sha256, self.fail_at, self.pause = text, fail_at, pause
+    def __init__(self, text: str = "0" * 64, fail_at: str | None = None) -> None:
+        self.text_sha256, self.fail_at = text, fail_at
         self.seen: list[str] = []
         self.loaded = self.most = 0
 
@@ -47,12 +47,11 @@ class Encoder:
     def text_encoders(self, device, dtype):
         self.dtype = dtype
         self.loaded += 1
-        yield TextEncoders(None, (), lambda _, prompts: self.encode(prompts), lambda row: row, self.path)
+        yield TextEncoders(None, (), {}, lambda _, prompts: self.encode(prompts), lambda row: row, self.path)
 
     def encode(self, prompts: list[str]) -> dict:
         if self.fail_at in prompts:
             raise RuntimeError("the power fails")
-        time.sleep(self.pause)
         self.seen += prompts
         self.most = max(self.most, len(prompts))
         return {"words": [words(prompt) for prompt in prompts], "tone": torch.stack([tone(p) for p in prompts])}
@@ -136,15 +135,25 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, damage):
     assert why_not_whole(only_store(tmp_path)) is None
 
 
-def _encode_slowly(root: str) -> None:
-    get(Path(root), Encoder(pause=0.2))
+class Stuck(Encoder):
+    """Encodes three batches, and hangs at the next."""
+
+    def encode(self, prompts: list[str]) -> dict:
+        while len(self.seen) > 2 * BATCH:
+            time.sleep(3600)
+        return super().encode(prompts)
+
+
+def _encode_without_end(root: str) -> None:
+    get(Path(root), Stuck())
 
 
 def test_after_sigkill_in_the_middle(tmp_path):
-    process = SPAWN.Process(target=_encode_slowly, args=(str(tmp_path),))
+    process = SPAWN.Process(target=_encode_without_end, args=(str(tmp_path),))
     process.start()
     lines: list[Path] = []
     while not (lines and lines[0].read_bytes().count(b"\n") >= 2):
+        assert process.is_alive()
         lines = list(tmp_path.glob("*.partial/batches.jsonl"))
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

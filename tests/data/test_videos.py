@@ -18,6 +18,7 @@ from selfnpo_fast.data.latent_store import stored_latents
 from selfnpo_fast.data.listing import ClipShape
 from selfnpo_fast.models.cogvideox import CogVideoXAdapter
 from selfnpo_fast.models.folder import open_folder
+from selfnpo_fast.models.size import AskedSize
 from selfnpo_fast.models.wan import WanAdapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
@@ -213,7 +214,7 @@ def adapter(request, tmp_path_factory):
     }[request.param]
     write(folder)
     index = json.loads((folder / "model_index.json").read_text())
-    return cls(str(folder), folder=open_folder(str(folder), "tiny"), index=index, resolution=32, frames=9)
+    return cls(str(folder), folder=open_folder(str(folder), "tiny"), index=index, asked=AskedSize(32, frames=9))
 
 
 def store(source: Path, root: Path, adapter, **options):

@@ -87,6 +87,7 @@ def test_pndm_becomes_dpm_solver_on_its_noise_schedule_and_says_so(lines):
 
 REFUSED = {
     "order 3": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "unipc, solver_order is 3": (UniPCMultistepScheduler, {"solver_order": 3}),
     "dpmsolver": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     **{
         name: (getattr(diffusers, f"{name}Scheduler"), {})
@@ -149,6 +150,9 @@ def test_a_flow_model_has_no_ddim_and_no_flow_euler_is_drawn_on_a_diffusion_sche
         new_scheduler("heun", flow)
     with pytest.raises(UserError, match=r"FlowMatchHeunDiscreteScheduler is not served .* give solver='euler'"):
         new_scheduler("own", diffusers.FlowMatchHeunDiscreteScheduler())
+    with pytest.raises(UserError, match=r"solver_order is 3, which .*; or give solver='euler'") as caught:
+        new_scheduler("own", UniPCMultistepScheduler(**FLOW, solver_order=3))
+    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="invert_sigmas; give solver='own'"):
         new_scheduler("unipc", FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
     assert type(new_scheduler("euler", DDIMScheduler(**BETAS))) is EulerDiscreteScheduler

@@ -22,6 +22,7 @@ from selfnpo_fast.negatives.low_rank import Deltas
 from selfnpo_fast.negatives.weights import module_weights
 from selfnpo_fast.runtime.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("plain_linear")
 NAME = "StableDiffusionPipeline"
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 KINDS = ("bitsandbytes int8", "bitsandbytes nf4", "torchao int8", "torchao fp8")

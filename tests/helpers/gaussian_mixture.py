@@ -50,8 +50,10 @@ def config(**changes) -> RolloutConfig:
     return RolloutConfig(**({"grid_steps": STEPS, "mode": "continuous", "omega": 0.0} | changes))
 
 
-def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE, seed: int = 3) -> PairMaker:
-    """The product's pair maker with the exact denoiser.
+def make_maker(
+    setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE, seed: int = 3, levels=None
+) -> PairMaker:
+    """The product's pair maker with the exact denoiser; `levels` are the s that pairs may have.
 
     Rollouts from data start at 4 images, one of each prompt.
     """
@@ -60,7 +62,8 @@ def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE
     return PairMaker(
         GuidedPredictor(ExactDenoiser(mixture, schedule), table, setting.omega),
         Grid.build(
-            schedule, setting.grid_steps, CPU, omega=setting.omega, noising=setting.noising, s_shift=setting.s_shift
+            schedule, setting.grid_steps, CPU, omega=setting.omega, noising=setting.noising, s_shift=setting.s_shift,
+            levels=levels,
         ),
         setting,
         latent_shape=SHAPE,
@@ -69,7 +72,7 @@ def make_maker(setting: RolloutConfig, theirs=None, mixture=MIXTURE, table=TABLE
         seed=seed,
         dropout=0.0,
         device=CPU,
-    )
+    )  # fmt: skip
 
 
 def make_rollout(maker: PairMaker, batch: int = 8, groups: int = 3):

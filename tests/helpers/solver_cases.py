@@ -33,9 +33,14 @@ def network(x: torch.Tensor, t: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def make(cls: type, steps: int, **options):
-    """A scheduler with its steps set; DDIM clips by default. mu is an argument of set_timesteps."""
+    """A scheduler with its steps set; DDIM clips by default.
+
+    mu and sigmas, a function of the number of steps, are arguments of set_timesteps.
+    """
     extra = {"clip_sample": False} if cls is DDIMScheduler else {}
     more = {"mu": options.pop("mu")} if "mu" in options else {}
+    if "sigmas" in options:
+        more["sigmas"] = options.pop("sigmas")(steps)
     betas = {} if cls is FlowMatchEulerDiscreteScheduler else BETAS
     scheduler = cls(**(betas | extra | options))
     scheduler.set_timesteps(steps, **more)

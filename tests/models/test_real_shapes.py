@@ -57,7 +57,7 @@ MODELS = {
         {"mid_block.attentions.0.transformer_blocks.9.attn2.to_v.weight": (1280, 2048)},
     ),
     "sd35_medium": Published(
-        HERE / "sd35_medium", StableDiffusion3Adapter, 2_243_171_520, (16, 128, 128),
+        BENCHMARKS / "sd35_medium", StableDiffusion3Adapter, 2_243_171_520, (16, 128, 128),
         {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}, 148,
         {
             "transformer_blocks.12.attn2.to_out.0.weight": (1536, 1536),  # the last second attention
@@ -72,12 +72,12 @@ MODELS = {
         {"transformer_blocks.29.attn1.to_q.weight": (1920, 1920), "patch_embed.proj.weight": (1920, 16, 2, 2)},
     ),
     "cogvideox_5b": Published(
-        HERE / "cogvideox_5b", CogVideoXAdapter, 5_570_283_072, (13, 16, 60, 90),
+        BENCHMARKS / "cogvideox_5b", CogVideoXAdapter, 5_570_283_072, (13, 16, 60, 90),
         {"encoder_hidden_states": (226, 4096)}, 168,
         {"transformer_blocks.41.attn1.to_out.0.weight": (3072, 3072), "patch_embed.text_proj.weight": (3072, 4096)},
     ),
     "wan21_1_3b": Published(
-        HERE / "wan21_1_3b", WanAdapter, 1_418_996_800, (16, 21, 60, 104),
+        BENCHMARKS / "wan21_1_3b", WanAdapter, 1_418_996_800, (16, 21, 60, 104),
         {"encoder_hidden_states": (512, 4096)}, 240,
         {"blocks.29.attn2.to_k.weight": (1536, 1536), "blocks.0.ffn.net.0.proj.weight": (8960, 1536)},
     ),
@@ -95,11 +95,11 @@ MODELS = {
 NEW = [name for name, model in MODELS.items() if model.folder.parent == HERE]
 
 
-def adapter_of(name: str, **choices):
+def adapter_of(name: str, expert: str | None = None, **size: int):
     model = MODELS[name]
     index = json.loads((model.folder / "model_index.json").read_text())
     folder = open_folder(str(model.folder), name)
-    return model.adapter(name, folder=folder, index=index, asked=AskedSize(**choices))
+    return model.adapter(name, folder=folder, index=index, expert=expert, asked=AskedSize(**size))
 
 
 @functools.cache
@@ -200,14 +200,20 @@ def test_wan_solves_its_shifted_flow_by_unipc_of_order_2(name):
 
 def test_wan_22_has_two_experts_with_a_boundary():
     adapter = adapter_of("wan22_a14b")
-    assert (adapter.experts, adapter.boundary) == (("high", "low"), 875.0)
-    assert [adapter.expert_at(t) for t in (999, 875, 874.9, 0)] == ["high", "high", "low", "low"]
-    assert [adapter_of("wan22_a14b", expert=name).denoiser_name for name in ("high", "low")] == [
-        "transformer",
-        "transformer_2",
-    ]
+    assert (adapter.denoiser_names, adapter.boundary) == (("transformer", "transformer_2"), 875.0)
+    levels = torch.arange(1000)
+    assert torch.equal(adapter.expert(levels), (adapter.schedule.time.float() < 875).long())
+    trained = {name: adapter_of("wan22_a14b", expert=name) for name in ("high", "low", "both")}
+    assert trained["both"].trained_denoisers == adapter.trained_denoisers == adapter.denoiser_names
+    assert trained["both"].trained_levels == adapter.trained_levels == range(1000)
+    high, low = trained["high"], trained["low"]
+    assert (high.trained_denoisers, low.trained_denoisers) == (("transformer",), ("transformer_2",))
+    # sigma = 3u / (1 + 2u) is .875 at u = .7.
+    assert (low.trained_levels.start, high.trained_levels.stop) == (0, 1000)
+    assert low.trained_levels.stop == high.trained_levels.start and abs(high.trained_levels.start - 700) <= 2
     plain = adapter_of("wan21_14b")
-    assert (plain.experts, plain.boundary, plain.expert_at(900)) == ((), None, None)
+    assert (plain.denoiser_names, plain.boundary) == (("transformer",), None)
+    assert not plain.expert(levels).any()
 
 
 def test_every_shape_has_its_test():

@@ -15,6 +15,7 @@ from diffusers import CogVideoXPipeline, StableDiffusion3Pipeline, WanPipeline
 from selfnpo_fast.models.cogvideox import CogVideoXAdapter
 from selfnpo_fast.models.folder import open_folder
 from selfnpo_fast.models.sd3 import StableDiffusion3Adapter
+from selfnpo_fast.models.size import AskedSize, Size
 from selfnpo_fast.models.wan import WanAdapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
@@ -43,9 +44,9 @@ def folders(tmp_path_factory):
     return {name: write(root / name) for name, (write, *_) in CASES.items()}
 
 
-def adapter_of(folder, cls, **choices):
-    index = json.loads((folder / "model_index.json").read_text())
-    return cls(str(folder), folder=open_folder(str(folder), str(folder)), index=index, **choices)
+def adapter_of(folder, cls, expert=None, **size):
+    index, opened = json.loads((folder / "model_index.json").read_text()), open_folder(str(folder), str(folder))
+    return cls(str(folder), folder=opened, index=index, expert=expert, asked=AskedSize(**size))
 
 
 def opened(folders, name: str, **choices):
@@ -55,7 +56,7 @@ def opened(folders, name: str, **choices):
     pipe.set_progress_bar_config(disable=True)
     if "num_frames" in words:
         choices = {"frames": words["num_frames"], **choices}
-    return pipe, adapter_of(folders[name], cls, **choices), SIZE | words
+    return pipe, adapter_of(folders[name], cls, **SIZE, **choices), SIZE | words
 
 
 def draw(pipe, words: dict, scale: float = 3.0, output: str = "latent", steps: int = 4):
@@ -93,8 +94,8 @@ def test_the_denoiser_is_given_what_the_stock_pipeline_gives_it(folders, name):
             cond = negatives if i % 2 else rows
         else:
             cond = {key: torch.cat([negatives[key], rows[key]]) for key in rows}
-        assert x.shape[1:] == adapter.latent_shape_of(SIZE["height"], SIZE["width"])
-        ours_args, ours = adapter.call(x, t, cond)
+        assert x.shape[1:] == adapter.latent_shape
+        ours_args, ours = adapter.call(x, t, cond, adapter.fixed_arguments(adapter.size, CPU, x.dtype))
         ours |= {"hidden_states": ours_args[0]}
         assert not args and ours.keys() == given.keys()
         for key, value in given.items():
@@ -130,7 +131,7 @@ def test_encoding_samples_the_posterior_with_keyed_noise_and_scales_it(folders, 
     pictures = torch.rand(3, *((frames,) if frames else ()), 3, 32, 64) * 2 - 1
     ids = torch.tensor([4, 9, 2])
     found = adapter.encode(pictures, ids, seed=7)
-    assert found.shape == (3, *adapter.latent_shape_of(32, 64))
+    assert found.shape == (3, *adapter.latent_shape)
     torch.testing.assert_close(found[1:2], adapter.encode(pictures[1:2], ids[1:2], seed=7), rtol=0, atol=1e-5)
     assert (found[1:2] - adapter.encode(pictures[1:2], ids[1:2], seed=8)).abs().max() > 1e-4
     vae, config = pipe.vae, pipe.vae.config
@@ -155,7 +156,7 @@ def test_an_adapter_of_a_loaded_pipeline_serves_alike(folders, name):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert loaded.vae_sha256 == adapter.vae_sha256
     if name == "wan_two":
-        assert (loaded.experts, loaded.boundary) == (("high", "low"), 875)
+        assert (loaded.denoiser_names, loaded.boundary) == (("transformer", "transformer_2"), 875)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -163,7 +164,7 @@ def test_weights_load_in_half_precision_and_a_forward_keeps_it(folders, name):
     _, adapter, _ = opened(folders, name)
     adapter.check(configs_only=True)
     denoiser = adapter.load_denoiser(torch.bfloat16)
-    x = torch.randn(1, *adapter.latent_shape_of(32, 64))
+    x = torch.randn(1, *adapter.latent_shape)
     rows = {key: torch.randn(1, *row) for key, row in adapter.conditioning_shapes.items()}
     out = adapter.predict(denoiser, x, torch.tensor([500]), rows)
     assert (out.dtype, out.shape) == (torch.bfloat16, x.shape)
@@ -172,15 +173,15 @@ def test_weights_load_in_half_precision_and_a_forward_keeps_it(folders, name):
 
 def test_the_pipeline_asks_each_expert_on_its_side_of_the_boundary(folders):
     pipe, adapter, words = opened(folders, "wan_two")
-    low = adapter_of(folders["wan_two"], WanAdapter, expert="low", frames=5)
     _, calls = draw(pipe, words)
-    asked = [("high" if module is pipe.transformer else "low", kwargs["timestep"]) for module, _, kwargs, _ in calls]
-    assert {name for name, _ in asked} == {"high", "low"}
-    assert all(adapter.expert_at(float(t[0])) == name for name, t in asked)
-    for ours, theirs in ((adapter, pipe.transformer), (low, pipe.transformer_2)):
-        loaded = ours.load_denoiser(torch.float32).state_dict()
-        assert all(torch.equal(loaded[key], value) for key, value in theirs.state_dict().items())
-    assert (adapter.denoiser_name, low.denoiser_name) == ("transformer", "transformer_2")
+    asked = [(0 if module is pipe.transformer else 1, float(kwargs["timestep"][0])) for module, _, kwargs, _ in calls]
+    assert {place for place, _ in asked} == {0, 1}
+    assert all((time < adapter.boundary) == place for place, time in asked)
+    loaded = adapter.load_denoiser(torch.float32)
+    for name, ours in loaded.networks.items():
+        theirs = getattr(pipe, name).state_dict()
+        assert ours.state_dict().keys() == theirs.keys()
+        assert all(torch.equal(ours.state_dict()[key], value) for key, value in theirs.items())
 
 
 def test_guidance_and_words_reach_what_is_drawn(folders):
@@ -205,21 +206,21 @@ def test_sizes_that_a_family_does_not_draw_are_one_line(folders):
     assert sd3.latent_shape == (16, 8, 8)
     for side, size in (("height", (40, 64)), ("width", (64, 8)), ("width", (64, 16 * 13))):
         with pytest.raises(UserError, match=rf"^{side}: \d+ is no multiple of 16 from 16 to 192$"):
-            sd3.latent_shape_of(*size)
+            sd3.latent_shape_of(Size(*size))
     for name, cls, step in (("cogvideox_2b", CogVideoXAdapter, 8), ("wan", WanAdapter, 4)):
         with pytest.raises(UserError, match=r"^model.resolution: 24 is no multiple of 16 from 16"):
-            adapter_of(folders[name], cls, frames=9).latent_shape_of(24, 32, "model.resolution")
+            adapter_of(folders[name], cls).latent_shape_of(Size(24, 32, 9), "model.resolution")
         for frames, near in ((14, 9 if step == 8 else 13), (16, 17), (0, 1)):
             expected = f"^model.frames: {frames} is not possible; expected 1 and a multiple of {step}, such as {near}$"
             with pytest.raises(UserError, match=expected):
-                adapter_of(folders[name], cls, frames=frames).latent_shape_of(32, 32)
+                adapter_of(folders[name], cls).latent_shape_of(Size(32, 32, frames), "model.")
     assert adapter_of(folders["cogvideox_2b"], CogVideoXAdapter).latent_shape == (3, 4, 4, 6)
     assert adapter_of(folders["wan"], WanAdapter).latent_shape == (4, 21, 60, 104)
     with pytest.raises(UserError, match=r"^width: 1040 is no multiple of 16 from 16 to 1024$"):
-        adapter_of(folders["wan"], WanAdapter).latent_shape_of(32, 1040)
+        adapter_of(folders["wan"], WanAdapter).latent_shape_of(Size(32, 1040, 1))
     with pytest.raises(UserError, match=r"^model.frames: 257 is not possible; expected at most 253$"):
-        adapter_of(folders["wan"], WanAdapter, frames=257).latent_shape_of(32, 32)
-    assert adapter_of(folders["wan"], WanAdapter, frames=1).latent_shape_of(32, 32) == (4, 1, 4, 4)
+        adapter_of(folders["wan"], WanAdapter).latent_shape_of(Size(32, 32, 257), "model.")
+    assert adapter_of(folders["wan"], WanAdapter).latent_shape_of(Size(32, 32)) == (4, 1, 4, 4)
 
 
 def variant(folders, tmp_path, name: str, part: str, **changes):
@@ -257,17 +258,15 @@ def test_a_variant_that_is_not_served_is_one_line(folders, tmp_path, name, part,
 
 
 def test_an_expert_that_a_model_has_not_is_one_line(folders):
-    for name, expert, possible in (("wan", "low", "none: the model has one"), ("wan_two", "middle", "high or low")):
-        with pytest.raises(UserError, match=rf"^model.expert: '?{expert}'? is not possible; expected {possible}"):
+    for name, expert, possible in (("wan", "low", ".* has one denoiser"), ("wan_two", "middle", "expected high, low")):
+        with pytest.raises(UserError, match=rf"^model.expert: '?{expert}'? is not possible; {possible}"):
             adapter_of(folders[name], WanAdapter, expert=expert).check(configs_only=True)
 
 
 def test_an_expert_without_weights_is_found_before_anything_else(folders, tmp_path):
     folder = CASES["wan_two"][0](tmp_path / "model")
     (folder / "transformer_2" / "diffusion_pytorch_model.safetensors").unlink()
-    adapter = adapter_of(folder, WanAdapter)
-    adapter._scheduler, adapter.schedule = None, None  # noise levels of a flow are another matter
-    adapter._resolution, adapter._frames = 32, 5
+    adapter = adapter_of(folder, WanAdapter, resolution=32, frames=5)
     with pytest.raises(UserError, match="cannot load transformer 2 from"):
         adapter.check()
 
@@ -286,7 +285,7 @@ def test_a_tokenizer_that_is_published_as_spiece_model(folders, tmp_path, monkey
     )  # fmt: skip
     (folder / "spiece.vocab").unlink()
     adapter = adapter_of(tmp_path / "model", CogVideoXAdapter)
-    tokens = adapter._text_pipeline(CPU).tokenizer
+    tokens = adapter._text_pipeline(CPU, torch.float32).tokenizer
     truth = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     assert tokens("ab cat").input_ids == [*truth.encode("ab cat"), 1]
     assert tokens.model_max_length == 226

@@ -22,6 +22,8 @@ from selfnpo_fast.negatives.load import load_negative
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.training.lora import LoraWeights, add_lora, checkpoint_gradients
 
+pytestmark = pytest.mark.usefixtures("plain_linear")
+
 CPU = torch.device("cpu")
 KINDS = list(LIBRARIES)
 

@@ -27,12 +27,23 @@ from selfnpo_fast.rollout import (
     rows_in_flight,
 )
 from selfnpo_fast.runtime.capture import capture_of
+from selfnpo_fast.runtime.console import say_once
 from selfnpo_fast.runtime.dtypes import DTYPES
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.training.methods.base import Method, MethodInputs
 from selfnpo_fast.training.moving_reference import Reference
 from selfnpo_fast.training.objective import Objective
 from selfnpo_kernels import guided_step
+
+
+def say_without_graphs(device: torch.device, asked: bool) -> None:
+    """Say once that the reference's steps are neither captured nor compiled as a whole, where they
+    would have been."""
+    if asked and device.type == "cuda":
+        say_once(
+            "engine.graphs, engine.compile: the rollout's steps of a model of two experts run as plain launches, since "
+            "the host routes samples by their times; blocks are compiled as asked"
+        )
 
 
 def window_rows(config: TrainConfig, world_size: int) -> int:
@@ -87,7 +98,11 @@ class SelfNPO(Method):
         else:
             groups, compile = config.rollout.pool * config.engine.accumulation, config.engine.compile
             dtype = DTYPES[config.engine.precision]
-            capture = capture_of(world.device, config.engine.graphs, "the rollout's steps", dtype)
+            graphs = config.engine.graphs
+            if self.adapter.boundary is not None:  # which looks at times on the host
+                say_without_graphs(world.device, graphs or compile != "off")
+                graphs, compile = False, "off"
+            capture = capture_of(world.device, graphs, "the rollout's steps", dtype)
             rollout = ContinuousRollout(maker, groups=groups, compile=compile, capture=capture, **shard)
         # The producer: when the rollout runs.
         arguments = rollout, predictor, config.engine.accumulation, lambda: reference.version
@@ -112,8 +127,9 @@ class SelfNPO(Method):
             omega=config.rollout.omega,
             noising=config.rollout.noising,
             s_shift=config.rollout.s_shift,
+            levels=self.adapter.trained_levels,
         )
-        return PairMaker(
+        maker = PairMaker(
             predictor,
             grid,
             config.rollout,
@@ -125,6 +141,12 @@ class SelfNPO(Method):
             shuffled=config.prompts.shuffled,
             device=device,
         )
+        if maker.share_without_s:
+            say_once(
+                f"model.expert: {config.model.expert}: {maker.share_without_s:.0%} of the pairs are of states above "
+                "its noise levels; they weigh 0, and the student does not compute them"
+            )
+        return maker
 
     def pair_loss(self, predict: Predict, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 17, or its pseudo-Huber form."""
