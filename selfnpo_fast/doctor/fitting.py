@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfnpo_fast.config import TrainConfig
@@ -39,13 +39,27 @@ def fitting_table(rows: Iterable[tuple[str, TrainConfig]], cards: Sequence[tuple
 
 def _cell(tracer: Tracer, config: TrainConfig, size: int, count: int) -> str:
     """GiB of a rank on `count` cards of `size` GiB, and the options that it takes to fit."""
-    run = tracer.plan(config, count, "cuda")
-    options, memory = changes_to_fit(tracer, run, size)
+    shared = _shared(config, count)
+    options, memory = changes_to_fit(tracer, tracer.plan(shared, count, "cuda"), size)
     if not fits(memory, size):
         return f"no: {memory.peak / GIB:.1f}"
+    accumulation, name = shared.engine.accumulation, "--engine.accumulation"
+    if accumulation != config.engine.accumulation and not any(option.startswith(name) for option in options):
+        options = [f"{name} {accumulation}", *options]
     host = sum(memory.host.values())
     words = [f"{memory.peak / GIB:.1f}", *(f"`{option.removeprefix('--')}`" for option in options)]
     return " ".join(words) + (f" (and {host / GIB:.1f} of the host)" if host else "")
+
+
+def _shared(config: TrainConfig, count: int) -> TrainConfig:
+    """The config with the fewest micro-batches that leave each of `count` ranks as many pairs at a
+    time as one rank has, or fewer."""
+    engine = config.engine
+    most = engine.micro_batch(1)
+    for steps in range(1, engine.batch_size // count + 1):
+        if engine.batch_size % (count * steps) == 0 and engine.batch_size <= most * count * steps:
+            return replace(config, engine=replace(engine, accumulation=steps))
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,8 @@ class Machine:
 GPU_UTILISATION = 0.35
 """Assumed for UNets of Stable Diffusion's size in PyTorch; it was never measured on a GPU."""
 
+# Multiply-adds of all units at the boost clock, and bits of the memory bus times their rate: the data
+# sheets' figures, which none of these cards has been measured against.
 GPUS = (
     Machine(
         name="A100 SXM 80 GB",
@@ -56,7 +58,7 @@ GPUS = (
         flops={"fp32": 82.6e12, "bf16": 165.2e12, "fp16": 165.2e12},
         bandwidth=1008e9,
         utilisation=GPU_UTILISATION,
-        source="NVIDIA Ada architecture, dense, sums in fp32; fp32 without TF32",
+        source="NVIDIA Ada architecture paper, GeForce RTX 4090, dense, sums in fp32; fp32 without TF32",
     ),
 )
 

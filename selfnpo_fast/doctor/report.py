@@ -201,7 +201,7 @@ def _savings_section(tracer: Tracer, run: PlannedRun, memory: Memory, cards: Ite
     """What each change saves by itself, and the changes that make the run fit each small card."""
     lines = ["what each change alone takes off the peak"]
     savings = []
-    for option, changed in memory_saving_changes(run.config, run.world_size, tracer.adapter.family):
+    for option, changed in _changes(tracer, run.config, run.world_size):
         after = costs.memory(tracer.plan(changed, run.world_size, run.device))
         savings.append((option, memory.peak - after.peak))
     lines += _table_lines(((option, format_bytes(size)) for option, size in savings if size > 0), width=40)
@@ -228,7 +228,7 @@ def changes_to_fit(tracer: Tracer, run: PlannedRun, card: float) -> tuple[list[s
     """
     config, values, memory = run.config, {}, costs.memory(run)
     while not fits(memory, card):
-        for setting, changed in memory_saving_changes(config, run.world_size, tracer.adapter.family):
+        for setting, changed in _changes(tracer, config, run.world_size):
             after = costs.memory(tracer.plan(changed, run.world_size, run.device))
             if after.peak < (1 - LEAST_SAVING) * memory.peak:
                 words = setting.split()  # a later value of an option replaces an earlier one
@@ -238,6 +238,13 @@ def changes_to_fit(tracer: Tracer, run: PlannedRun, card: float) -> tuple[list[s
         else:
             break
     return [f"{option} {value}" for option, value in values.items()], memory
+
+
+def _changes(tracer: Tracer, config: TrainConfig, world_size: int) -> list[tuple[str, TrainConfig]]:
+    """What may be changed of a config of the tracer's model."""
+    size = tracer.size_of(config)
+    sizes = (size, *tracer.adapter.smaller_sizes(size))
+    return memory_saving_changes(config, world_size, tracer.adapter.family, sizes)
 
 
 def _assumptions_section(machines: Iterable[Machine]) -> str:

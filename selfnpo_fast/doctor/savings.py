@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from selfnpo_fast.config import TrainConfig
-from selfnpo_fast.models import Family
+from selfnpo_fast.models import Family, Size
 from selfnpo_fast.training.engine import zero_stage
 
 RANK = 16
 """The rank that is proposed where full weights need too much."""
 
 
-def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) -> list[tuple[str, TrainConfig]]:
+def memory_saving_changes(
+    config: TrainConfig, world_size: int, family: Family, sizes: Sequence[Size] = ()
+) -> list[tuple[str, TrainConfig]]:
     """Changes of a config that save memory, those with the fewest side effects first.
 
     Each is a pair of command-line options, such as "--rollout.pool 1", and the changed config. A
-    rank comes with the rate and the layers of the family's LoRAs.
+    rank comes with the rate and the layers of the family's LoRAs. `sizes` are the one that is trained
+    on and smaller ones, which come last.
     """
     engine = config.engine
     changes = []
@@ -58,6 +61,12 @@ def memory_saving_changes(config: TrainConfig, world_size: int, family: Family) 
             optimizer={"lr": family.lora_rate},
             engine={"zero_stage": min(engine.zero_stage, 2)},
         )
+    for size in sizes[1:]:
+        asked = {"frames": size.frames}
+        if size.sides != sizes[0].sides:
+            square = config.model.resolution is not None
+            asked = {"resolution": size.height} if square else dict(size.sides)
+        add(" ".join(f"--model.{name} {value}" for name, value in asked.items()), model=asked)
     return changes
 
 

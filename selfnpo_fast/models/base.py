@@ -474,6 +474,11 @@ class Adapter:
         """UserError that names the field where the size is none that the model can draw."""
         self.latent_shape_of(self.size, self._size_field)
 
+    def smaller_sizes(self, size: Size) -> list[Size]:
+        """Sizes that doctor proposes where a run needs too much memory; none of pictures, which a
+        model draws badly at other sizes than its own."""
+        return []
+
     def sized(self, cond: Conditioning, size: Size) -> Conditioning:
         """The rows for another size than the adapter's."""
         return cond

@@ -120,6 +120,8 @@ class CogVideoX(Family):
     not_rows = frozenset({"image_rotary_emb"})  # one row for each token
     draws_videos = True
     frame_rate = 8
+    lora_rate = 5e-5  # that of finetrainers
+    lora_targets = (*Family.lora_targets, "ff.net.0.proj", "ff.net.2")
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent, and CogVideoX 1.5, whose latents are padded."""

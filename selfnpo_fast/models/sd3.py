@@ -131,6 +131,7 @@ class StableDiffusion3(Family):
         }
     )
     time_dtype = torch.float32
+    lora_targets = (*Family.lora_targets, "ff.net.0.proj", "ff.net.2")  # of the picture's tokens, not the text's
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent."""

@@ -21,6 +21,8 @@ MAX_PATCHES = 2**10
 """Patches along a side of a frame."""
 MAX_FRAMES = 2**12
 """Frames of a clip."""
+LEAST_SIDE = 192
+"""Pixels of a side of a frame below which no smaller one is proposed."""
 
 
 class VideoAdapter(Adapter):
@@ -76,6 +78,14 @@ class VideoAdapter(Adapter):
                 f"{asked}: {frames} is not possible; expected 1 and a multiple of {step}; the next is {following}"
             )
         return (frames - 1) // self._frames_per_latent + 1, size.height // self.vae_scale, size.width // self.vae_scale
+
+    def smaller_sizes(self, size: Size) -> list[Size]:
+        """Half of the frames, and half of each side, as the model allows; no clip of one frame, and no
+        side below LEAST_SIDE."""
+        cell, groups = self.vae_scale * self.patch, (size.frames - 1) // self.frame_step
+        sizes = [Size(size.height, size.width, groups // 2 * self.frame_step + 1)] if groups > 1 else []
+        height, width = (pixels // 2 // cell * cell for _, pixels in size.sides)
+        return sizes + [Size(height, width, size.frames)] * (min(height, width) >= LEAST_SIDE)
 
     def call(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, fixed: dict) -> tuple[tuple, dict]:
         """As in the base, with the time by its name."""

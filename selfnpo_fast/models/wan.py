@@ -163,6 +163,7 @@ class Wan(Family):
     time_dtype = torch.float32
     draws_videos = True
     frame_rate = 16
+    lora_targets = (*Family.lora_targets, "ffn.net.0.proj", "ffn.net.2")
 
     def why_unserved(self, config: dict) -> str | None:
         """Networks that take more than a latent."""
