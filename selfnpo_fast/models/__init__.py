@@ -155,9 +155,7 @@ def _why_unserved(name: object, family: Family | None) -> str:
     wider = guided_family_of(name) if isinstance(name, str) else None
     if wider is None or reason is not None:
         return refused
-    return (
-        f", which takes a negative by attach_negative; a {wider.pipeline_class} is what such a negative is trained of"
-    )
+    return f", which takes a negative by attach_negative; such a negative is trained of a {wider.pipeline_class}"
 
 
 def denoiser_names() -> tuple[str, ...]:

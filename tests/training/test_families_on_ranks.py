@@ -22,7 +22,7 @@ RUNS = {
     "sd3": {"lora__rank": 2, "rollout__mode": "lockstep", "rollout__omega": 1.5, "rollout__branches": "split"},
     "cogvideox_2b": {"engine__zero_stage": 2},
     "cogvideox_5b": {"lora__rank": 2, "prompts__device_mib": 0},  # texts on the host
-    "wan": {},
+    "wan_two": {},
 }
 """Options of a run of each case; between them are full weights, LoRA, both modes and ZeRO."""
 
