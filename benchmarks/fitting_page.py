@@ -9,10 +9,15 @@ and no weights are needed, as in `config_costs`.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
+
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
 
 from benchmarks.config_costs import network_of
 from selfnpo_fast.doctor.fitting import CARDS, fitting_table

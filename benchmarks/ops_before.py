@@ -18,6 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from selfnpo_fast.runtime.command import short_spin
+
+os.environ.update(short_spin())  # before torch is imported
+
 from benchmarks.bench_ops import DTYPES, LATENTS, OPS, QUICK_LATENTS
 from benchmarks.environment import RESULTS, ROOT, describe, pick_device, spread, write_json
 from selfnpo_fast.runtime.errors import UserError

@@ -151,7 +151,8 @@ def _why_unserved(name: object, family: Family | None) -> str:
     reason = why_untrained(name) if isinstance(name, str) else None
     refused = "" if reason is None else f", which is refused: {reason}"
     if family is not None:
-        return f"{refused}, which takes a negative by attach_negative and is neither trained nor sampled"
+        takes = "takes a negative by attach_negative and is neither trained nor sampled"
+        return f"{refused}; it {takes}" if refused else f", which {takes}"
     wider = guided_family_of(name) if isinstance(name, str) else None
     if wider is None or reason is not None:
         return refused

@@ -22,7 +22,7 @@ from torch.nn import functional
 from selfnpo_fast.config import DataConfig, TrainConfig
 from selfnpo_fast.data import latent_store
 from selfnpo_fast.data.real_images import load_real_data
-from selfnpo_fast.models import load_adapter
+from selfnpo_fast.models import Family, load_adapter
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.runtime.world import World
 from selfnpo_fast.scoring.digits.domain import digits_domain
@@ -34,7 +34,7 @@ from selfnpo_kernels.rng import Draw, NoiseKey, draw_id, normal
 class Mirror:
     """An adapter whose latents are the pixels that it is given."""
 
-    path, resolution, latent_shape, vae_sha256 = "mirror", 8, (3, 8, 8), "0" * 64
+    path, resolution, latent_shape, vae_sha256, family = "mirror", 8, (3, 8, 8), "0" * 64, Family()
 
     def encode(self, images: torch.Tensor, ids: torch.Tensor, seed: int) -> torch.Tensor:
         return images

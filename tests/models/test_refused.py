@@ -36,7 +36,7 @@ def test_a_class_is_refused_with_its_reason(tmp_path, name):
 
 def test_classes_that_take_a_negative_say_so(tmp_path):
     for name in ("FluxPipeline", "QwenImagePipeline"):
-        assert "which takes a negative by attach_negative and is neither trained nor sampled" in refusal(tmp_path, name)
+        assert "takes a negative by attach_negative and is neither trained nor sampled" in refusal(tmp_path, name)
     text = refusal(tmp_path, "CogVideoXImageToVideoPipeline")
     assert "takes a negative by attach_negative; such a negative is trained of a CogVideoXPipeline" in text
     assert "refused" not in refusal(tmp_path, "QwenImagePipeline")

@@ -258,7 +258,7 @@ def test_with_a_frozen_reference_overlap_changes_nothing(name, tmp_path):
 def test_lora_learns_as_two_networks_with_peft_layers_do(reference, tmp_path, monkeypatch):
     """Against student and reference as two networks whose layers have PEFT's forward."""
 
-    def two_networks(student, config):
+    def two_networks(student, config, names):
         student.requires_grad_(False)
         peft = PeftConfig(r=2, lora_alpha=2, target_modules=config.lora.targets, init_lora_weights="gaussian")
         torch.manual_seed(config.seed)
