@@ -51,16 +51,10 @@ def config(name: str, model: Path, **engine) -> TrainConfig:
 def test_its_memory_is_that_of_a_real_update(tiny_model, capsys):
     """Through the command, within its usual tolerance of 10%."""
     name, model = tiny_model
-    words = [
-        "--config",
-        str(ROOT / "configs" / "digits.yaml"),
-        "--model.path",
-        str(model),
-        "--prompts.source",
-        "shipped",
-    ]
-    words += ["--prompts.limit", "8", "--rollout.grid_steps", "5", "--rollout.pool", "1", "--engine.batch_size", "8"]
-    words += ["--engine.gradient_checkpointing", "true", "--lora.rank", str(LORA[name])]
+    words = ["--config", str(ROOT / "configs" / "digits.yaml"), "--model.path", str(model)]
+    words += [word for side, value in SIZE[name].items() for word in (f"--model.{side}", str(value))]
+    words += ["--prompts.source", "shipped", "--prompts.limit", "8", "--rollout.grid_steps", "5", "--rollout.pool", "1"]
+    words += ["--engine.batch_size", "4", "--engine.gradient_checkpointing", "true", "--lora.rank", str(LORA[name])]
     assert main(["doctor", "--verify", *words]) == 0, capsys.readouterr().out
     assert "within 10%" in capsys.readouterr().out
 
@@ -83,7 +77,7 @@ def test_fewer_frames_and_smaller_ones_are_proposed_for_videos_alone_and_last(ti
 
 @pytest.mark.parametrize(("name", "step"), [("cogvideox", 8), ("wan", 4)])
 def test_half_of_the_frames_and_half_of_the_sides(name, step, tmp_path):
-    adapter = load_adapter(str(WRITE[name](tmp_path)))
+    adapter = load_adapter(str(WRITE[name](tmp_path)), **SIZE[name], configs_only=True)
     clip = Size(480, 720, 6 * step + 1)
     frames, sides = adapter.smaller_sizes(clip)
     assert frames == Size(480, 720, 3 * step + 1)
@@ -94,6 +88,7 @@ def test_half_of_the_frames_and_half_of_the_sides(name, step, tmp_path):
     assert adapter.smaller_sizes(Size(240, 352, step + 1)) == [], "no picture, and nothing that shows little"
 
 
+@pytest.mark.slow  # many traces
 def test_a_clip_that_does_not_fit_is_made_smaller(tmp_path):
     """Where every other change has been made; here no card is large enough."""
     chosen = config("wan", WRITE["wan"](tmp_path), graphs=False, gradient_checkpointing=True)
