@@ -43,10 +43,10 @@ the embedded digits model, a small Stable Diffusion.
 
 ## Trained, sampled, merged
 
-*Yes* means that `tests/training/test_families.py` does it: one update is held to a plain loop of
+*Yes* means that `tests/training/test_family_runs.py` does it: one update is held to a plain loop of
 diffusers' scheduler and network, pair by pair; a run of LoRA and one of full weights, from noise
 and from data, are sampled from, attached and merged, each against a second network in the stock
-pipeline's loop. `tests/training/test_families_on_ranks.py` kills and resumes runs on two ranks.
+pipeline's loop. `tests/training/test_family_ranks.py` kills and resumes runs on two ranks.
 [inference.md](inference.md#pipeline-classes) says how the negative branch of a class is told.
 
 """

@@ -48,11 +48,19 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("mode", ["continuous", "lockstep"])
+@pytest.mark.parametrize("mode", ["continuous", "lockstep", "lockstep, naive"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_first_update_is_that_of_a_plain_loop_with_diffusers(root, tmp_path, name, mode):
-    """States, targets (x0 estimates), Eq. 16's inputs and the loss of Eq. 17, pair by pair."""
-    more = {"rollout__mode": mode, "loss__kind": "l2", "log__sample_every": -1, "updates": 1, "seed": 3}
+    """States, targets (x0 estimates), inputs by Eq. 16 or 15 and the loss of Eq. 17, pair by pair."""
+    naive = mode == "lockstep, naive"
+    more = {
+        "rollout__mode": mode.split(",")[0],
+        "rollout__noising": "naive" if naive else "from_x_t",
+        "loss__kind": "l2",
+        "log__sample_every": -1,
+        "updates": 1,
+        "seed": 3,
+    }
     if mode == "continuous":
         more["rollout__omega"] = 0.0  # by the prompts; lockstep is without them (-1)
     run = train(root, name, tmp_path / "run", **more)
@@ -72,7 +80,7 @@ def test_the_first_update_is_that_of_a_plain_loop_with_diffusers(root, tmp_path,
             target = truth.x0(x_t, truth.predict(x_t, t, rollout_text), t)
         index = (t + 1) * GRID // 1000 - 1
         noise = normal(NoiseKey(3, ids, draw_id(Draw.RENOISE, index)), x_t.shape[1:])
-        x_s = truth.renoised(x_t, noise, t, s)
+        x_s = truth.noised(target, noise, s) if naive else truth.renoised(x_t, noise, t, s)
         torch.testing.assert_close(pairs["target"][i : i + 1], target, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(pairs["x_s"][i : i + 1], x_s, rtol=1e-4, atol=1e-4)
         x0 = truth.x0(x_s, truth.predict(x_s, s, row["prompt"]), s)
