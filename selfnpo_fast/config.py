@@ -209,8 +209,6 @@ class PromptConfig:
     column: str = "prompt"
     """The column that holds the prompts in .jsonl, .csv and .parquet files and in datasets;
     captions of images are found without it."""
-    stride: int = 1
-    """Of a video every so many frames one is taken, from the first on; the rest is left out."""
     limit: int = 8192
     """Use at most this many prompts."""
     device_mib: int = 256
