@@ -6,46 +6,12 @@ with the name of its field, before anything is loaded or written.
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field
-from types import NoneType
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
-from selfnpo_fast.runtime.errors import UserError, shortened
+from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.fields import check, check_fields
 from selfnpo_fast.runtime.limits import MAX_PICTURES, MAX_UPDATES, check_count
-
-_UNWRITABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-"""Control characters, and surrogates, for which UTF-8 has no bytes."""
-
-
-def _check(condition: bool, name: str, value: object, expected: str) -> None:
-    """Raise UserError for the value of the field `name` unless `condition` holds."""
-    if not condition:
-        raise UserError(f"{name}: {shortened(value)} is not possible; expected {expected}")
-
-
-def _check_fields(prefix: str, section: object) -> None:
-    """Raise UserError for values that jsonargparse takes in a field of any type.
-
-    Those are null, true for 1, inf and nan, integers beyond 64 bits, and text that is empty or
-    holds control characters.
-    """
-    for name, kind in get_type_hints(type(section)).items():
-        _check_value(prefix + name, get_args(kind) or (kind,), getattr(section, name))
-
-
-def _check_value(name: str, kinds: tuple, value: object) -> None:
-    """`_check_fields` for one field, whose type is a union of `kinds`."""
-    _check(value is not None or NoneType in kinds, name, value, "a value")
-    _check(not isinstance(value, bool) or bool in kinds, name, value, "no true or false")
-    for item in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(item, float):
-            _check(math.isfinite(item), name, value, "finite numbers")
-        elif isinstance(item, int):
-            _check(abs(item) < 2**63, name, value, "whole numbers below 2^63")
-        elif isinstance(item, str):
-            _check(item.strip() != "" and not _UNWRITABLE.search(item), name, value, "text without control characters")
 
 
 @dataclass(kw_only=True)
@@ -80,10 +46,10 @@ class ModelConfig:
     its blocks in 8 bits (int8 by bitsandbytes, fp8 by torchao) or in 4 (nf4 by bitsandbytes)."""
 
     def __post_init__(self) -> None:
-        _check_fields("model.", self)
+        check_fields("model.", self)
         for name in ("resolution", "height", "width", "frames"):
             value = getattr(self, name)
-            _check(value is None or 1 <= value <= 2**14, f"model.{name}", value, "1 to 16384")
+            check(value is None or 1 <= value <= 2**14, f"model.{name}", value, "1 to 16384")
         if self.resolution is not None and (self.height is not None or self.width is not None):
             given = "height" if self.height is not None else "width"
             raise UserError(f"model.{given}: {getattr(self, given)} is given beside model.resolution; leave one out")
@@ -134,27 +100,27 @@ class RolloutConfig:
     s_shift of 1/3, 1/5 and 1/8 gives the noise share itself a uniform distribution."""
 
     def __post_init__(self) -> None:
-        _check_fields("rollout.", self)
+        check_fields("rollout.", self)
         check_count("rollout.grid_steps", self.grid_steps, 2)
-        _check(
+        check(
             1 <= self.max_steps <= self.grid_steps, "rollout.k", self.k, f"1 to rollout.grid_steps ({self.grid_steps})"
         )
         runs_through = self.mode == "continuous" and self.start == "noise" and self.pair_weight == "uniform"
-        _check(
+        check(
             not runs_through or self.max_steps == self.grid_steps,
             "rollout.k",
             self.k,
             "no value: continuous rollouts from noise run to the end (k counts in lockstep mode or from data)",
         )
-        _check(
+        check(
             self.mode == "continuous" or self.pair_weight == "uniform",
             "rollout.pair_weight",
             self.pair_weight,
             "'uniform' in lockstep mode",
         )
-        _check(1 <= self.pool <= 2**10, "rollout.pool", self.pool, "1 to 1024")
-        _check(0.01 <= self.s_shift <= 100, "rollout.s_shift", self.s_shift, "between 0.01 and 100 (1 moves nothing)")
-        _check(
+        check(1 <= self.pool <= 2**10, "rollout.pool", self.pool, "1 to 1024")
+        check(0.01 <= self.s_shift <= 100, "rollout.s_shift", self.s_shift, "between 0.01 and 100 (1 moves nothing)")
+        check(
             abs(self.omega) <= 100,
             "rollout.omega",
             self.omega,
@@ -177,8 +143,8 @@ class LossConfig:
     """Width of the pseudo-Huber loss."""
 
     def __post_init__(self) -> None:
-        _check_fields("loss.", self)
-        _check(self.c >= 1e-12, "loss.c", self.c, "1e-12 or more (1e-3 is the authors')")
+        check_fields("loss.", self)
+        check(self.c >= 1e-12, "loss.c", self.c, "1e-12 or more (1e-3 is the authors')")
 
 
 @dataclass(kw_only=True)
@@ -194,8 +160,8 @@ class ReferenceConfig:
     """Updates between two moves of the average. A move uses decay ** every."""
 
     def __post_init__(self) -> None:
-        _check_fields("reference.", self)
-        _check(0 <= self.decay < 1, "reference.decay", self.decay, "at least 0 and below 1")
+        check_fields("reference.", self)
+        check(0 <= self.decay < 1, "reference.decay", self.decay, "at least 0 and below 1")
         check_count("reference.every", self.every)
 
 
@@ -223,10 +189,10 @@ class PromptConfig:
     """A control experiment: the student sees the prompt of another sample than the rollout saw."""
 
     def __post_init__(self) -> None:
-        _check_fields("prompts.", self)
-        _check(self.limit >= 1, "prompts.limit", self.limit, "at least 1")
+        check_fields("prompts.", self)
+        check(self.limit >= 1, "prompts.limit", self.limit, "at least 1")
         check_count("prompts.device_mib", self.device_mib, 0)
-        _check(0 <= self.dropout <= 1, "prompts.dropout", self.dropout, "between 0 and 1")
+        check(0 <= self.dropout <= 1, "prompts.dropout", self.dropout, "between 0 and 1")
 
 
 @dataclass(kw_only=True)
@@ -254,8 +220,8 @@ class DataConfig:
     the output folder."""
 
     def __post_init__(self) -> None:
-        _check_fields("data.", self)
-        _check(self.limit >= 1, "data.limit", self.limit, "at least 1")
+        check_fields("data.", self)
+        check(self.limit >= 1, "data.limit", self.limit, "at least 1")
         check_count("data.stride", self.stride)
 
 
@@ -282,13 +248,13 @@ class OptimizerConfig:
     or gradient is not finite."""
 
     def __post_init__(self) -> None:
-        _check_fields("optimizer.", self)
-        _check(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
-        _check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _check(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        check_fields("optimizer.", self)
+        check(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        check(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        check(self.eps > 0, "optimizer.eps", self.eps, "a positive number")
+        check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         check_count("optimizer.warmup", self.warmup, 0, MAX_UPDATES)
-        _check(self.clip >= 0, "optimizer.clip", self.clip, "0 or more")
+        check(self.clip >= 0, "optimizer.clip", self.clip, "0 or more")
         check_count("optimizer.max_skipped", self.max_skipped, 0)
 
 
@@ -304,10 +270,10 @@ class LoraConfig:
     """Names of the layers that get an update."""
 
     def __post_init__(self) -> None:
-        _check_fields("lora.", self)
-        _check(0 <= self.rank <= 2**12, "lora.rank", self.rank, "0 (full weights) to 4096")
-        _check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
-        _check(self.rank == 0 or bool(self.targets), "lora.targets", self.targets, "at least one layer name")
+        check_fields("lora.", self)
+        check(0 <= self.rank <= 2**12, "lora.rank", self.rank, "0 (full weights) to 4096")
+        check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        check(self.rank == 0 or bool(self.targets), "lora.targets", self.targets, "at least one layer name")
 
 
 @dataclass(kw_only=True)
@@ -347,9 +313,9 @@ class EngineConfig:
     convolutions of the student get their inputs in it."""
 
     def __post_init__(self) -> None:
-        _check_fields("engine.", self)
-        _check(1 <= self.batch_size <= 2**20, "engine.batch_size", self.batch_size, "1 to 1048576")
-        _check(1 <= self.accumulation <= 2**20, "engine.accumulation", self.accumulation, "1 to 1048576")
+        check_fields("engine.", self)
+        check(1 <= self.batch_size <= 2**20, "engine.batch_size", self.batch_size, "1 to 1048576")
+        check(1 <= self.accumulation <= 2**20, "engine.accumulation", self.accumulation, "1 to 1048576")
 
     def check_shares(self, world_size: int) -> None:
         """UserError where ranks and accumulation steps cannot share an update's pairs."""
@@ -397,17 +363,17 @@ class LogConfig:
     """Report an update whose loss is this many times the median of the last 100; 0 for none."""
 
     def __post_init__(self) -> None:
-        _check_fields("log.", self)
+        check_fields("log.", self)
         check_count("log.every", self.every)
         check_count("log.sample_every", self.sample_every, -1)
         check_count("log.sample_prompts", self.sample_prompts, 1, MAX_PICTURES)
         check_count("log.sample_steps", self.sample_steps)
         scale = self.sample_guidance_scale
-        _check(1 <= scale <= 1000, "log.sample_guidance_scale", scale, "a number from 1 to 1000")
+        check(1 <= scale <= 1000, "log.sample_guidance_scale", scale, "a number from 1 to 1000")
         check_count("log.checkpoint_every", self.checkpoint_every, 0)
         check_count("log.export_every", self.export_every, 0)
         check_count("log.keep", self.keep)
-        _check(self.spike == 0 or self.spike > 1, "log.spike", self.spike, "0 (off) or more than 1")
+        check(self.spike == 0 or self.spike > 1, "log.spike", self.spike, "0 (off) or more than 1")
 
 
 @dataclass(kw_only=True)
@@ -445,12 +411,12 @@ class TrainConfig:
     """Folder that receives the negative model, config, metrics, logs and checkpoints."""
 
     def __post_init__(self) -> None:
-        _check_fields("", self)
+        check_fields("", self)
         check_count("updates", self.updates, 1, MAX_UPDATES)
-        _check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        check(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
         if self.model.quantization != "none":
             self._check_quantised()
-        _check(
+        check(
             self.lora.rank == 0 or self.engine.zero_stage < 3,
             "engine.zero_stage",
             self.engine.zero_stage,
@@ -483,11 +449,11 @@ class TrainConfig:
         if engine.offload == "optimizer":
             name, stage = self.optimizer.name, engine.zero_stage
             expected = "'adamw' with engine.offload optimizer, which keeps its float32 moments in host memory"
-            _check(name == "adamw", "optimizer.name", name, expected)
+            check(name == "adamw", "optimizer.name", name, expected)
             expected = "1, 2 or 3 with engine.offload optimizer"
-            _check(stage > 0 or engine.precision != "fp32", "engine.zero_stage", stage, expected)
+            check(stage > 0 or engine.precision != "fp32", "engine.zero_stage", stage, expected)
         elif engine.offload == "blocks":
-            _check(self.lora.rank > 0, "lora.rank", self.lora.rank, "1 or more with engine.offload blocks")
+            check(self.lora.rank > 0, "lora.rank", self.lora.rank, "1 or more with engine.offload blocks")
             choices: tuple[tuple[str, object, object], ...] = (
                 ("engine.graphs", engine.graphs, False),
                 ("engine.compile", engine.compile, "off"),
@@ -496,4 +462,4 @@ class TrainConfig:
             )
             for field, value, wanted in choices:
                 expected = f"{str(wanted).lower()} with engine.offload blocks"
-                _check(value == wanted, field, value, expected)
+                check(value == wanted, field, value, expected)

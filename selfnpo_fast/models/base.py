@@ -8,20 +8,20 @@ Shape letters: B samples, N prompts.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from selfnpo_fast.diffusion.flow_levels import shift_mu
-from selfnpo_fast.diffusion.levels import Levels
-from selfnpo_fast.models import parts, text
+from selfnpo_fast.models import parts
+from selfnpo_fast.models.adapter_levels import HasLevels
+from selfnpo_fast.models.adapter_size import HasSize
+from selfnpo_fast.models.adapter_text import EncodesText
 from selfnpo_fast.models.autoencoder import Pieces
-from selfnpo_fast.models.conditioning import Row, joined
+from selfnpo_fast.models.conditioning import Conditioning
 from selfnpo_fast.models.experts import NAMES, Experts, check_alike
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.folder import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, ModelFolder, loading
@@ -30,15 +30,11 @@ from selfnpo_fast.runtime.console import logger
 from selfnpo_fast.runtime.dtypes import network_dtype
 from selfnpo_fast.runtime.errors import UserError, shortened
 
-Conditioning = dict[str, torch.Tensor]
-"""Named tensors with one row per prompt, as the denoiser's keyword arguments."""
-
-
 Predict = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 """(x (B, ...), t (B,), conditioning rows (B, ...)) -> raw network output (B, ...)."""
 
 
-class Adapter:
+class Adapter(HasSize, HasLevels, EncodesText):
     """Loads the parts of a pipeline one by one and calls its denoiser.
 
     No pickled weights are read: every part comes from safetensors. Subclasses say what latents,
@@ -314,26 +310,6 @@ class Adapter:
             self._at_device[key] = self.fixed_arguments(size, x.device, x.dtype)
         return self._at_device[key]
 
-    def expert(self, t: torch.Tensor) -> torch.Tensor:
-        """Which of `denoiser_names` owns each noise level, by its place there: int64 like the levels
-        t, which are of any shape."""
-        if self.boundary is None:
-            return torch.zeros_like(t)
-        return (self.time_of(t) < self.boundary).long()
-
-    @property
-    def trained_levels(self) -> range:
-        """The noise levels of the denoisers that are trained. Raises UserError where there is none."""
-        levels = torch.arange(self.schedule.num_train_timesteps)
-        owners = [self.denoiser_names.index(name) for name in self.trained_denoisers]
-        own = levels[torch.isin(self.expert(levels), torch.tensor(owners))]
-        if not len(own):
-            raise UserError(
-                f"model.expert: {self._expert} has no noise level: the boundary of {self.path} is {self.boundary:g} of "
-                f"{len(levels)} timesteps"
-            )
-        return range(int(own[0]), int(own[-1]) + 1)
-
     def _row_major(self, out: torch.Tensor) -> torch.Tensor:
         """A channels_last network output made row-major: one copy, counted and said once.
 
@@ -344,259 +320,6 @@ class Adapter:
                 logger.info("network outputs are made row-major: one copy of %s per forward", tuple(out.shape))
             self.layout_copies += 1
         return out.contiguous()
-
-    # The schedule
-
-    @property
-    def scheduler(self) -> Any:
-        """The model's diffusers scheduler, as it is configured; callers do not change it."""
-        return self._scheduler
-
-    @functools.cached_property
-    def scheduler_config(self) -> dict:
-        """The scheduler's config, from which solvers for sampling are made."""
-        return dict(self._scheduler.config)
-
-    @functools.cached_property
-    def _scheduler(self) -> Any:
-        config = self.folder.json("scheduler/scheduler_config.json")
-        entry = self.index.get("scheduler")
-        # The class that the index names goes before that of the config, as in diffusers.
-        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name")
-        # On the CPU also where networks are being made on another device.
-        with loading(self.path, "scheduler"), torch.device("cpu"):
-            return parts.load_scheduler(name, config)
-
-    @functools.cached_property
-    def schedule(self) -> Levels:
-        """Noise levels and prediction type, read from the pipeline's scheduler instance.
-
-        Raises UserError for options that make a solver step non-linear in the network's output.
-        """
-        for option in ("clip_sample", "thresholding"):
-            if self.scheduler_config.get(option):
-                raise UserError(
-                    f"model.path: {self.path}: the scheduler's {option} is true, and a clipped step is not linear; set "
-                    "it to false in scheduler/scheduler_config.json"
-                )
-        with loading(self.path, "scheduler"):
-            schedule = self.family.levels(self._scheduler, self.tokens())
-            schedule.check()
-            return schedule
-
-    def time_of(self, t: torch.Tensor) -> torch.Tensor:
-        """What the network is given as time at noise levels t int64, in `family.time_dtype`."""
-        key = ("time", t.device)
-        if key not in self._at_device:
-            time = self.schedule.time
-            whole = self.family.time_dtype == torch.int64
-            same = whole and torch.equal(time, torch.arange(len(time), dtype=time.dtype))
-            self._at_device[key] = None if same else time.to(self.family.time_dtype).to(t.device)
-        table = self._at_device[key]
-        return t if table is None else table[t]
-
-    def tokens(self, size: Size | None = None) -> int | None:
-        """The number of tokens of a latent in the denoiser, where noise levels depend on it
-        (dynamic shifting); `size` is by default the adapter's."""
-        return None
-
-    def check_steps(self, steps: int, field: str = "steps") -> None:
-        """UserError that names `field` where the model has too few timesteps for `steps` solver
-        steps."""
-        most = self.schedule.num_train_timesteps
-        if not 1 <= steps < most:
-            expected = f"expected 1 to {most - 1} of the model's {most} timesteps"
-            raise UserError(f"{field}: {steps} is not possible; {expected}")
-
-    def set_timesteps(self, scheduler: Any, steps: int, size: Size) -> None:
-        """Choose the timesteps of `steps` solver steps, for pictures or videos of a size, as the
-        family's pipelines do.
-
-        A scheduler whose shift depends on the size (dynamic shifting) is given its mu, by `tokens`.
-        """
-        if scheduler.config.get("use_dynamic_shifting"):
-            scheduler.set_timesteps(steps, mu=shift_mu(scheduler.config, self.tokens(size)))
-        else:
-            scheduler.set_timesteps(steps)
-
-    # Sizes
-
-    @property
-    def default_size(self) -> Size:
-        """The size of the pictures or videos that the model was made for."""
-        raise NotImplementedError
-
-    @property
-    def size(self) -> Size:
-        """The size of what is trained on or drawn. Raises UserError where the model names none, and
-        a side is not given."""
-        return self._filled(self._asked, lambda: self.default_size)
-
-    def size_of(self, asked: AskedSize) -> Size:
-        """The size of a call, the adapter's where nothing is asked for."""
-        return self._filled(asked, lambda: self.size)
-
-    def _filled(self, asked: AskedSize, default: Callable[[], Size]) -> Size:
-        """What is asked for, and the rest by `default`, which is called where it is needed."""
-        known = asked.has_sides and not (asked.frames is None and self.family.draws_videos)
-        return asked.of(Size(0, 0) if known else default())
-
-    @property
-    def resolution(self) -> int:
-        """Height and width in pixels of square pictures. Raises UserError where they differ."""
-        size = self.size
-        if size.height != size.width:
-            raise UserError(
-                f"model.resolution: {self.path} draws pictures of {size.height} x {size.width} pixels, and square "
-                "ones are needed here; give a resolution"
-            )
-        return size.height
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one latent, of any rank."""
-        return self.latent_shape_of(self.size, self._size_field)
-
-    @property
-    def _size_field(self) -> str:
-        """What errors about the size name, as in `latent_shape_of`."""
-        return "model.resolution" if self._asked.height is None else "model."
-
-    def latent_shape_of(self, size: Size, field: str = "") -> tuple[int, ...]:
-        """The shape of the latent of a picture or video of this size.
-
-        Raises UserError for a size that the model cannot draw, naming `side_field(field, side)`:
-        the field, or with a section ("model.") or nothing the side in it.
-        """
-        raise NotImplementedError
-
-    def check_size(self) -> None:
-        """UserError that names the field where the size is none that the model can draw."""
-        self.latent_shape_of(self.size, self._size_field)
-
-    def smaller_sizes(self, size: Size) -> list[Size]:
-        """Sizes that doctor proposes where a run needs too much memory; none of pictures, which a
-        model draws badly at other sizes than its own."""
-        return []
-
-    def sized(self, cond: Conditioning, size: Size) -> Conditioning:
-        """The rows for another size than the adapter's."""
-        return cond
-
-    # Text
-
-    @property
-    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's row by name, as `encode_prompts` makes it; reads config files
-        only."""
-        raise NotImplementedError
-
-    @property
-    def text_tokens(self) -> Mapping[str, int]:
-        """How many tokens of a prompt the pipeline takes, by the name of the tokenizer, where it is
-        the pipeline that says so and not the text encoder."""
-        return {}
-
-    @property
-    def conditioning_rows(self) -> dict[str, Row]:
-        """What `encode_batch` makes of one prompt by name; reads config files only.
-
-        By default rows of `conditioning_shapes` in the network's dtype. An adapter with ragged rows
-        states them here, and its `conditioning_shapes` are `given_shapes` of them.
-        """
-        return {name: Row(shape=shape) for name, shape in self.conditioning_shapes.items()}
-
-    @functools.cached_property
-    def text_sha256(self) -> str:
-        """A hash of all files that prompts are encoded with, and of the size of pictures, which
-        rows may depend on; 64 hex digits. Reads the text encoders' files."""
-        facts = [self.family.pipeline_class, self.index, self.denoiser_config, self.text_tokens, str(self.size)]
-        return text.files_sha256(self.folder, self.family.part_classes, self._variant, facts)
-
-    @contextlib.contextmanager
-    def text_encoders(self, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[text.TextEncoders]:
-        """The text encoders in `dtype`, loaded for as long as the block runs.
-
-        By default the dtype is `text.encoder_dtype` of a run in float32. The encoders of a pipeline
-        that is loaded are taken as they are.
-        """
-        encoders = text.TextEncoders(
-            self._text_pipeline(device, dtype or text.encoder_dtype(device, torch.float32)),
-            self.family.part_classes,
-            self.text_tokens,
-            lambda pipe, prompts: self.encode_batch(pipe, prompts, device),
-            self.unconditional,
-            self.path,
-        )
-        try:
-            yield encoders
-        finally:
-            encoders.close()
-            if device.type == "cuda" and self._loaded is None:
-                torch.cuda.empty_cache()  # what comes next has tensors of other sizes
-
-    @torch.no_grad()
-    def encode_prompts(
-        self, prompts: list[str], device: torch.device, dtype: torch.dtype | None = None
-    ) -> Conditioning:
-        """Conditioning rows (N, ...) float32 of `prompts`; row order is kept. Loads and drops the
-        text encoders, which are in `dtype` as `text_encoders` says.
-
-        Ragged rows are padded to the largest length that there can be, and have their masks. A line
-        names the prompts that are longer than the encoders' limits, and are cut there.
-        """
-        with self.text_encoders(device, dtype) as encoders:
-            encoders.say_what_is_cut(prompts)
-            return self._whole([rows for rows in encoders.stream(prompts, start=1)])
-
-    @torch.no_grad()
-    def encode_branches(
-        self, prompts: list[str], device: torch.device, negative_prompts: list[str] | None = None
-    ) -> tuple[Conditioning, Conditioning]:
-        """`encode_prompts` of both branches: of the prompts, and of the negative prompts, by default
-        the unconditional row (1, ...). The text encoders are loaded once."""
-        with self.text_encoders(device) as encoders:
-            encoders.say_what_is_cut([*prompts, *(negative_prompts or [])])
-            rows = self._whole([*encoders.stream(prompts, start=1)])
-            if negative_prompts is None:
-                return rows, self._whole([encoders.batch([], 0)])
-            return rows, self._whole([*encoders.stream(negative_prompts, start=1)])
-
-    @torch.no_grad()
-    def encode_empty(self, device: torch.device, dtype: torch.dtype | None = None) -> Conditioning:
-        """The unconditional row (1, ...), as `encode_prompts` gives rows."""
-        with self.text_encoders(device, dtype) as encoders:
-            return self._whole([encoders.batch([], 0)])
-
-    def _whole(self, batches: list[dict]) -> Conditioning:
-        """Encoded batches as rows (N, ...); floating point numbers as float32."""
-        ragged = any(isinstance(value, list) for value in batches[0].values())
-        rows = joined(self.conditioning_rows if ragged else {}, batches, full=True)
-        return {name: value.float() if value.is_floating_point() else value for name, value in rows.items()}
-
-    def unconditional(self, row: dict) -> dict:
-        """The unconditional row, given the text encoders' answer (1, ...) to the empty prompt."""
-        return row
-
-    def encode_batch(self, pipe: Any, prompts: list[str], device: torch.device) -> dict:
-        """Conditioning rows of a few prompts, by the pipeline's own `encode_prompt`: a tensor
-        (B, ...) by name, or a list of B tensors where rows are ragged."""
-        raise NotImplementedError
-
-    def _text_pipeline(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """The pipeline class with its text parts only: its own encode_prompt is the truth about
-        prompts."""
-        if self._loaded is not None:
-            return self._loaded
-        cls = self.family.load_class(self.family.pipeline_class)
-        classes = {part: self.index[part][1] for part in self.family.part_classes}
-        return text.text_pipeline(cls, classes, self.folder, self._variant, dtype, self.text_tokens).to(device)
-
-    def drop_autoencoder(self) -> None:
-        """Forget an autoencoder that was loaded, so that other parts have its memory; it is loaded
-        again where it is needed. A loaded pipeline's stays."""
-        if self._loaded is None:
-            self.__dict__.pop("vae", None)
 
     # Pictures
 
@@ -623,3 +346,9 @@ class Adapter:
         A latent's noise depends on the seed and its own id in ids (B,) int64 only.
         """
         raise NotImplementedError
+
+    def drop_autoencoder(self) -> None:
+        """Forget an autoencoder that was loaded, so that other parts have its memory; it is loaded
+        again where it is needed. A loaded pipeline's stays."""
+        if self._loaded is None:
+            self.__dict__.pop("vae", None)

@@ -17,7 +17,8 @@ import torch
 from selfnpo_fast.runtime.upload import upload
 
 EMPTY_ROW = 0
-Tensors = dict[str, torch.Tensor]
+Conditioning = dict[str, torch.Tensor]
+"""Named tensors with one row per prompt, as the denoiser's keyword arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def table_bytes(shapes: Mapping[str, tuple[int, ...]], rows: int, dtype: torch.d
     return rows * dtype.itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
-def padded(name: str, row: Row, values: Sequence[torch.Tensor], length: int) -> Tensors:
+def padded(name: str, row: Row, values: Sequence[torch.Tensor], length: int) -> Conditioning:
     """Rows of lengths of their own as one tensor (B, ...), padded with zeros to `length` along the
     ragged axis, under `name`; and their mask (B, length) bool, where the denoiser takes one."""
     axis = row.ragged
@@ -61,10 +62,10 @@ def padded(name: str, row: Row, values: Sequence[torch.Tensor], length: int) -> 
     return {name: out} if row.mask is None else {name: out, row.mask: mask}
 
 
-def joined(rows: Mapping[str, Row], batches: Sequence[Mapping], *, full: bool) -> Tensors:
+def joined(rows: Mapping[str, Row], batches: Sequence[Mapping], *, full: bool) -> Conditioning:
     """Batches of encoded rows as tensors (N, ...); ragged ones are padded to the longest, or with
     `full` to the largest length that there can be."""
-    out: Tensors = {}
+    out: Conditioning = {}
     for name in batches[0]:
         row = rows.get(name)
         if row is None or row.ragged is None:
@@ -93,12 +94,12 @@ class ConditioningTable:
     on_host = False
     """Whether only some rows are on the device, and `prefetch` has to say which."""
 
-    def __init__(self, rows: Tensors) -> None:
+    def __init__(self, rows: Conditioning) -> None:
         """`rows` are named after the denoiser's arguments."""
         self.rows = rows
 
     @classmethod
-    def build(cls, empty: Tensors, prompts: Tensors, dtype: torch.dtype = torch.float32) -> ConditioningTable:
+    def build(cls, empty: Conditioning, prompts: Conditioning, dtype: torch.dtype = torch.float32) -> ConditioningTable:
         """Joins the unconditional row (1, ...) and the prompts' rows (N, ...), kept in the
         network's `dtype`."""
         return cls({name: torch.cat([empty[name].to(dtype), prompts[name].to(dtype)]) for name in empty})
@@ -134,18 +135,18 @@ class ConditioningTable:
         """How many prompts there are, not counting the empty one."""
         return len(next(iter(self.rows.values()))) - 1
 
-    def gather(self, index: torch.Tensor) -> Tensors:
+    def gather(self, index: torch.Tensor) -> Conditioning:
         """Rows (B, ...) at int64 table rows `index` (B,), which is on the device.
 
         Of a table on the host these are rows that `prefetch` has been told of.
         """
         return {name: value[index] for name, value in self.rows.items()}
 
-    def empty(self, batch: int) -> Tensors:
+    def empty(self, batch: int) -> Conditioning:
         """The unconditional row, `batch` times."""
         return {name: value[:1].expand(batch, *value.shape[1:]) for name, value in self.rows.items()}
 
-    def fetch(self, index: torch.Tensor) -> Tensors:
+    def fetch(self, index: torch.Tensor) -> Conditioning:
         """Rows (B, ...) on the device at table rows `index` (B,), which is on the host; for what is
         seldom asked."""
         return self.gather(upload(index, next(iter(self.rows.values())).device))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from selfnpo_fast.models.conditioning import EMPTY_ROW, ConditioningTable, Row, Tensors, padded
+from selfnpo_fast.models.conditioning import EMPTY_ROW, Conditioning, ConditioningTable, Row, padded
 from selfnpo_fast.runtime.upload import upload
 
 _MISSING = 1
@@ -38,10 +38,10 @@ class HostRows:
 
     facts: Mapping[str, Row]
     """What a row is, by name."""
-    tensors: Tensors
+    tensors: Conditioning
     """(M, ...) by name. Of ragged rows all lengths one after the other, with the ragged axis
     first."""
-    lengths: Tensors
+    lengths: dict[str, torch.Tensor]
     """(M,) int64 by name, of ragged rows alone."""
 
     @functools.cached_property
@@ -54,10 +54,10 @@ class HostRows:
         name = next(iter(self.tensors))
         return len(self.lengths.get(name, self.tensors[name]))
 
-    def take(self, index: Sequence[int]) -> Tensors:
+    def take(self, index: Sequence[int]) -> Conditioning:
         """Copies of the rows (B, ...) at `index`, in host memory; ragged ones are padded to the
         longest of all M rows, and have their masks."""
-        out: Tensors = {}
+        out: Conditioning = {}
         for name, tensor in self.tensors.items():
             if name not in self.lengths:
                 out[name] = torch.stack([tensor[i] for i in index])
@@ -88,7 +88,7 @@ class HostTable(ConditioningTable):
         self._told = False  # whether anybody prefetches
         self._window: OrderedDict[int, int] = OrderedDict()  # place in the window by table row, oldest first
         self._free: list[int] = []
-        self.rows: Tensors = {}
+        self.rows: Conditioning = {}
         self.reserve(1)
 
     @property
@@ -144,14 +144,14 @@ class HostTable(ConditioningTable):
         for name, value in self.host.take([self._stored[row] for row in new]).items():
             self.rows[name].index_copy_(0, target, upload(value, self.device))
 
-    def gather(self, index: torch.Tensor) -> Tensors:
+    def gather(self, index: torch.Tensor) -> Conditioning:
         """Rows (B, ...) at table rows `index` (B,), which were prefetched; others are NaN."""
         if not self._told:
             return self.fetch(index.cpu())
         place = self._place[index]
         return {name: value[place] for name, value in self.rows.items()}
 
-    def fetch(self, index: torch.Tensor) -> Tensors:
+    def fetch(self, index: torch.Tensor) -> Conditioning:
         """Rows (B, ...) on the device at table rows `index` (B,), which is on the host; past the
         window."""
         rows = self.host.take([self._stored[row] for row in index.tolist()])
