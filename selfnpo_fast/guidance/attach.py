@@ -67,12 +67,17 @@ def attach_negative(
         _check_denoiser(unwrapped(each), name, family)
     # Load the negatives, give each denoiser its updates or a second network, and register the hooks.
     schedule = ScheduleFacts.of_scheduler(getattr(pipe, "scheduler", None), "the pipeline")
-    loaded = {
-        name: load_negative(
-            unwrapped(called[name]), source, alpha=alpha, beta=beta, base=bases.get(name), schedule=schedule
-        )
-        for name, source in sources.items()
-    }
+    loaded: dict[str, Negative] = {}
+    try:
+        for name, source in sources.items():
+            loaded[name] = load_negative(
+                unwrapped(called[name]), source, alpha=alpha, beta=beta, base=bases.get(name), schedule=schedule
+            )
+    except RuntimeError:  # of a dictionary that changes: another thread gives the denoiser a negative
+        with _ATTACHING:
+            for name, each in called.items():
+                _check_denoiser(unwrapped(each), name, family)
+        raise
     for each in loaded.values():
         _check_layers(each, family)
     with _ATTACHING:
