@@ -266,3 +266,25 @@ def test_of_two_threads_that_attach_one_succeeds(setting, monkeypatch):
     (error,) = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
     assert "has a negative already" in str(error)
     assert_same(stock.draw(setting.pipe), setting.guided)
+
+
+def test_a_denoiser_that_changes_while_it_is_read_has_a_negative_by_then(setting, monkeypatch):
+    import selfnpo_fast.guidance.attach as attach
+
+    error, load = RuntimeError("dictionary changed size during iteration"), attach.load_negative
+
+    def fails(*_, **__) -> None:
+        raise error
+
+    def other_first(*_, **__) -> None:
+        monkeypatch.setattr(attach, "load_negative", load)
+        setting.attach()
+        raise error
+
+    monkeypatch.setattr(attach, "load_negative", fails)
+    with pytest.raises(RuntimeError, match="^dictionary changed size"):
+        setting.attach()
+    monkeypatch.setattr(attach, "load_negative", other_first)
+    with pytest.raises(UserError, match="has a negative already"):
+        setting.attach()
+    assert_same(stock.draw(setting.pipe), setting.guided)
