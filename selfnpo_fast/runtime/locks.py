@@ -98,9 +98,10 @@ def holder(path: Path) -> str:
 def only_writer(folder: Path, field: str = "output") -> Iterator[bool]:
     """Keeps other commands from writing to `folder` inside it.
 
-    The folder is made; where nothing was written, it is removed again at the end. Gives False where
-    the file system has no locks, so that others may write, too. Raises UserError
-    that names `field` where another process writes to the folder, or it cannot be made.
+    The folder is made; where nothing was written, it is removed again at the end, unless another
+    process had just made it, which was then refused. Gives False where the file system has no locks,
+    so that others may write, too. Raises UserError that names `field` where another process writes
+    to the folder, or it cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -54,7 +54,8 @@ def test_of_many_writers_at_once_one_goes_on(tmp_path):
     assert all(line == "alone" or line.startswith(told) for line in said), said
     for writer in writers:
         writer.communicate()
-    assert not (tmp_path / "new").exists(), "nothing was written, and nothing is left"
+    # The folder itself stays where one that was refused has made it, before the winner looked.
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()], "nothing was written"
 
 
 def test_the_lock_of_a_killed_writer_is_free_and_its_line_is_replaced(tmp_path):
