@@ -454,6 +454,11 @@ class TrainConfig:
             check(stage > 0 or engine.precision != "fp32", "engine.zero_stage", stage, expected)
         elif engine.offload == "blocks":
             check(self.lora.rank > 0, "lora.rank", self.lora.rank, "1 or more with engine.offload blocks")
+            kind, expected = (
+                self.model.quantization,
+                "none with engine.offload blocks, which moves no quantised weights",
+            )
+            check(kind == "none", "model.quantization", kind, expected)
             choices: tuple[tuple[str, object, object], ...] = (
                 ("engine.graphs", engine.graphs, False),
                 ("engine.compile", engine.compile, "off"),

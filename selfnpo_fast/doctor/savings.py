@@ -48,10 +48,10 @@ def memory_saving_changes(
         add(f"--engine.accumulation {steps}", engine={"accumulation": steps})
     if config.rollout.mode == "continuous" and config.rollout.pool > 1:
         add("--rollout.pool 1", rollout={"pool": 1})
-    if config.lora.rank and config.model.quantization != "nf4":
+    if config.lora.rank and config.model.quantization != "nf4" and engine.offload != "blocks":
         for kind in ("int8", "nf4") if config.model.quantization == "none" else ("nf4",):
             add(f"--model.quantization {kind}", model={"quantization": kind})
-    if engine.offload == "none":
+    if engine.offload == "none" and config.model.quantization == "none":
         _add_offload(config, add)
     if not config.lora.rank:
         targets = list(family.lora_targets)

@@ -15,7 +15,7 @@ import torch
 from runs import run
 from safetensors.torch import load_file
 
-from selfnpo_fast.config import EngineConfig, LoraConfig, OptimizerConfig, RolloutConfig, TrainConfig
+from selfnpo_fast.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig, RolloutConfig, TrainConfig
 from selfnpo_fast.runtime.errors import UserError
 from selfnpo_fast.training.engine import deepspeed_config, make_optimizer
 from selfnpo_fast.training.lora import add_average, add_lora
@@ -47,11 +47,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         ("engine.graphs", {"engine": BLOCKS | {"graphs": True}, "lora": {"rank": 2}}),
         ("engine.compile", {"engine": BLOCKS | {"compile": "max"}, "lora": {"rank": 2}}),
         ("rollout.overlap", {"engine": BLOCKS, "lora": {"rank": 2}, "rollout": {"overlap": True}}),
+        ("model.quantization", {"engine": BLOCKS, "lora": {"rank": 2}, "model": {"quantization": "nf4"}}),
         ("engine.gradient_checkpointing", {"engine": BLOCKS | {"gradient_checkpointing": False}, "lora": {"rank": 2}}),
     ],
 )
 def test_what_does_not_go_together_is_one_line(field, sections):
     kinds = {"engine": EngineConfig, "optimizer": OptimizerConfig, "lora": LoraConfig, "rollout": RolloutConfig}
+    kinds["model"] = ModelConfig
     with pytest.raises(UserError, match=rf"^{field}: .* with engine\.offload") as caught:
         TrainConfig(**{name: kinds[name](**fields) for name, fields in sections.items()})
     assert "\n" not in str(caught.value)
