@@ -99,5 +99,5 @@ def pytest_terminal_summary(terminalreporter) -> None:
 @pytest.fixture
 def plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """F.linear as torch has it: a ZeRO 3 run puts DeepSpeed's in its place for the rest of the
-    process, and torchao's tensors are not made for that."""
+    process, which torchao's tensors are not made for, and which keeps other tensors for a backward."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
