@@ -34,6 +34,9 @@ class Row:
     mask: str | None = None
     """The denoiser's argument that is told which positions of a ragged row are its own: (B, L)
     bool. None where the denoiser needs no mask, and padding with zeros is right."""
+    whole: bool = False
+    """Whether ragged rows are padded to the largest length that there can be, and not to the longest
+    one that there is: without a mask the denoiser sees how many zeros there are."""
 
 
 def given_shapes(rows: Mapping[str, Row]) -> dict[str, tuple[int, ...]]:
@@ -64,7 +67,7 @@ def padded(name: str, row: Row, values: Sequence[torch.Tensor], length: int) -> 
 
 def joined(rows: Mapping[str, Row], batches: Sequence[Mapping], *, full: bool) -> Conditioning:
     """Batches of encoded rows as tensors (N, ...); ragged ones are padded to the longest, or with
-    `full` to the largest length that there can be."""
+    `full` and where they are `whole` to the largest length that there can be."""
     out: Conditioning = {}
     for name in batches[0]:
         row = rows.get(name)
@@ -73,7 +76,7 @@ def joined(rows: Mapping[str, Row], batches: Sequence[Mapping], *, full: bool) -
             continue
         values = [value for batch in batches for value in batch[name]]
         longest = max(value.shape[row.ragged] for value in values)
-        out |= padded(name, row, values, row.shape[row.ragged] if full else longest)
+        out |= padded(name, row, values, row.shape[row.ragged] if full or row.whole else longest)
     return out
 
 

@@ -56,7 +56,8 @@ class HostRows:
 
     def take(self, index: Sequence[int]) -> Conditioning:
         """Copies of the rows (B, ...) at `index`, in host memory; ragged ones are padded to the
-        longest of all M rows, and have their masks."""
+        longest of all M rows, or to the largest length where they are `whole`, and have their
+        masks."""
         out: Conditioning = {}
         for name, tensor in self.tensors.items():
             if name not in self.lengths:
@@ -64,7 +65,8 @@ class HostRows:
                 continue
             row, ends = self.facts[name], self._ends[name]
             parts = [tensor[ends[i - 1] if i else 0 : ends[i]].movedim(0, row.ragged) for i in index]
-            out |= padded(name, row, parts, int(self.lengths[name].max()))
+            length = row.shape[row.ragged] if row.whole else int(self.lengths[name].max())
+            out |= padded(name, row, parts, length)
         return out
 
 

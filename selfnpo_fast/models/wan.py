@@ -13,6 +13,7 @@ import torch
 from selfnpo_fast.models import autoencoder
 from selfnpo_fast.models.base import Adapter
 from selfnpo_fast.models.call_rules import TwoCalls
+from selfnpo_fast.models.conditioning import Row
 from selfnpo_fast.models.family import Family
 from selfnpo_fast.models.size import Size
 from selfnpo_fast.models.video import VideoAdapter
@@ -116,6 +117,17 @@ class WanAdapter(VideoAdapter):
         """How many tokens of a prompt the pipeline takes."""
         return TOKENS
 
+    @property
+    def conditioning_rows(self) -> dict[str, Row]:
+        """The tokens that a prompt has; the network, which takes no mask, is given zeros behind them."""
+        shape = (self.prompt_tokens, self.denoiser_config["text_dim"])
+        return {"encoder_hidden_states": Row(shape=shape, ragged=0, whole=True)}
+
+    def encode_batch(self, pipe: Any, prompts: list[str], device: torch.device) -> dict:
+        """As in the base, without the zeros that the pipeline puts behind a prompt's last token."""
+        rows = super().encode_batch(pipe, prompts, device)
+        return {name: [row[: _tokens(row)] for row in value] for name, value in rows.items()}
+
     def why_unfit(self) -> str | None:
         """Widths of text and latents that differ between the parts."""
         return self._why_unfit(self._vae_config["z_dim"], "text_dim")
@@ -141,6 +153,11 @@ class WanAdapter(VideoAdapter):
     def _scaled(self, sample: torch.Tensor) -> torch.Tensor:
         mean, std = self._statistics(sample)
         return (sample - mean) * (1.0 / std)
+
+
+def _tokens(row: torch.Tensor) -> int:
+    """The number of rows (L, D) up to the last one that is not zero."""
+    return int(row.ne(0).any(dim=-1).nonzero().max()) + 1
 
 
 class Wan(Family):

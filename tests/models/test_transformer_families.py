@@ -12,12 +12,16 @@ import tiny_transformers
 import torch
 from diffusers import CogVideoXPipeline, StableDiffusion3Pipeline, WanPipeline
 
+from selfnpo_fast.data.text_store import stored_text
 from selfnpo_fast.models.cogvideox import CogVideoXAdapter
+from selfnpo_fast.models.conditioning import ConditioningTable
 from selfnpo_fast.models.folder import open_folder
+from selfnpo_fast.models.host_table import HostRows
 from selfnpo_fast.models.sd3 import StableDiffusion3Adapter
 from selfnpo_fast.models.size import AskedSize, Size
 from selfnpo_fast.models.wan import WanAdapter
 from selfnpo_fast.runtime.errors import UserError
+from selfnpo_fast.runtime.world import World
 from selfnpo_kernels import Draw, NoiseKey, draw_id, normal
 
 CPU = torch.device("cpu")
@@ -146,6 +150,24 @@ def test_encoding_samples_the_posterior_with_keyed_noise_and_scales_it(folders, 
         mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
         expected = (sample - mean) / std
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_two"])
+def test_a_store_has_the_tokens_of_each_prompt_and_the_denoiser_is_given_all_512(folders, name, tmp_path):
+    _, adapter, _ = opened(folders, name)
+    with adapter.text_encoders(CPU) as encoders:
+        rows = encoders.rows(["a cat", "b"])["encoder_hidden_states"]
+    tokens = [len(adapter._text_pipeline(CPU, torch.float32).tokenizer(prompt).input_ids) for prompt in ("a cat", "b")]
+    assert [len(row) for row in rows] == tokens, "every letter, a space before each word, and the end"
+    whole = adapter.encode_prompts(["a cat", "b"], CPU)["encoder_hidden_states"]
+    how = {"dtype": torch.float32, "encoder_dtype": torch.float32, "world": World(0, 1, CPU)}
+    stored, lengths = stored_text(["a cat", "b"], str(tmp_path), adapter, **how)
+    assert lengths["encoder_hidden_states"].tolist()[1:] == tokens
+    host = HostRows(facts=adapter.conditioning_rows, tensors=stored, lengths=lengths)
+    assert torch.equal(host.take([1, 2])["encoder_hidden_states"], whole)
+    table = ConditioningTable.encode(adapter, ["a cat", "b"], CPU, torch.float32)
+    assert torch.equal(table.gather(torch.tensor([1, 2]))["encoder_hidden_states"], whole)
+    assert whole.shape[1] == adapter.conditioning_shapes["encoder_hidden_states"][0] == 512
 
 
 @pytest.mark.parametrize("name", CASES)
