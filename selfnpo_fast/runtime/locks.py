@@ -23,6 +23,8 @@ from selfnpo_fast.runtime.files import open_regular
 
 LOCK = ".selfnpo.lock"
 """The file in an output folder that its writer has locked."""
+MADE = ".selfnpo.made"
+"""The file that names folders made by processes that were refused."""
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of file systems that have no locks, such as some kinds of NFS."""
 _TRIES = 100
@@ -98,10 +100,9 @@ def holder(path: Path) -> str:
 def only_writer(folder: Path, field: str = "output") -> Iterator[bool]:
     """Keeps other commands from writing to `folder` inside it.
 
-    The folder is made; where nothing was written, it is removed again at the end, unless another
-    process had just made it, which was then refused. Gives False where the file system has no locks,
-    so that others may write, too. Raises UserError that names `field` where another process writes
-    to the folder, or it cannot be made.
+    The folder is made; where nothing was written, it is removed again at the end. Gives False where
+    the file system has no locks, so that others may write, too. Raises UserError
+    that names `field` where another process writes to the folder, or it cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -109,6 +110,7 @@ def only_writer(folder: Path, field: str = "output") -> Iterator[bool]:
     except OSError as error:
         raise UserError(f"{field}: {one_line(error)}; name another folder") from error
     if lock is None:
+        _leave_to_holder(folder, made)
         raise UserError(
             f"{field}: {folder} is being written by {holder(folder / LOCK)}; wait for its end, or name another folder"
         )
@@ -116,9 +118,33 @@ def only_writer(folder: Path, field: str = "output") -> Iterator[bool]:
         yield lock.locked
     finally:
         lock.release()
-        with contextlib.suppress(OSError):  # it holds something
-            for path in made:
-                path.rmdir()
+        _remove_empty(folder, made)
+
+
+def _leave_to_holder(folder: Path, made: list[Path]) -> None:
+    """Leave it to the process that holds the lock to remove the folders that this one has made."""
+    if not made:
+        return
+    with contextlib.suppress(OSError):
+        with (folder / MADE).open("a", encoding="utf-8") as file:
+            file.write("".join(f"{path}\n" for path in made))
+        # The holder looks after it has released the lock: who cannot take it is in time.
+        lock = hold(folder / LOCK)
+        if lock is None:
+            return
+        lock.release()
+    _remove_empty(folder, made)
+
+
+def _remove_empty(folder: Path, made: list[Path]) -> None:
+    """Remove those of the folders that are empty, and of those that were left to the holder."""
+    with contextlib.suppress(OSError):
+        left = (folder / MADE).read_text(encoding="utf-8", errors="replace").splitlines()
+        (folder / MADE).unlink()
+        made = [path for path in (folder, *folder.parents) if path in made or str(path) in left]
+    with contextlib.suppress(OSError):  # it holds something
+        for path in made:
+            path.rmdir()
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

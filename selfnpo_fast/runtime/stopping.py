@@ -163,7 +163,10 @@ class StopRequest:
         """Whether any rank was asked to stop; all ranks call this together."""
         if not self.world.any(self.signal is not None):
             return False
-        self.signal = next(name for name in self.world.gather(self.signal) if name)
+        own, name = self.signal, next(name for name in self.world.gather(self.signal) if name)
+        self.signal = name
+        if own is None and self._since is None:  # only other ranks were asked, and each host says so
+            self._first(name)
         return True
 
 

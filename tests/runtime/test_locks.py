@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from selfnpo_fast.runtime import console, folders
+from selfnpo_fast.runtime import console, folders, locks
 from selfnpo_fast.runtime.errors import RunError, UserError
 from selfnpo_fast.runtime.folders import begin_aside, check_run_folder, clear_run_folder, finish_aside, remove_leftovers
 from selfnpo_fast.runtime.locks import LOCK, hold, holder, only_writer
@@ -54,8 +55,24 @@ def test_of_many_writers_at_once_one_goes_on(tmp_path):
     assert all(line == "alone" or line.startswith(told) for line in said), said
     for writer in writers:
         writer.communicate()
-    # The folder itself stays where one that was refused has made it, before the winner looked.
-    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()], "nothing was written"
+    assert not (tmp_path / "new").exists(), "nothing was written, and nothing is left"
+
+
+def test_who_is_refused_leaves_its_folders_to_the_holder(tmp_path, monkeypatch):
+    """It has made them, and the other has taken the lock first."""
+    folder, real = tmp_path / "new" / "run", locks.hold
+    with contextlib.ExitStack() as holder:
+
+        def late(path: Path):
+            path.parent.mkdir(parents=True)
+            monkeypatch.setattr(locks, "hold", real)
+            holder.enter_context(only_writer(folder))
+            return real(path)
+
+        monkeypatch.setattr(locks, "hold", late)
+        with pytest.raises(UserError, match="is being written by"), only_writer(folder):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_of_a_killed_writer_is_free_and_its_line_is_replaced(tmp_path):

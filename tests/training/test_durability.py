@@ -234,8 +234,7 @@ def test_what_happens_to_deepspeeds_launcher_ends_its_ranks_with_a_checkpoint(at
     _, said = process.communicate()
     # Signals that come together may be seen in any order.
     name = "SIG(INT|TERM)" if attack == "Ctrl-C" else "the launcher is gone"
-    # Where the other rank sees first that the launcher is gone, rank 0 stops without that line.
-    assert attack == "launcher killed" or re.search(f"{name}: the run saves and stops", said), said
+    assert re.search(f"{name}: the run saves and stops", said), said
     assert re.search(f"{name}: stopped after update ", said), said
     (saved,) = (output / "checkpoints").iterdir()
     assert why_not_whole(saved) is None
